@@ -1,0 +1,110 @@
+"""Every registry of the framework, each a child of mmengine's registry of the same kind.
+
+A class registers itself where it is defined, with ``@MODULES.register_module()``. The tables below say in which module
+each name lives, so that looking up a name imports that module and no other: a digits run never pays for importing
+FLUX. A class of your own needs no line here if its module is imported by ``custom_imports`` in the config.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from mmengine import registry as mmengine_registry
+from mmengine.registry import Registry
+
+
+class LazyRegistry(Registry):
+    """A registry that imports the home of a class when its name is first looked up.
+
+    Args:
+        name: Kind of object, used in error messages.
+        homes: Module path -> names that importing it registers.
+        parent: The mmengine registry that is searched for names not found here.
+    """
+
+    def __init__(self, name: str, homes: Mapping[str, tuple[str, ...]], parent: Registry | None = None):
+        super().__init__(name, parent=parent, scope='lakonlab')
+        self._home_of = {key: module for module, keys in homes.items() for key in keys}
+
+    def get(self, key: str):
+        """Return the class registered as ``key``, importing its home first; None if there is no such name."""
+        if key in self._home_of and key not in self.module_dict:
+            importlib.import_module(self._home_of[key])
+        return super().get(key)
+
+    def names(self) -> list[str]:
+        """All names that can be looked up without searching mmengine, sorted."""
+        return sorted(set(self._home_of) | set(self.module_dict))
+
+
+MODELS = LazyRegistry(
+    'model',
+    {
+        'lakonlab.models.latent_diffusion_class_image': ('LatentDiffusionClassImage',),
+    },
+    mmengine_registry.MODELS,
+)
+
+MODULES = LazyRegistry(
+    'module',
+    {
+        'lakonlab.models.diffusions.gaussian_flow': ('GaussianFlow',),
+        'lakonlab.models.diffusions.piflow': ('PiFlowImitation', 'PiFlowImitationDataFree'),
+        'lakonlab.models.diffusions.sampler': ('ContinuousTimeStepSampler',),
+        'lakonlab.models.losses.diffusion_mse': ('DiffusionMSELoss',),
+        'lakonlab.models.losses.diffusion_nll': ('DiffusionNLLLoss',),
+        'lakonlab.models.losses.gmflow_nll': ('GMFlowNLLLoss',),
+        'lakonlab.models.architecture.diffusers.dit': ('DiTTransformer2DModelMod',),
+        'lakonlab.models.architecture.gmflow.gmdit': ('GMDiTTransformer2DModel', 'GMDiTTransformer2DModelV2'),
+        'lakonlab.models.architecture.gmflow.gmmlp2d': ('GMFlowMLP2DDenoiser',),
+        'lakonlab.models.architecture.gmflow.spectrum_mlp': ('SpectrumMLP',),
+        'lakonlab.models.architecture.dxflow.dxdit': ('DXDiTTransformer2DModel',),
+    },
+)
+
+DATASETS = LazyRegistry(
+    'dataset',
+    {
+        'lakonlab.datasets.digits': ('Digits',),
+    },
+    mmengine_registry.DATASETS,
+)
+
+METRICS = LazyRegistry(
+    'metric',
+    {
+        'lakonlab.evaluation.metrics': (
+            'FrechetDistance',
+            'ClassAccuracy',
+            'FeatureDiversity',
+            'ReferenceRMSE',
+            'SamplingSpeed',
+        ),
+    },
+    mmengine_registry.METRICS,
+)
+
+FEATURE_EXTRACTORS = LazyRegistry(
+    'feature extractor',
+    {
+        'lakonlab.evaluation.digit_classifier': ('DigitClassifier',),
+    },
+)
+
+HOOKS = LazyRegistry(
+    'hook',
+    {
+        'lakonlab.runner.hooks.ema': ('ExponentialMovingAverageHook',),
+        'lakonlab.runner.hooks.checkpoint': ('CheckpointHook',),
+        'lakonlab.evaluation.hook': ('GenerativeEvalHook',),
+    },
+    mmengine_registry.HOOKS,
+)
+
+STRATEGIES = LazyRegistry(
+    'strategy',
+    {
+        'lakonlab.parallel.single': ('single',),
+    },
+)
