@@ -1,0 +1,1 @@
+"""Reading and writing files and checkpoints; knows nothing of models or training."""

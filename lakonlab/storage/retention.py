@@ -1,0 +1,49 @@
+"""Which checkpoints of a run are kept."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lakonlab.storage.checkpoint import list_checkpoints, step_of
+from lakonlab.storage.local import remove_directory
+
+logger = logging.getLogger(__name__)
+
+
+def steps_to_remove(steps: list[int], max_keep: int, must_save_interval: int | None) -> list[int]:
+    """The checkpoints that may go, oldest first.
+
+    Args:
+        steps: Completed iterations of all checkpoints that exist.
+        max_keep: How many of the newest are kept, at least 1; -1 keeps all.
+        must_save_interval: Multiples of it are kept for ever; None for no such rule.
+
+    Returns:
+        Steps to remove: never the newest, never a multiple of ``must_save_interval``.
+    """
+    if max_keep < 0:
+        return []
+    kept_for_ever = {step for step in steps if must_save_interval and step % must_save_interval == 0}
+    newest = set(sorted(steps, reverse=True)[: max(max_keep, 1)])
+    return sorted(set(steps) - kept_for_ever - newest)
+
+
+def prune(run_dir: Path, max_keep: int, must_save_interval: int | None) -> list[int]:
+    """Remove the checkpoints of a run that :func:`steps_to_remove` names; call only after a newer one is published.
+
+    A directory that cannot be removed is reported and tried again after the next save.
+
+    Returns:
+        The removed steps.
+    """
+    removed = []
+    by_step = {step_of(path): path for path in list_checkpoints(run_dir)}
+    for step in steps_to_remove(list(by_step), max_keep, must_save_interval):
+        try:
+            remove_directory(by_step[step])
+        except OSError as error:
+            logger.warning('the old checkpoint %s could not be removed (%s)', by_step[step], error)
+            continue
+        removed.append(step)
+    return removed
