@@ -1,0 +1,1 @@
+"""Datasets, the order in which a run reads them, and loaders."""
