@@ -1,0 +1,1 @@
+"""What is trained and sampled: flows, their schedules and solvers, and pi-Flow."""

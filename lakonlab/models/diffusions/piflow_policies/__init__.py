@@ -1,0 +1,12 @@
+"""The open family of policies. A new one is a file here and a line in the table."""
+
+from .base import Policy, euler_rollout
+from .dx import DXPolicy
+from .gmflow import GMFlowPolicy
+
+POLICY_CLASSES: dict[str, type[Policy]] = {
+    'GMFlow': GMFlowPolicy,
+    'DX': DXPolicy,
+}
+
+__all__ = ['POLICY_CLASSES', 'DXPolicy', 'GMFlowPolicy', 'Policy', 'euler_rollout']

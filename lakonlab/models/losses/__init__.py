@@ -1,0 +1,1 @@
+"""Training losses, each a module that a config names as ``flow_loss``."""
