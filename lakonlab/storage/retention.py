@@ -29,16 +29,22 @@ def steps_to_remove(steps: list[int], max_keep: int, must_save_interval: int | N
     return sorted(set(steps) - kept_for_ever - newest)
 
 
-def prune(run_dir: Path, max_keep: int, must_save_interval: int | None) -> list[int]:
+def prune(run_dir: Path, committed: int, max_keep: int, must_save_interval: int | None) -> list[int]:
     """Remove the checkpoints of a run that :func:`steps_to_remove` names; call only after a newer one is published.
 
     A directory that cannot be removed is reported and tried again after the next save.
+
+    Args:
+        run_dir: Directory of the run.
+        committed: Step of the checkpoint that was just published; later ones are not this run's and are left alone.
+        max_keep: As in :func:`steps_to_remove`.
+        must_save_interval: As in :func:`steps_to_remove`.
 
     Returns:
         The removed steps.
     """
     removed = []
-    by_step = {step_of(path): path for path in list_checkpoints(run_dir)}
+    by_step = {step_of(path): path for path in list_checkpoints(run_dir) if step_of(path) <= committed}
     for step in steps_to_remove(list(by_step), max_keep, must_save_interval):
         try:
             remove_directory(by_step[step])

@@ -1,0 +1,406 @@
+"""The training run: builds what a config describes, and the loop.
+
+:meth:`Runner.train` is the whole of training. What surrounds an iteration (averages, timing, logs, evaluation,
+checkpoints) are hooks, mmengine's own among them, in the order that the table at the start of the log shows.
+
+Everything random is a function of (seed, iteration, row of the batch), and so is the data order, so a resumed run needs
+only the weights, the optimisers' state and a few counters to be the same run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook, IterTimerHook, LoggerHook, RuntimeInfoHook
+from mmengine.logging import MessageHub
+from mmengine.runner import LogProcessor
+from mmengine.runner.priority import get_priority
+from mmengine.visualization import Visualizer
+from torch import nn
+from torch.optim import Optimizer
+
+from lakonlab.ops.random_source import SeededSource
+from lakonlab.registry import DATASETS, MODELS, STRATEGIES
+from lakonlab.runner.guard import SkipGuard
+from lakonlab.runner.hooks.checkpoint import CheckpointHook, run_directory
+from lakonlab.runner.log import (
+    LogSettings,
+    ThroughputHook,
+    attach_log_handlers,
+    detach_log_handlers,
+    load_log_window,
+    log_settings,
+    log_window,
+)
+from lakonlab.runner.lr_schedule import LearningRateSchedule
+from lakonlab.runner.optimizer import build_optimizers
+from lakonlab.runner.resume import StartingPoint, find_starting_point, set_aside_later
+from lakonlab.runner.sections import build_hooks, training_loader_options
+from lakonlab.runner.seeding import make_deterministic, seed_globals
+from lakonlab.runner.signals import StopRequest
+from lakonlab.runner.views import LearningRates, TrainingStream
+from lakonlab.storage.checkpoint import read_state
+from lakonlab.storage.local import directory_lock
+
+logger = logging.getLogger('lakonlab.runner')
+
+
+class Runner:
+    """One training run.
+
+    Args:
+        model: Has ``train_step(data, optimizer, running_status, source)``; wrapped by the strategy already.
+        optimizers: By key.
+        schedule: Learning rate as a function of (base, iteration).
+        dataset: Training data of known length.
+        loader: Called with the first iteration; returns the batches from there on.
+        batch_size: Global batch.
+        max_iters: Iterations of the whole run.
+        work_dir: Directory of the logs.
+        hooks: Hooks beyond those that every run has; one of them may be a :class:`CheckpointHook`.
+        strategy: Processes and devices.
+        seed: Seed of the run.
+        cfg: The resolved config.
+        settings: Logging.
+        guard: Limit of skipped iterations.
+        gc_interval: Collect garbage by hand every so many iterations; 0 leaves it to Python.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: dict[str, Optimizer],
+        schedule: LearningRateSchedule,
+        dataset: Any,
+        loader: Callable[[int], Iterable],
+        *,
+        batch_size: int,
+        max_iters: int,
+        work_dir: str | Path,
+        strategy: Any,
+        hooks: Sequence[Hook] = (),
+        seed: int = 0,
+        cfg: Config | None = None,
+        settings: LogSettings | None = None,
+        guard: SkipGuard | None = None,
+        gc_interval: int = 0,
+    ):
+        self.model, self.optimizers, self.schedule = model, optimizers, schedule
+        self.dataset, self._loader, self.batch_size = dataset, loader, batch_size
+        self.iter, self.max_iters = 0, max_iters
+        self.work_dir = self.log_dir = self._log_dir = str(work_dir)
+        self.strategy, self.rank, self.world_size = strategy, strategy.rank, strategy.world_size
+        self.seed = seed
+        self.cfg = Config() if cfg is None else cfg
+        self.guard = guard or SkipGuard()
+        self.gc_interval = gc_interval
+        self.settings = settings or log_settings(None, work_dir)
+        self.logger = logger
+        self.timestamp = time.strftime('%Y%m%d_%H%M%S')
+        self.experiment_name = f'{Path(work_dir).absolute().name}_{self.timestamp}'
+        self.message_hub = MessageHub(self.experiment_name)
+        self.visualizer = Visualizer(vis_backends=[dict(backend) for backend in self.settings.backends])
+        self.log_processor = LogProcessor(window_size=self.settings.interval, by_epoch=False)
+        self.optim_wrapper = LearningRates(optimizers)
+        self.train_dataloader = TrainingStream((), dataset, max_iters)
+        self.train_loop = self._train_loop = SimpleNamespace(dataloader=self.train_dataloader)
+        every_run = [
+            RuntimeInfoHook(),
+            IterTimerHook(),
+            ThroughputHook(self.settings.interval),
+            LoggerHook(self.settings.interval, ignore_last=False, interval_exp_name=max_iters + 1),
+        ]
+        self.hooks = sorted([*every_run, *hooks], key=lambda hook: get_priority(hook.priority))
+        self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
+        self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir)
+
+    @classmethod
+    def from_cfg(
+        cls,
+        cfg: Config,
+        *,
+        work_dir: str | Path | None = None,
+        seed: int | None = None,
+        resume_from: str | None = None,
+        validate: bool = True,
+        deterministic: bool = False,
+    ) -> Runner:
+        """Build a run from a checked config and put it at its starting point.
+
+        Args:
+            cfg: The config.
+            work_dir: Directory of the logs; None for ``cfg.work_dir``.
+            seed: Seed of the run; None for ``cfg.seed``, or 2021 if there is none.
+            resume_from: Checkpoint to resume from, named by the user; it must exist.
+            validate: Whether to evaluate while training.
+            deterministic: Whether to allow deterministic algorithms only.
+
+        Returns:
+            A run, ready for :meth:`train`.
+        """
+        work_dir = str(work_dir or cfg.get('work_dir') or f'work_dirs/{cfg.get("name", "run")}')
+        seed = cfg.get('seed') if seed is None else seed
+        seed = 2021 if seed is None else int(seed)
+        options = dict(cfg.get('runner') or {})
+        if deterministic:
+            make_deterministic()
+        elif torch.cuda.is_available():
+            torch.backends.cudnn.benchmark = bool(cfg.get('cudnn_benchmark', False))
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        strategy = STRATEGIES.build({'type': 'single', 'trainable_only': options.get('ckpt_trainable_only', True)})
+        max_iters = cfg.total_iters
+        settings = log_settings(cfg.get('log_config'), work_dir)
+        schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
+        hooks = build_hooks(cfg, validate)
+
+        dataset = DATASETS.build(cfg.data.train)
+        loader_options = training_loader_options(cfg.data)
+        seed_globals(seed)
+        model = MODELS.build(
+            {**cfg.model, 'train_cfg': cfg.get('train_cfg') or {}, 'test_cfg': cfg.get('test_cfg') or {}}
+        )
+        model = strategy.wrap(model)
+
+        def loader(start_iter: int) -> Iterable:
+            from lakonlab.datasets.loader import build_dataloader
+
+            return build_dataloader(
+                dataset,
+                shuffle=True,
+                seed=seed,
+                start_iter=start_iter,
+                rank=strategy.rank,
+                world_size=strategy.world_size,
+                **loader_options,
+            )
+
+        runner = cls(
+            model,
+            build_optimizers(model, cfg.optimizer),
+            schedule,
+            dataset,
+            loader,
+            batch_size=loader_options['samples_per_gpu'] * strategy.world_size,
+            max_iters=max_iters,
+            work_dir=work_dir,
+            strategy=strategy,
+            hooks=hooks,
+            seed=seed,
+            cfg=cfg,
+            settings=settings,
+            guard=SkipGuard(options.get('max_skipped_iters', 20)),
+            gc_interval=options.get('gc_interval') or 0,
+        )
+        runner.starting_point = find_starting_point(
+            runner.checkpoint_dir,
+            resume_from=resume_from,
+            configured_resume_from=cfg.get('resume_from'),
+            load_from=cfg.get('load_from'),
+            auto_resume=options.get('auto_resume', True) and runner.checkpoint_hook is not None,
+        )
+        return runner
+
+    starting_point = StartingPoint(None, 'fresh', 'built without a config')
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the data to which this iteration's first sample belongs."""
+        return self.iter * self.batch_size // len(self.dataset)
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return -(-self.max_iters * self.batch_size // len(self.dataset))
+
+    def train(self) -> None:
+        """Train from the starting point to the last iteration.
+
+        Ctrl-C and SIGTERM end the run after the iteration in progress, saved.
+
+        Raises:
+            SystemExit: The run was stopped by a signal; the code is 130 or 143.
+            TrainingDivergedError: Too many steps in a row were skipped.
+            CheckpointError: The starting point does not fit, or a checkpoint could not be written.
+        """
+        with contextlib.ExitStack() as stack:
+            self._enter(stack)
+            self._restore()
+            if self.iter >= self.max_iters:
+                logger.info('all %d iterations are done: nothing to train', self.max_iters)
+                return
+            stop = stack.enter_context(StopRequest())
+            self.train_dataloader.batches = self._loader(self.iter)
+            self.call_hook('before_run')
+            self.call_hook('before_train')
+            self.call_hook('before_train_epoch')
+            for batch in self.train_dataloader:
+                self.train_iter(batch)
+                if self.iter == self.max_iters or stop.signal:
+                    break
+            if self.iter < self.max_iters:
+                self._save_and_exit(stop)
+            self.call_hook('after_train')
+            self.call_hook('after_run')
+            logger.info('finished %d iterations', self.max_iters)
+
+    def train_iter(self, batch: dict[str, Any]) -> None:
+        """One iteration.
+
+        Args:
+            batch: This rank's part of the global batch.
+        """
+        if not self.model.training:
+            self.model.train()
+        seed_globals(self.seed, self.iter, self.rank)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group['lr'] = self.schedule(group['initial_lr'], self.iter)
+        self.call_hook('before_train_iter', batch_idx=self.iter, data_batch=batch)
+        outputs = self.model.train_step(
+            self.strategy.to_device(batch),
+            self.optimizers,
+            running_status={'iteration': self.iter, 'epoch': self.epoch},
+            source=SeededSource(self.seed, self.iter, first_row=self.rank * self.batch_size // self.world_size),
+        )
+        lr = {key: optimizer.param_groups[0]['lr'] for key, optimizer in self.optimizers.items()}
+        self.guard.update(self.iter, outputs['skipped'], outputs['log_vars'], lr)
+        self.call_hook('after_train_iter', batch_idx=self.iter, data_batch=batch, outputs=outputs['log_vars'])
+        self.iter += 1
+        if self.gc_interval and self.iter % self.gc_interval == 0:
+            gc.collect()
+
+    def call_hook(self, event: str, **kwargs) -> None:
+        """Call one method of all hooks, in their order.
+
+        Args:
+            event: Name of the method.
+            **kwargs: Its arguments beside the runner.
+        """
+        for hook in self.hooks:
+            getattr(hook, event)(self, **kwargs)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Everything but tensors that a resumed run needs, as plain data.
+
+        Args:
+            step: Completed iterations.
+        """
+        return {
+            'iteration': step,
+            'guard': self.guard.state_dict(),
+            'hooks': {name: hook.state_dict() for name, hook in self._hooks_with_state()},
+            'log_window': log_window(self.message_hub),
+            'data': self._data_identity(),
+        }
+
+    def _hooks_with_state(self) -> list[tuple[str, Hook]]:
+        counts: dict[str, int] = {}
+        named = []
+        for hook in self.hooks:
+            if hasattr(hook, 'state_dict') and hasattr(hook, 'load_state_dict'):
+                kind = type(hook).__name__
+                named.append((f'{kind}.{counts.get(kind, 0)}', hook))
+                counts[kind] = counts.get(kind, 0) + 1
+        return named
+
+    def _data_identity(self) -> dict[str, int]:
+        """What decides which samples an iteration reads and what it draws."""
+        return {'seed': self.seed, 'batch_size': self.batch_size, 'dataset_size': len(self.dataset)}
+
+    def _enter(self, stack: contextlib.ExitStack) -> None:
+        """Open what the run holds while it trains."""
+        Path(self.work_dir).mkdir(parents=True, exist_ok=True)
+        level = self.cfg.get('log_level') or 'INFO'
+        handlers = attach_log_handlers(Path(self.work_dir) / f'{self.timestamp}.log', level, console=self.rank == 0)
+        stack.callback(detach_log_handlers, handlers)
+        if self.checkpoint_hook is not None:
+            if self.rank == 0:
+                stack.enter_context(directory_lock(self.checkpoint_dir))
+            stack.callback(self.checkpoint_hook.close)
+        stack.callback(self.visualizer.close)
+        if self.gc_interval:
+            gc.collect()
+            gc.freeze()  # what lives as long as the run need not be visited at every collection
+            gc.disable()
+            stack.callback(gc.unfreeze)
+            stack.callback(gc.enable)
+
+    def _restore(self) -> None:
+        start = self.starting_point
+        logger.info('%s', self.describe())
+        if start.mode == 'fresh':
+            logger.info('starting from the beginning (%s)', start.reason)
+            return
+        self.strategy.load_model_state(self.model, start.checkpoint)
+        if start.mode == 'weights':
+            logger.info('starting with the weights of %s (%s)', start.checkpoint, start.reason)
+            return
+        state = read_state(start.checkpoint)
+        if 'optimizers' in state:
+            self.strategy.load_optimizer_state(self.model, self.optimizers, start.checkpoint, state['optimizers'])
+        else:
+            logger.warning('%s was saved without optimizer state: the optimizers start anew', start.checkpoint)
+        self.iter = state['iteration']
+        self.guard.load_state_dict(state['guard'])
+        for name, hook in self._hooks_with_state():
+            if name in state['hooks']:
+                hook.load_state_dict(state['hooks'][name])
+        load_log_window(self.message_hub, state['log_window'], self.settings.interval)
+        for key, value in self._data_identity().items():
+            if state['data'][key] != value:
+                logger.warning(
+                    '%s is %s, it was %s when %s was saved: from here on the run differs from an uninterrupted one',
+                    key,
+                    value,
+                    state['data'][key],
+                    start.checkpoint,
+                )
+        if self.rank == 0 and start.checkpoint.parent.absolute() == self.checkpoint_dir.absolute():
+            set_aside_later(self.checkpoint_dir, self.iter)
+        logger.info('resuming after iteration %d from %s (%s)', self.iter, start.checkpoint, start.reason)
+
+    def _save_and_exit(self, stop: StopRequest) -> None:
+        if self.checkpoint_hook is None:
+            logger.warning('stopped by %s after iteration %d; nothing saved', stop.signal.name, self.iter)
+        else:
+            if self.checkpoint_hook.last_saved != self.iter:
+                self.checkpoint_hook.save(self, self.iter)
+            self.checkpoint_hook.close()
+            logger.info(
+                'stopped by %s after iteration %d, saved in %s; run the same command to go on',
+                stop.signal.name,
+                self.iter,
+                self.checkpoint_dir,
+            )
+        raise SystemExit(stop.exit_code)
+
+    def describe(self) -> str:
+        """What a reader of the log wants to know before the first iteration."""
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
+        rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
+        return '\n'.join(
+            [
+                f'run {Path(self.work_dir).absolute().name}',
+                f'  logs         {self.work_dir}',
+                f'  checkpoints  {checkpoints}',
+                f'  device       {self.strategy.device}, {self.world_size} process(es), '
+                f'{torch.get_num_threads()} threads',
+                f'  trainable    {trainable:,} parameters',
+                f'  data         {len(self.dataset):,} samples, global batch {self.batch_size}',
+                f'  length       {self.max_iters:,} iterations, {self.max_iters * self.batch_size:,} samples, '
+                f'{self.max_iters * self.batch_size / len(self.dataset):.1f} epochs',
+                f'  seed         {self.seed}',
+                '  hooks, in the order they are called:',
+                *rows,
+            ]
+        )
