@@ -1,0 +1,1 @@
+"""Networks of the diffusers family: the ImageNet DiT in plain torch."""

@@ -1,0 +1,1 @@
+"""Students that answer with a grid or polynomial of denoised images (DX)."""

@@ -1,0 +1,1 @@
+"""Students that answer with a Gaussian mixture, and the networks of GMFlow."""

@@ -1,0 +1,143 @@
+"""What every network of this package has in common: the options of a config that are not about its architecture.
+
+A network builds its layers, then calls :meth:`Network.prepare`, which loads weights, sets precision, freezes and
+compiles, in this order.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lakonlab.models.architecture.freezing import autocast, freeze, parse_dtype
+from lakonlab.models.architecture.loading import load_pretrained
+
+
+def inherit_arguments(cls: type) -> type:
+    """Class decorator: let ``**kwargs`` of a constructor show as the arguments of the base class that receive them.
+
+    A config is checked against constructor signatures, so a misspelt argument must not vanish in ``**kwargs``.
+    """
+    own = inspect.signature(cls.__init__)
+    base = inspect.signature(super(cls, cls).__init__)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = {p.name for p in named}
+    inherited = [
+        p.replace(kind=p.KEYWORD_ONLY)
+        for p in base.parameters.values()
+        if p.name not in known and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    cls.__init__.__signature__ = own.replace(parameters=[*named, *inherited])
+    return cls
+
+
+class Network(nn.Module):
+    """A network that a config can load, freeze, cast, checkpoint and compile.
+
+    Subclasses build their layers in ``__init__`` and end it with ``self.prepare()``.
+
+    Args:
+        freeze: Whether to freeze all parameters but those of ``freeze_exclude``.
+        freeze_exclude: What stays trainable, see :func:`~lakonlab.models.architecture.freezing.freeze`.
+        pretrained: Weights to start from, see :func:`~lakonlab.models.architecture.loading.load_pretrained`.
+        torch_dtype: Dtype of the weights.
+        autocast_dtype: Lower precision to compute in with float32 weights; None for none.
+        freeze_exclude_fp32: Whether the parts of a frozen network that stay trainable have float32 weights.
+        freeze_exclude_autocast_dtype: Precision these parts compute in.
+        checkpointing: Whether to recompute activations in the backward pass instead of keeping them.
+        compile_forward: Whether to call the network through ``torch.compile``.
+        compile_kwargs: Arguments of ``torch.compile``.
+
+    Raises:
+        ValueError: Options that contradict each other.
+    """
+
+    #: Keys of a weights file that the network may lack / that the network has but a file may lack.
+    ignored_keys: tuple[str, ...] = ()
+    allowed_missing: tuple[str, ...] = ()
+    #: Modules that make the output: trained in float32, they hand on float32.
+    output_modules: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        freeze: bool = False,
+        freeze_exclude: Sequence[str] = (),
+        pretrained: str | None = None,
+        torch_dtype: str = 'float32',
+        autocast_dtype: str | None = None,
+        freeze_exclude_fp32: bool = True,
+        freeze_exclude_autocast_dtype: str | None = 'float32',
+        checkpointing: bool = True,
+        compile_forward: bool = False,
+        compile_kwargs: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if freeze_exclude and not freeze:
+            raise ValueError(f'freeze_exclude={list(freeze_exclude)} has no effect without freeze=True')
+        if autocast_dtype is not None and parse_dtype(torch_dtype, 'torch_dtype') != torch.float32:
+            raise ValueError(
+                f"autocast_dtype={autocast_dtype!r} needs torch_dtype='float32', found {torch_dtype!r}: "
+                'autocast computes in lower precision with float32 weights'
+            )
+        self.freeze = freeze
+        self.freeze_exclude = tuple(freeze_exclude)
+        self.freeze_exclude_fp32 = freeze_exclude_fp32
+        self.freeze_exclude_autocast_dtype = freeze_exclude_autocast_dtype
+        self.pretrained = pretrained
+        self.torch_dtype = parse_dtype(torch_dtype, 'torch_dtype')
+        self.autocast_dtype = None if autocast_dtype is None else parse_dtype(autocast_dtype, 'autocast_dtype')
+        self.checkpointing = checkpointing
+        self.compile_kwargs = dict(compile_kwargs or {}) if compile_forward else None
+
+    def init_weights(self) -> None:
+        """Draw the weights of a network that is trained from scratch."""
+
+    def remap_pretrained(self, state: dict[str, Tensor], source=None) -> dict[str, Tensor]:
+        """Turn the tensors of a weights file into those of this network, without changing the network.
+
+        Args:
+            state: Name -> tensor as the file has them.
+            source: Random source of what the file does not determine; None for torch's global state.
+
+        Returns:
+            Name -> tensor as this network names and shapes them.
+        """
+        return state
+
+    def prepare(self) -> None:
+        """Initialise or load the weights, set the precision, freeze, compile."""
+        self.init_weights()
+        if self.pretrained is not None:
+            load_pretrained(self, self.pretrained)
+        self.to(self.torch_dtype)
+        if self.freeze:
+            freeze(
+                self,
+                self.freeze_exclude,
+                self.freeze_exclude_fp32,
+                self.freeze_exclude_autocast_dtype,
+                self.output_modules,
+            )
+        if self.compile_kwargs is not None:
+            self.compile(**self.compile_kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, trainable parts of a frozen network excepted."""
+        return self.torch_dtype
+
+    def autocast(self, device: torch.device):
+        """Context in which the network computes."""
+        return autocast(device.type, self.autocast_dtype)
+
+    def run_block(self, block: nn.Module, *args: Tensor) -> Tensor:
+        """Call a block, under gradient checkpointing where that is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
