@@ -1,0 +1,218 @@
+"""The loop: exact resume, stopping, failures."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+
+from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
+from lakonlab.runner.hooks.checkpoint import CheckpointHook
+from lakonlab.storage import local
+from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint, read_state, read_tensors
+from tests.runner.tiny import make_runner
+
+
+class At(Hook):
+    """Calls a function after an iteration."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, iteration, action):
+        self.iteration, self.action = iteration, action
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.iteration:
+            self.action()
+
+
+def tensors(folder):
+    checkpoint = find_checkpoint(folder / 'checkpoints' / 'tiny')
+    return {part: read_tensors(checkpoint, part) for part in ('model', 'optimizer')}, checkpoint
+
+
+def logged(folder):
+    """Iteration -> what was logged, without figures that depend on time; of two entries for one the later counts."""
+    lines = (folder / 'work_dirs' / 'tiny' / 'scalars.json').read_text().splitlines()
+    keep = ('loss_diffusion', 'lr')
+    return {entry['step']: {key: entry[key] for key in keep} for entry in map(json.loads, lines)}
+
+
+def assert_same(a, b):
+    (first, checkpoint), (second, other) = tensors(a), tensors(b)
+    assert checkpoint.name == other.name
+    for part, expected in first.items():
+        assert set(expected) == set(second[part])
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, second[part][name]), name
+    assert logged(a) == logged(b)
+
+
+@pytest.mark.parametrize('stop_at', [1, 5, 7, 13])
+def test_interrupted_run_is_the_same_run(tmp_path, stop_at):
+    make_runner(tmp_path / 'a').train()
+    with pytest.raises(SystemExit) as stopped:
+        stop = At(stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        make_runner(tmp_path / 'b', hooks=[stop]).train()
+    assert stopped.value.code == 143
+    resumed = make_runner(tmp_path / 'b')
+    assert read_state(resumed.starting_point.checkpoint)['iteration'] == stop_at
+    resumed.train()
+    assert_same(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_crash_loses_only_what_was_not_saved(tmp_path):
+    def crash():
+        raise RuntimeError('power failure')
+
+    make_runner(tmp_path / 'a').train()
+    with pytest.raises(RuntimeError, match='power failure'):
+        make_runner(tmp_path / 'b', hooks=[At(13, crash)]).train()
+    resumed = make_runner(tmp_path / 'b')
+    resumed.train()
+    assert resumed.starting_point.checkpoint.name == 'iter_10'
+    assert_same(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_ctrl_c_exits_with_130(tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        make_runner(tmp_path, hooks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))]).train()
+    assert stopped.value.code == 130
+    assert find_checkpoint(tmp_path / 'checkpoints' / 'tiny').name == 'iter_3'
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_finished_run_says_so(tmp_path, caplog):
+    make_runner(tmp_path).train()
+    before = tensors(tmp_path)[1].stat().st_mtime
+    with caplog.at_level('INFO'):
+        make_runner(tmp_path).train()
+    assert 'nothing to train' in caplog.text
+    assert tensors(tmp_path)[1].stat().st_mtime == before
+
+
+def test_saved_state_is_the_training_state(tmp_path):
+    make_runner(tmp_path).train()
+    saved, checkpoint = tensors(tmp_path)
+    roots = {name.split('.')[0] for name in saved['model']}
+    assert roots == {'diffusion', 'diffusion_ema'}
+    assert saved['model']['diffusion.steps'] == 20
+    assert 'diffusion/exp_avg/diffusion.linear.weight' in saved['optimizer']
+    assert all(not tensor.is_floating_point() or tensor.dtype == torch.float32 for tensor in saved['model'].values())
+    assert [path.name for path in sorted(checkpoint.parent.glob('iter_*'))] == ['iter_15', 'iter_20']
+
+
+def test_weights_only(tmp_path):
+    make_runner(tmp_path / 'a').train()
+    source = tmp_path / 'a' / 'checkpoints' / 'tiny' / 'iter_20'
+    runner = make_runner(tmp_path / 'b', load_from=str(source))
+    runner._restore()
+    assert runner.iter == 0
+    assert not runner.optimizers['diffusion'].state
+    assert torch.equal(runner.model.diffusion.linear.weight, read_tensors(source, 'model')['diffusion.linear.weight'])
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    make_runner(tmp_path).train()
+    runner = make_runner(tmp_path)
+    runner.model.diffusion.extra = torch.nn.Linear(2, 2)
+    runner.model.diffusion.linear = torch.nn.Linear(4, 5)
+    del runner.model.diffusion._buffers['steps']
+    with pytest.raises(CheckpointError) as error:
+        runner.train()
+    message = str(error.value)
+    assert '2 missing from the checkpoint: diffusion.extra.bias, diffusion.extra.weight' in message
+    assert '1 in the checkpoint but not in the model: diffusion.steps' in message
+    assert 'diffusion.linear.weight (4, 4) in the checkpoint, (5, 4) in the model' in message
+
+
+def test_failed_save_ends_the_run_and_keeps_what_is_there(tmp_path, monkeypatch):
+    make_runner(tmp_path, max_iters=5).train()
+    good = find_checkpoint(tmp_path / 'checkpoints' / 'tiny')
+    written = threading.Event()
+
+    def disk_full(path, text):
+        written.set()
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(local, 'write_text', disk_full)
+    runner = make_runner(tmp_path, hooks=[At(11, lambda: written.wait(10))])
+    with pytest.raises(CheckpointError, match='No space left on device'):
+        runner.train()
+    assert 10 <= runner.iter < 20
+    assert find_checkpoint(good.parent) == good
+    assert not list(good.parent.glob('.*tmp*'))
+
+
+def test_two_runs_in_one_directory(tmp_path):
+    runner = make_runner(tmp_path)
+    child = os.fork()
+    if child == 0:
+        with local.directory_lock(runner.checkpoint_dir):
+            (tmp_path / 'locked').touch()
+            signal.pause()
+    try:
+        while not (tmp_path / 'locked').exists():
+            pass
+        with (
+            pytest.raises(RuntimeError, match=f'in use by another run.*{child}'),
+            local.directory_lock(runner.checkpoint_dir, wait_seconds=0.1),
+        ):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    runner.train()
+
+
+def test_skipped_iterations(tmp_path, caplog):
+    guard = SkipGuard(max_skipped_iters=3)
+    with caplog.at_level('WARNING'):
+        make_runner(tmp_path / 'a', nan_at=(4, 5, 9), guard=guard).train()
+    assert (guard.in_a_row, guard.total) == (0, 3)
+    assert 'iteration 10: no step for diffusion (not finite: loss_diffusion=nan' in caplog.text
+
+
+def test_divergence_is_fatal_and_keeps_checkpoints(tmp_path):
+    with pytest.raises(TrainingDivergedError) as error:
+        make_runner(tmp_path, nan_at=range(12, 20), guard=SkipGuard(3)).train()
+    assert 'iteration 15 with lr' in str(error.value)
+    assert 'loss_diffusion=nan' in str(error.value)
+    assert find_checkpoint(tmp_path / 'checkpoints' / 'tiny').name == 'iter_10'
+
+
+def test_count_of_skipped_iterations_survives_resuming(tmp_path):
+    options = {'nan_at': (3, 4, 5), 'guard': SkipGuard(3)}
+    with pytest.raises(SystemExit):
+        make_runner(tmp_path, hooks=[At(5, lambda: os.kill(os.getpid(), signal.SIGTERM))], **options).train()
+    with pytest.raises(TrainingDivergedError, match='iteration 6 '):
+        make_runner(tmp_path, nan_at=(5,), guard=SkipGuard(3)).train()
+
+
+def test_without_checkpoints(tmp_path):
+    runner = make_runner(tmp_path, checkpoint=False)
+    runner.train()
+    assert runner.checkpoint_hook is None
+    assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_hooks_run_in_the_order_of_their_priority(tmp_path):
+    names = [type(hook).__name__ for hook in make_runner(tmp_path).hooks]
+    assert names == [
+        'RuntimeInfoHook',
+        'ExponentialMovingAverageHook',
+        'IterTimerHook',
+        'ThroughputHook',
+        'LoggerHook',
+        'CheckpointHook',
+    ]
+
+
+def test_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    hook = CheckpointHook(interval=5, out_dir=str(tmp_path / 'file'))
+    with pytest.raises(OSError, match='file'):
+        make_runner(tmp_path, checkpoint=hook).train()
