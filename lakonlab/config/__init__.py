@@ -1,0 +1,1 @@
+"""Reading config files and checking them before anything heavy starts."""
