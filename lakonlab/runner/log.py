@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer, MessageHub
+
+from lakonlab.mmengine_parts import HistoryBuffer, Hook, MessageHub
 
 LOG_FORMAT = '%(asctime)s - %(levelname)s - %(message)s'
 

@@ -20,14 +20,19 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook, IterTimerHook, LoggerHook, RuntimeInfoHook
-from mmengine.logging import MessageHub
-from mmengine.runner import LogProcessor
-from mmengine.runner.priority import get_priority
-from mmengine.visualization import Visualizer
 from torch import nn
 from torch.optim import Optimizer
 
+from lakonlab.mmengine_parts import (
+    Hook,
+    IterTimerHook,
+    LoggerHook,
+    LogProcessor,
+    MessageHub,
+    RuntimeInfoHook,
+    Visualizer,
+    get_priority,
+)
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.registry import DATASETS, MODELS, STRATEGIES
 from lakonlab.runner.guard import SkipGuard

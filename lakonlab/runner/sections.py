@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.hooks import Hook
 
+from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
 
 

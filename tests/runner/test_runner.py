@@ -7,8 +7,8 @@ import threading
 
 import pytest
 import torch
-from mmengine.hooks import Hook
 
+from lakonlab.mmengine_parts import Hook
 from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
 from lakonlab.runner.hooks.checkpoint import CheckpointHook
 from lakonlab.storage import local
@@ -54,8 +54,8 @@ def assert_same(a, b):
 @pytest.mark.parametrize('stop_at', [1, 5, 7, 13])
 def test_interrupted_run_is_the_same_run(tmp_path, stop_at):
     make_runner(tmp_path / 'a').train()
+    stop = At(stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped:
-        stop = At(stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
         make_runner(tmp_path / 'b', hooks=[stop]).train()
     assert stopped.value.code == 143
     resumed = make_runner(tmp_path / 'b')

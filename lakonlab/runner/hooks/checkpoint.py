@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmengine.hooks import Hook
 from torch import Tensor
 
+from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
 from lakonlab.storage.background import BackgroundWriter
 from lakonlab.storage.checkpoint import write_checkpoint

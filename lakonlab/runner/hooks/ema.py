@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
 from torch import Tensor, nn
 
+from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
 
 
