@@ -95,4 +95,4 @@ class ToyGM(_Toy):
         logits = self.wgain.reshape(1, -1, 1, *extra) * m + self.wbias.reshape(1, -1, 1, *extra)
         s = timestep.to(x.dtype) / self.time_scale
         logstds = self.logstd0 + 0.2 * self.lstd[0] + 0.2 * self.lstd[1] * s
-        return dict(means=means, logweights=logits.log_softmax(dim=1), logstds=logstds.reshape(-1, 1, 1, *extra))
+        return {'means': means, 'logweights': logits.log_softmax(dim=1), 'logstds': logstds.reshape(-1, 1, 1, *extra)}

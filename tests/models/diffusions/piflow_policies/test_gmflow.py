@@ -1,5 +1,7 @@
 """The GMFlow policy against arithmetic that shares nothing with it: Bayes' rule on a grid, and many-digit numbers."""
 
+import itertools
+
 import mpmath
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_rollout_converges_at_first_order():
     ends = [policy.rollout(policy.x_t_src, rollout_schedule(start, end, 2**n, 1.0)).detach() for n in range(6, 13)]
     limit = 2 * ends[-1] - ends[-2]  # Richardson extrapolation of a first-order method
     errors = [(x - limit).abs().max() for x in ends[:-1]]
-    ratios = [float(coarse / fine) for coarse, fine in zip(errors, errors[1:])]
+    ratios = [float(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert all(1.9 < ratio < 2.1 for ratio in ratios), ratios
 
 

@@ -47,8 +47,8 @@ def test_velocity_and_gradients(name):
         expected = case['out'][f'grad_{key}{suffix}']
         gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         if expected.abs().max() > 1e-12:
-            # The recorded gradients come from (x_t - E[x_0]) / sigma, whose rounding grows with 1 / sigma^2 (some ten units
-            # of double precision); ours are compared with many-digit arithmetic in test_gmflow.py.
+            # The recorded gradients come from (x_t - E[x_0]) / sigma, whose rounding grows with 1 / sigma^2 (about ten
+            # units of double precision); ours are compared with many-digit arithmetic in test_gmflow.py.
             floor = max(float(tensors['sigma_t'].min()), case['params']['eps'])
             golden.assert_close(gradient, expected, max(1e-8, 2.2e-15 / floor**2) if is_double else 2e-4)
         else:

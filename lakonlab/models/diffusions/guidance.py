@@ -1,0 +1,26 @@
+"""Classifier-free guidance of a velocity."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def classifier_free_guidance(
+    u_positive: Tensor, u_negative: Tensor, scale: float, orthogonal: float = 0.0, axis: Tensor | None = None
+) -> Tensor:
+    """Push the velocity away from that of the negative condition: ``u_pos + (scale - 1) * (u_pos - u_neg)``.
+
+    Args:
+        u_positive: Velocity under the condition, (B, C, *).
+        u_negative: Velocity under the negative condition, same shape.
+        scale: Guidance scale w; 1 is no guidance (Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022).
+        orthogonal: Share in [0, 1] of the component of the difference along ``axis`` that is removed, as in Sadat et
+            al., "Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models" (2024).
+        axis: Direction of that component, (B, C, *); the published choice is the predicted ``x_0``.
+    """
+    bias = (scale - 1) * (u_positive - u_negative)
+    if orthogonal and axis is not None:
+        dims = tuple(range(1, axis.dim()))
+        along = (bias * axis).sum(dims, keepdim=True) / axis.square().sum(dims, keepdim=True).clamp(min=1e-6)
+        bias = bias - orthogonal * along * axis
+    return u_positive + bias

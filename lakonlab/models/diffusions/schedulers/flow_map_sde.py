@@ -1,0 +1,106 @@
+"""Sampling with a flow map: a policy carries the state to a destination, the scheduler re-noises it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from .base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio
+
+
+class FlowMapSDEScheduler(FlowScheduler):
+    """Segments of a few-step generator: where each begins, to which noise level it is solved, and the re-noising.
+
+    The grid of ``n`` segments gives the last one ``final_step_size_scale`` times the length of the others in schedule
+    time. With ``h = 0`` a segment is solved down to the start of the next. With ``h > 0`` it is solved further, to
+    ``sigma_dst = sigma_to m / (alpha_to + sigma_to m)``, and fresh noise makes up for the difference.
+
+    Args:
+        num_train_timesteps: Unit of the timesteps given to the model.
+        h: Amount of noise: 0 none, 1 the SDE of the forward process, ``'inf'`` re-noising.
+        use_fp64: Keep ``sigmas`` and ``timesteps`` in double precision.
+        shift: Shift of the schedule.
+        use_dynamic_shifting: Take the shift from the length of the latent.
+        dynamic_shifting_type: ``'exp'`` or ``'sqrt'``.
+        base_seq_len: See :func:`lakonlab.ops.time_shift.dynamic_shift`, as the next three.
+        max_seq_len: See ``base_seq_len``.
+        base_logshift: See ``base_seq_len``.
+        max_logshift: See ``base_seq_len``.
+        final_step_size_scale: Length of the last segment relative to the others.
+        max_raw_t: Schedule time at which the first segment begins.
+        min_raw_t: Schedule time at which the last segment ends.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        h: float | str = 0.0,
+        use_fp64: bool = False,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        dynamic_shifting_type: str = 'exp',
+        base_seq_len: int = 256,
+        max_seq_len: int = 4096,
+        base_logshift: float = 0.5,
+        max_logshift: float = 1.15,
+        final_step_size_scale: float = 1.0,
+        max_raw_t: float = 1.0,
+        min_raw_t: float = 0.0,
+    ):
+        if float(h) < 0:
+            raise ValueError(f"h={h!r}: expected a non-negative number or 'inf'")
+        self._reset()
+        self.destinations: list[float] = [0.0]
+        self.ratios: list[float] = [1.0]
+
+    def _raw_grid(self, num_inference_steps: int) -> Tensor:
+        c = self.config
+        scale = c.final_step_size_scale
+        last = c.min_raw_t + (c.max_raw_t - c.min_raw_t) * scale / (num_inference_steps - 1 + scale)
+        return torch.linspace(c.max_raw_t, last, num_inference_steps, dtype=torch.float64)
+
+    def _set_levels(self, levels: Tensor, device: torch.device | str | None) -> None:
+        super()._set_levels(levels, device)
+        pairs = list(zip(self.levels, self.levels[1:]))
+        self.ratios = [remaining_noise_ratio(sigma, sigma_to, self.config.h) for sigma, sigma_to in pairs]
+        self.destinations = [
+            sigma_to * ratio / (1 - sigma_to + sigma_to * ratio) for (_, sigma_to), ratio in zip(pairs, self.ratios)
+        ]
+        self.m_vals = torch.tensor(self.ratios, dtype=self.sigmas.dtype)
+        self.timesteps_dst = torch.tensor(
+            [sigma * self.config.num_train_timesteps for sigma in self.destinations],
+            dtype=self.timesteps.dtype,
+            device=device,
+        )
+
+    def noise_scale(self, step_index: int) -> float:
+        return self.levels[step_index + 1] * (1 - self.ratios[step_index] ** 2) ** 0.5
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor | None = None,
+        generator=None,
+        return_dict: bool = True,
+        noise: Tensor | None = None,
+    ) -> FlowSchedulerOutput | tuple[Tensor]:
+        """Re-noise the state that the flow map has reached.
+
+        Args:
+            model_output: State at the destination ``timesteps_dst`` of the segment, (B, C, *).
+            timestep: Where the segment began.
+            sample: Unused; accepted as by every scheduler.
+            generator: ``torch.Generator`` of the fresh noise, or one per sample.
+            return_dict: Return an output object instead of a tuple.
+            noise: The fresh noise itself, same shape as the state; drawn if left out.
+        """
+        index = self._next_step(timestep)
+        sigma_to = self.levels[index + 1]
+        prev_sample = (1 - sigma_to + sigma_to * self.ratios[index]) * model_output
+        scale = self.noise_scale(index)
+        if scale > 0:
+            prev_sample = prev_sample + scale * self._fresh_noise(model_output, noise, generator)
+        return FlowSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
