@@ -1,0 +1,68 @@
+"""What a feature extractor is: a frozen network that turns images into vectors and says which network it is."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lakonlab.registry import FEATURE_EXTRACTORS
+
+
+class Features(NamedTuple):
+    """What an extractor sees in a batch of images.
+
+    Args:
+        embedding: Shape (B, D), float32.
+        logits: Class scores, shape (B, number of classes), for extractors that classify; else None.
+    """
+
+    embedding: Tensor
+    logits: Tensor | None = None
+
+
+class FeatureExtractor(nn.Module, ABC):
+    """Base class; a new extractor implements :meth:`forward` and :meth:`protocol` and registers itself."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Features:
+        """Extract features.
+
+        Args:
+            images: Shape (B, C, H, W), float in [0, 1].
+
+        Returns:
+            Features of each image.
+        """
+
+    @abstractmethod
+    def protocol(self) -> dict[str, str]:
+        """What must be equal for two features to be comparable.
+
+        Returns:
+            Name of the extractor, hash of its weights, and how images are prepared, as plain data.
+        """
+
+
+class ExtractorPool:
+    """Builds extractors, each of them once, so that metrics share the network and its outputs."""
+
+    def __init__(self):
+        self._extractors: dict[str, FeatureExtractor] = {}
+
+    def build(self, config: Mapping) -> FeatureExtractor:
+        """Return the extractor of a config.
+
+        Args:
+            config: ``type``, a name registered in ``FEATURE_EXTRACTORS``, and the arguments of that class.
+
+        Returns:
+            A frozen extractor in evaluation mode; the same object for an equal config.
+        """
+        key = json.dumps(config, sort_keys=True, default=str)
+        if key not in self._extractors:
+            self._extractors[key] = FEATURE_EXTRACTORS.build(dict(config)).eval().requires_grad_(False)
+        return self._extractors[key]

@@ -1,0 +1,195 @@
+"""Evaluation while training, and the same evaluation afterwards."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.hooks import Hook
+from torch import nn
+
+from lakonlab.evaluation.evaluate import build_evaluation_loader, evaluate
+from lakonlab.evaluation.extractor import ExtractorPool
+from lakonlab.evaluation.images import ImageFolder
+from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.sampling import check_sample_kwargs
+from lakonlab.registry import HOOKS, METRICS
+
+logger = logging.getLogger('lakonlab.evaluation')
+
+
+@HOOKS.register_module()
+class GenerativeEvalHook(Hook):
+    """One entry of the section ``evaluation`` of a config: which samples to make, what to measure, when.
+
+    Args:
+        data: Key of the data set in the section ``data``.
+        prefix: Tells entries of one split apart; numbers are called ``{data}_{prefix}_{metric}``.
+        interval: Iterations between evaluations while training; or ``dict(milestones=[m1, ...], interval=[i0, i1,
+            ...])``, where the n-th interval holds from the n-th milestone on; None to evaluate with ``tools/test.py``
+            only.
+        metrics: Configs of metrics.
+        sample_kwargs: ``role`` (``'student'``, ``'ema'``, ``'teacher'``; by default the average, if there is one)
+            and ``test_cfg_override``.
+        reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
+        viz_dir: Folder of sample images; None for ``viz/<name of the run>/<data>_<prefix>``.
+        viz_num: Samples written as images; None for all, 0 for none.
+        feed_batch_size: Largest batch given to a feature extractor.
+        generate: If False, the real images of the split are measured instead of samples.
+        save_best_ckpt: Not supported; must be False.
+
+    Raises:
+        ValueError: An argument has an impossible value.
+    """
+
+    priority = 'LOW'
+
+    def __init__(
+        self,
+        data: str = 'val',
+        prefix: str = '',
+        interval: int | Mapping[str, Sequence[int]] | None = 1,
+        metrics: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        sample_kwargs: Mapping[str, Any] | None = None,
+        reference_kwargs: Mapping[str, Any] | None = None,
+        viz_dir: str | None = None,
+        viz_num: int | None = None,
+        feed_batch_size: int = 32,
+        generate: bool = True,
+        save_best_ckpt: bool = False,
+    ):
+        if save_best_ckpt:
+            raise ValueError(
+                'evaluation.save_best_ckpt=True is not supported: set it to False; '
+                'checkpoint_config.must_save_interval keeps checkpoints to choose from'
+            )
+        self.data = data
+        self.prefix = prefix
+        self.name = f'{data}_{prefix}' if prefix else data
+        self.interval = _checked_interval(interval)
+        self.sample_kwargs = check_sample_kwargs(sample_kwargs, f'evaluation {self.name}: sample_kwargs')
+        self.reference_kwargs = None
+        if reference_kwargs is not None:
+            self.reference_kwargs = check_sample_kwargs(reference_kwargs, f'evaluation {self.name}: reference_kwargs')
+        self.viz_dir = viz_dir
+        self.viz_num = viz_num
+        self.feed_batch_size = feed_batch_size
+        self.generate = generate
+        if isinstance(metrics, Mapping):
+            metrics = [metrics]
+        self.metrics = [METRICS.build(dict(metric)) for metric in metrics or ()]
+        self.extractors = ExtractorPool()
+        self.references = ReferenceSamples()
+        self._loader = None
+
+    def share(self, hooks: Sequence[Hook]) -> None:
+        """Use the networks and reference samples of the first evaluation of the run.
+
+        Args:
+            hooks: All hooks of the run.
+        """
+        first = next(hook for hook in hooks if isinstance(hook, GenerativeEvalHook))
+        self.extractors, self.references = first.extractors, first.references
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether to evaluate while training.
+
+        Args:
+            iteration: Number of completed iterations.
+
+        Returns:
+            True at multiples of the interval that holds there.
+        """
+        if self.interval is None or isinstance(self.interval, int):
+            interval = self.interval
+        else:
+            interval = self.interval['interval'][bisect_right(self.interval['milestones'], iteration)]
+        return interval is not None and iteration % interval == 0
+
+    def run(
+        self,
+        model: nn.Module,
+        data: Mapping[str, Any],
+        run_name: str,
+        tag: str,
+        loader: str = 'val_dataloader',
+    ) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Evaluate now.
+
+        Args:
+            model: Has ``val_step``.
+            data: Section ``data`` of the config.
+            run_name: Name of the run, for the default folder of images.
+            tag: Name of the weights that are evaluated: the iteration, or the checkpoint.
+            loader: Key of the loader arguments in ``data``.
+
+        Returns:
+            The results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``, ``prefix`` and
+            ``images``, the folder of images; and the grid of samples, uint8 (H, W, 3), or None.
+        """
+        if self._loader is None:
+            self._loader = build_evaluation_loader(data, self.data, loader)
+            for metric in self.metrics:
+                metric.bind(self.extractors)
+        folder = None
+        if self.viz_num != 0:
+            folder = ImageFolder(Path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag, self.viz_num)
+        results = evaluate(
+            model,
+            self._loader,
+            self.metrics,
+            sample_kwargs=self.sample_kwargs,
+            reference_kwargs=self.reference_kwargs,
+            references=self.references,
+            data=self.data,
+            version=tag,
+            images=folder,
+            feed_batch_size=self.feed_batch_size,
+            generate=self.generate,
+            name=self.name,
+        )
+        grid = folder.finish() if folder else None
+        summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=str(folder.path) if folder else None)
+        for metric, value in results['metrics'].items():
+            logger.info('%s_%s = %.4f', self.name, metric, value)
+        logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
+        return {**summary, **results}, grid
+
+    def before_train(self, runner) -> None:
+        self.share(runner.hooks)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        iteration = runner.iter + 1
+        if not self.is_due(iteration):
+            return
+        run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
+        results, grid = self.run(runner.model, runner.cfg.data, run_name, str(iteration))
+        scalars = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
+        if scalars:
+            runner.visualizer.add_scalars(scalars, step=iteration, file_path=f'{runner.timestamp}.json')
+        if grid is not None:
+            runner.visualizer.add_image(self.name, grid, step=iteration)
+
+
+def _checked_interval(interval: int | Mapping[str, Sequence[int]] | None) -> int | dict[str, list[int]] | None:
+    if interval is None:
+        return None
+    if isinstance(interval, Mapping):
+        if set(interval) != {'milestones', 'interval'}:
+            raise ValueError(f'evaluation.interval has keys {sorted(interval)}; expected milestones and interval')
+        milestones, intervals = list(interval['milestones']), list(interval['interval'])
+        if len(intervals) != len(milestones) + 1 or sorted(milestones) != milestones:
+            raise ValueError(
+                f'evaluation.interval: {len(milestones)} milestones {milestones} in increasing order need '
+                f'{len(milestones) + 1} intervals, found {intervals}'
+            )
+        interval, values = dict(milestones=milestones, interval=intervals), intervals
+    else:
+        values = [interval]
+    if any(not isinstance(value, int) or value < 1 for value in values):
+        raise ValueError(f'evaluation.interval={interval}: expected positive whole numbers of iterations')
+    return interval

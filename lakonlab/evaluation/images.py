@@ -1,0 +1,97 @@
+"""Sampled images as files: one PNG per sample, and a grid to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Quantise images.
+
+    Args:
+        images: Shape (B, C, H, W) with one or three channels, float in [0, 1]; values outside are clipped.
+
+    Returns:
+        Shape (B, H, W, 3), uint8, rounded to nearest.
+    """
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
+    """Arrange images of one size in rows.
+
+    Args:
+        pixels: Shape (N, H, W, 3), uint8, N at least 1.
+        columns: Images per row; None for a square.
+        padding: Grey pixels between images.
+
+    Returns:
+        One image, shape (rows, columns, 3), uint8.
+    """
+    count, height, width, _ = pixels.shape
+    factor = max(1, GRID_CELL // max(height, width))
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = height * factor, width * factor
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 96, np.uint8)
+    for index, image in enumerate(pixels):
+        top = padding + index // columns * (height + padding)
+        left = padding + index % columns * (width + padding)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+class ImageFolder:
+    """Writes samples of one evaluation as ``<id>.png`` and, at the end, ``grid.png``.
+
+    Args:
+        path: The folder; images that an earlier evaluation left there are replaced.
+        limit: Only samples with ids below it are written; None for all.
+        grid_limit: At most so many samples are shown in the grid.
+    """
+
+    def __init__(self, path: str | Path, limit: int | None = None, grid_limit: int = 100):
+        self.path = Path(path)
+        self.limit = limit
+        self.grid_limit = grid_limit
+        self._shown: dict[int, np.ndarray] = {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in self.path.glob('*.png'):
+            file.unlink()
+
+    def add(self, images: Tensor, ids: Sequence[int]) -> None:
+        """Write samples.
+
+        Args:
+            images: Shape (B, C, H, W), float in [0, 1].
+            ids: Number of each sample.
+        """
+        wanted = [row for row, number in enumerate(ids) if self.limit is None or number < self.limit]
+        if not wanted:
+            return
+        for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
+            Image.fromarray(pixels).save(self.path / f'{ids[row]:09d}.png')
+            if ids[row] < self.grid_limit:
+                self._shown[ids[row]] = pixels
+
+    def finish(self) -> np.ndarray | None:
+        """Write the grid.
+
+        Returns:
+            The grid, shape (H, W, 3), uint8; None if no sample was written.
+        """
+        if not self._shown:
+            return None
+        grid = make_grid(np.stack([self._shown[number] for number in sorted(self._shown)]))
+        Image.fromarray(grid).save(self.path / 'grid.png')
+        return grid

@@ -1,0 +1,248 @@
+"""Metrics of generated images.
+
+A metric is fed batches of samples and computes named numbers. With its numbers it gives its *protocol*: how many images
+it saw, through which features, against which reference, so that two numbers can be told to be comparable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor
+from lakonlab.evaluation.frechet import Moments, frechet_distance
+from lakonlab.evaluation.samples import SampleBatch, extract, real_images
+from lakonlab.registry import DATASETS, METRICS
+
+
+class Metric(ABC):
+    """Base class of metrics.
+
+    Class attribute ``needs_reference``: whether batches must come with images to compare with one by one.
+    """
+
+    needs_reference = False
+
+    def __init__(self):
+        self.reset()
+
+    def bind(self, extractors: ExtractorPool) -> None:  # noqa: B027 (most metrics need no network)
+        """Get the networks this metric needs from a pool that other metrics share.
+
+        Args:
+            extractors: Where to build them.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all samples; what does not depend on them (networks, references) stays."""
+
+    @abstractmethod
+    def feed(self, batch: SampleBatch) -> None:
+        """Take in samples.
+
+        Args:
+            batch: The samples; not kept.
+        """
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """The numbers, of all samples since the last reset.
+
+        Returns:
+            Name -> value.
+        """
+
+    @abstractmethod
+    def protocol(self) -> dict[str, Any]:
+        """What must be equal for two values to be comparable.
+
+        Returns:
+            Plain data: number of images, features, reference.
+        """
+
+
+class FeatureMetric(Metric):
+    """A metric of features.
+
+    Args:
+        extractor: Config of a feature extractor.
+    """
+
+    def __init__(self, extractor: Mapping[str, Any]):
+        super().__init__()
+        self.extractor_config = dict(extractor)
+        self.extractor: FeatureExtractor | None = None
+
+    def bind(self, extractors: ExtractorPool) -> None:
+        self.extractor = extractors.build(self.extractor_config)
+
+    def protocol(self) -> dict[str, Any]:
+        return dict(num_images=self.num_images, extractor=self.extractor.protocol())
+
+    def reset(self) -> None:
+        self.num_images = 0
+
+
+@METRICS.register_module()
+class FrechetDistance(FeatureMetric):
+    """Fréchet distance of features to those of real images (Heusel et al., 2017).
+
+    Args:
+        extractor: Config of a feature extractor.
+        reference: Config of a data set of real images.
+    """
+
+    def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any]):
+        super().__init__(extractor)
+        self.reference_config = dict(reference)
+        self._reference: Moments | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.moments = Moments()
+
+    def feed(self, batch: SampleBatch) -> None:
+        self.moments.update(batch.features(self.extractor).embedding)
+        self.num_images += len(batch.ids)
+
+    @property
+    def reference(self) -> Moments:
+        """Moments of the real images' features, computed at first use."""
+        if self._reference is None:
+            from lakonlab.datasets.loader import build_dataloader
+
+            device = next((parameter.device for parameter in self.extractor.parameters()), torch.device('cpu'))
+            moments = Moments()
+            for batch in build_dataloader(DATASETS.build(dict(self.reference_config)), 256):
+                moments.update(extract(self.extractor, real_images(batch).to(device), 256).embedding)
+            self._reference = moments
+        return self._reference
+
+    def compute(self) -> dict[str, float]:
+        mine, real = self.moments, self.reference
+        return dict(frechet_distance=frechet_distance(mine.mean(), mine.covariance(), real.mean(), real.covariance()))
+
+    def protocol(self) -> dict[str, Any]:
+        reference = dict(**self.reference_config, num_images=self.reference.count)
+        return dict(**super().protocol(), reference=reference)
+
+
+@METRICS.register_module()
+class ClassAccuracy(FeatureMetric):
+    """Fraction of samples that a classifier takes for the class they were asked to show.
+
+    Args:
+        extractor: Config of a feature extractor that classifies.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._correct = 0
+
+    def feed(self, batch: SampleBatch) -> None:
+        if batch.labels is None:
+            raise ValueError('ClassAccuracy needs samples with labels')
+        logits = batch.features(self.extractor).logits
+        if logits is None:
+            raise ValueError(f'ClassAccuracy.extractor: {type(self.extractor).__name__} does not classify')
+        self._correct += int((logits.argmax(dim=1) == batch.labels.to(logits.device)).sum())
+        self.num_images += len(batch.ids)
+
+    def compute(self) -> dict[str, float]:
+        return dict(class_accuracy=self._correct / self.num_images)
+
+
+@METRICS.register_module()
+class FeatureDiversity(FeatureMetric):
+    """Mean distance of features over all pairs of samples of a class, averaged over the classes.
+
+    Args:
+        extractor: Config of a feature extractor.
+        max_per_class: Only the first samples of each class count, because the pairs grow with their square.
+    """
+
+    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000):
+        super().__init__(extractor)
+        self.max_per_class = max_per_class
+
+    def reset(self) -> None:
+        super().reset()
+        self._by_class: dict[int, list[Tensor]] = {}
+
+    def feed(self, batch: SampleBatch) -> None:
+        labels = [0] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
+        for label, embedding in zip(labels, batch.features(self.extractor).embedding.cpu(), strict=True):
+            members = self._by_class.setdefault(label, [])
+            if len(members) < self.max_per_class:
+                members.append(embedding)
+                self.num_images += 1
+
+    def compute(self) -> dict[str, float]:
+        distances = [
+            torch.pdist(torch.stack(members).double()).mean() for members in self._by_class.values() if len(members) > 1
+        ]
+        if not distances:
+            raise ValueError('FeatureDiversity needs at least two samples of a class')
+        return dict(feature_diversity=torch.stack(distances).mean().item())
+
+
+@METRICS.register_module()
+class ReferenceRMSE(Metric):
+    """Root mean squared difference, over pixels and samples, to reference images made from the same noise.
+
+    Args:
+        pixel_range: Width of the range in which the difference is measured: 2 for pixels in [-1, 1].
+    """
+
+    needs_reference = True
+
+    def __init__(self, pixel_range: float = 2.0):
+        super().__init__()
+        self.pixel_range = pixel_range
+
+    def reset(self) -> None:
+        self._sum, self._numel, self.num_images = 0.0, 0, 0
+
+    def feed(self, batch: SampleBatch) -> None:
+        if batch.reference is None:
+            raise ValueError('ReferenceRMSE needs reference images: set reference_kwargs in the evaluation entry')
+        difference = batch.images.double() - batch.reference.double()
+        self._sum += difference.square().sum().item()
+        self._numel += difference.numel()
+        self.num_images += len(batch.ids)
+
+    def compute(self) -> dict[str, float]:
+        return dict(reference_rmse=self.pixel_range * (self._sum / self._numel) ** 0.5)
+
+    def protocol(self) -> dict[str, Any]:
+        return dict(num_images=self.num_images, pixel_range=self.pixel_range)
+
+
+@METRICS.register_module()
+class SamplingSpeed(Metric):
+    """Samples per second of wall time, without the first batch if there are others."""
+
+    def reset(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._count, self._seconds = 0, 0.0
+
+    def feed(self, batch: SampleBatch) -> None:
+        if batch.seconds is None:
+            raise ValueError('SamplingSpeed needs samples that were generated, not real images')
+        if self._first is None:
+            self._first = (len(batch.ids), batch.seconds)
+        else:
+            self._count += len(batch.ids)
+            self._seconds += batch.seconds
+
+    def compute(self) -> dict[str, float]:
+        count, seconds = (self._count, self._seconds) if self._count else self._first
+        return dict(samples_per_second=count / seconds)
+
+    def protocol(self) -> dict[str, Any]:
+        return dict(num_images=self._count or self._first[0], num_threads=torch.get_num_threads())

@@ -1,0 +1,80 @@
+"""All evaluations of a config, and the file that holds their results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lakonlab.evaluation.hook import GenerativeEvalHook
+from lakonlab.registry import HOOKS
+
+logger = logging.getLogger('lakonlab.evaluation')
+RESULTS_FILE = 'results.json'
+
+
+def run_evaluations(
+    model: nn.Module, cfg: Mapping[str, Any], *, tag: str = 'default', splits: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Run every entry of the section ``evaluation`` once.
+
+    Args:
+        model: Has ``val_step``.
+        cfg: The config; ``evaluation``, ``data`` and ``name`` are read.
+        tag: Name of the weights, e.g. of the checkpoint; part of the folder names of images.
+        splits: Only entries of these data splits; None for all.
+
+    Returns:
+        The results of each entry, in their order.
+
+    Raises:
+        ValueError: No entry is left to run.
+    """
+    entries = [dict(entry) for entry in cfg.get('evaluation') or () if splits is None or entry.get('data') in splits]
+    if not entries:
+        raise ValueError(f'evaluation has no entry to run{"" if splits is None else f" for data {list(splits)}"}')
+    hooks: list[GenerativeEvalHook] = []
+    for entry in entries:
+        entry.pop('priority', None)
+        hooks.append(HOOKS.build(entry))
+    results = []
+    for number, hook in enumerate(hooks, start=1):
+        logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
+        hook.share(hooks)
+        results.append(hook.run(model, cfg['data'], cfg.get('name', 'run'), tag, 'test_dataloader')[0])
+    return results
+
+
+def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
+    """Write results as JSON, all or nothing.
+
+    Args:
+        path: The file.
+        evaluations: Results of :func:`run_evaluations`.
+        **facts: What else a reader must know: name of the run, checkpoint, iteration, seed, config.
+
+    Returns:
+        What was written.
+    """
+    content = dict(
+        **facts,
+        finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        num_threads=torch.get_num_threads(),
+        evaluations=list(evaluations),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.write_text(json.dumps(content, indent=1, default=str) + '\n', encoding='utf-8')
+    os.replace(temporary, path)
+    return content

@@ -1,0 +1,83 @@
+"""A batch of generated images with all that metrics may ask about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lakonlab.evaluation.extractor import FeatureExtractor, Features
+
+
+@dataclass
+class SampleBatch:
+    """Generated images and how they came about.
+
+    Args:
+        images: Shape (B, C, H, W), float in [0, 1].
+        ids: Number of each sample in its data set.
+        labels: Class each sample was asked to show, shape (B,), int64; None without classes.
+        reference: Images to compare with one by one, shape of ``images``; None if no metric needs them.
+        seconds: Wall time of generating the batch; None if it was not generated.
+        feed_batch_size: Largest batch given to a feature extractor.
+    """
+
+    images: Tensor
+    ids: list[int]
+    labels: Tensor | None = None
+    reference: Tensor | None = None
+    seconds: float | None = None
+    feed_batch_size: int = 512
+    _features: dict[int, Features] = field(default_factory=dict, repr=False)
+
+    def features(self, extractor: FeatureExtractor) -> Features:
+        """Features of the images, computed once however many metrics ask.
+
+        Args:
+            extractor: The network, on the device of the images.
+
+        Returns:
+            Features of the batch.
+        """
+        if id(extractor) not in self._features:
+            self._features[id(extractor)] = extract(extractor, self.images, self.feed_batch_size)
+        return self._features[id(extractor)]
+
+
+@torch.no_grad()
+def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Features:
+    """Run an extractor in parts of limited size.
+
+    Args:
+        extractor: The network; moved to the device of the images.
+        images: Shape (B, C, H, W), float in [0, 1].
+        batch_size: Largest part.
+
+    Returns:
+        Features of all images.
+    """
+    parts = [extractor.to(images.device)(part) for part in images.split(batch_size)]
+    logits = None if parts[0].logits is None else torch.cat([part.logits for part in parts])
+    return Features(torch.cat([part.embedding for part in parts]), logits)
+
+
+def real_images(batch: dict) -> Tensor:
+    """The images of a batch of a data set.
+
+    Args:
+        batch: Has ``images`` in [0, 1], or pixels in [-1, 1] as ``latents`` of one or three channels.
+
+    Returns:
+        Shape (B, C, H, W), float in [0, 1].
+
+    Raises:
+        ValueError: The batch holds no images.
+    """
+    if 'images' in batch:
+        return batch['images']
+    latents = batch.get('latents')
+    if latents is None or latents.shape[1] not in (1, 3):
+        found = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
+        raise ValueError(f'real images need a data set with images or pixels, not test_mode=True; found {found}')
+    return latents / 2 + 0.5

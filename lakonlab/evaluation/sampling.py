@@ -1,0 +1,63 @@
+"""Sampling one batch for evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lakonlab.ops.random_source import SeededSource
+
+SAMPLE_ARGUMENTS = ('role', 'test_cfg_override')
+
+
+def check_sample_kwargs(kwargs: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """Check the arguments with which an evaluation samples.
+
+    Args:
+        kwargs: ``role`` and ``test_cfg_override``, both optional.
+        name: Config key they come from.
+
+    Returns:
+        The arguments as a dict.
+
+    Raises:
+        ValueError: There are others.
+    """
+    unknown = sorted(set(kwargs or {}) - set(SAMPLE_ARGUMENTS))
+    if unknown:
+        raise ValueError(f'{name}: unknown {", ".join(unknown)}; expected {" and ".join(SAMPLE_ARGUMENTS)}')
+    return dict(kwargs or {})
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
+
+
+def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int = 0) -> tuple[Tensor, float]:
+    """Generate the images of one batch.
+
+    What a sampler draws beyond the data set's noise is a function of the sample's id, not of the batch it is in.
+
+    Args:
+        model: Has ``val_step``.
+        batch: A batch of a data set in test mode.
+        kwargs: Arguments of ``val_step``.
+        seed: Seed of what the sampler draws.
+
+    Returns:
+        Images, shape (B, C, H, W), in [0, 1], and the seconds that it took.
+    """
+    device = device_of(model)
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    start = time.perf_counter()
+    with torch.no_grad():
+        outputs = model.val_step(batch, source=SeededSource(seed, row_ids=batch['ids']), **kwargs)
+    images = outputs['pred_imgs']
+    if images.device.type not in ('cpu', 'meta'):
+        torch.accelerator.synchronize()
+    return images, time.perf_counter() - start
