@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +18,24 @@ class TableCache:
 
     They are no buffers: a network that was built on the meta device and then given memory by ``to_empty`` would hold
     uninitialised ones, and no checkpoint needs them.
+
+    Args:
+        make: Computes the table of a key, on the CPU.
     """
 
-    def __init__(self):
+    def __init__(self, make: Callable[..., Tensor]):
+        self.make = make
         self._tables: dict[tuple, Tensor] = {}
 
-    def get(self, key: tuple, device: torch.device, make) -> Tensor:
-        """Return the table of ``key`` on ``device``; ``make()`` computes it on the CPU if it is not there yet."""
-        found = self._tables.get((key, device))
+    @torch.compiler.assume_constant_result
+    def get(self, device: torch.device, *key) -> Tensor:
+        """Return the table of ``key`` on ``device``."""
+        found = self._tables.get((device, key))
         if found is None:
             # an inference tensor could not be used in training later; a default device of "meta" must not apply
             with torch.inference_mode(False), torch.device('cpu'):
-                table = make()
-            found = self._tables[key, device] = table.to(device)
+                table = self.make(*key)
+            found = self._tables[device, key] = table.to(device)
         return found
 
 
@@ -44,7 +51,7 @@ def cos_sin(angles: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def position_table(width: int, rows: int, columns: int, base_size: int) -> Tensor:
+def position_table(width: int, base_size: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sine and cosine embedding of the positions of a token grid, in row-major order.
 
     Positions are scaled so that any grid spans the range of a ``base_size`` x ``base_size`` grid, which resizes the
@@ -52,12 +59,13 @@ def position_table(width: int, rows: int, columns: int, base_size: int) -> Tenso
 
     Args:
         width: Embedding width ``D``, a multiple of 4.
+        base_size: Tokens per side at the size the network was trained at.
         rows: Tokens from top to bottom.
         columns: Tokens from left to right.
-        base_size: Tokens per side at the size the network was trained at.
+        dtype: Dtype of the result.
 
     Returns:
-        Shape ``(1, rows * columns, D)``, float32.
+        Shape ``(1, rows * columns, D)``.
     """
     if width % 4:
         raise ValueError(f'a 2-D position table needs a width that is a multiple of 4, got {width}')
@@ -70,7 +78,7 @@ def position_table(width: int, rows: int, columns: int, base_size: int) -> Tenso
     row = torch.arange(rows, dtype=torch.float64) * (base_size / rows)
     column = torch.arange(columns, dtype=torch.float64) * (base_size / columns)
     row, column = torch.meshgrid(row, column, indexing='ij')
-    return torch.cat([embed(column), embed(row)], dim=1).float()[None]
+    return torch.cat([embed(column), embed(row)], dim=1).to(dtype)[None]
 
 
 class TimestepEmbedder(nn.Module):
@@ -83,14 +91,13 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.in_features = in_features
         self.linear_1 = nn.Linear(in_features, out_features)
         self.act = nn.SiLU()
         self.linear_2 = nn.Linear(out_features, out_features)
-        self.tables = TableCache()
+        self.tables = TableCache(partial(time_frequencies, in_features))
 
     def forward(self, timestep: Tensor) -> Tensor:
         """Embed times of shape ``(B,)``; returns ``(B, D)``. The angles are always computed in float32."""
-        frequencies = self.tables.get(('frequencies',), timestep.device, lambda: time_frequencies(self.in_features))
+        frequencies = self.tables.get(timestep.device)
         sinusoid = cos_sin(timestep.float()[:, None] * frequencies)
         return self.linear_2(self.act(self.linear_1(sinusoid.to(self.linear_1.weight.dtype))))

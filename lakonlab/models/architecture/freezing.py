@@ -53,6 +53,7 @@ def freeze(
         ValueError: A key matches nothing.
     """
     network.requires_grad_(False)
+    surrounding = next(network.parameters()).dtype
     modules = {name: module for name, module in network.named_modules() if name}
     parameters = dict(network.named_parameters())
     roots: list[str] = []  # outermost selected modules: a module computes in one precision, with all it contains
@@ -76,33 +77,44 @@ def freeze(
             if exclude_autocast_dtype is not None:
                 dtype = parse_dtype(exclude_autocast_dtype, 'freeze_exclude_autocast_dtype')
                 keep = any(name == other or name.startswith(other + '.') for other in keep_result)
-                compute_in(modules[name], dtype, restore=not keep)
+                for module in _callable_parts(modules[name]):
+                    compute_in(module, dtype, None if keep else surrounding)
     return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 
-def compute_in(module: nn.Module, dtype: torch.dtype, restore: bool) -> None:
+def compute_in(module: nn.Module, dtype: torch.dtype, result_dtype: torch.dtype | None) -> None:
     """Make a module with float32 weights compute in ``dtype``, whatever precision surrounds it.
 
     Args:
         module: The module, changed in place.
         dtype: float32, or a lower precision for autocast inside the module.
-        restore: Whether floating point results get the dtype of the first floating point input.
+        result_dtype: Dtype of its floating point results; None to leave them as they are.
     """
     # a partial, not a closure: deepcopy of the module then binds the copy
-    module.forward = functools.partial(_forward_in, module, dtype, restore)
+    module.forward = functools.partial(_forward_in, module, dtype, result_dtype)
 
 
-def _forward_in(module: nn.Module, dtype: torch.dtype, restore: bool, *args, **kwargs):
-    tensors = [value for value in (*args, *kwargs.values()) if _is_floating(value)]
-    kind = tensors[0].device.type if tensors else 'cpu'
+def _forward_in(module: nn.Module, dtype: torch.dtype, result_dtype: torch.dtype | None, *args, **kwargs):
+    kind = next((value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), 'cpu')
     with autocast(kind, None if dtype == torch.float32 else dtype, override=True):
         if dtype == torch.float32:
-            args = [value.float() if _is_floating(value) else value for value in args]
-            kwargs = {name: value.float() if _is_floating(value) else value for name, value in kwargs.items()}
+            args = [_cast(value, torch.float32) for value in args]
+            kwargs = {name: _cast(value, torch.float32) for name, value in kwargs.items()}
         result = type(module).forward(module, *args, **kwargs)
-    if restore and tensors and _is_floating(result):
-        result = result.to(tensors[0].dtype)
-    return result
+    if isinstance(result, tuple):
+        return tuple(_cast(value, result_dtype) for value in result)
+    return _cast(result, result_dtype)
+
+
+def _cast(value, dtype: torch.dtype | None):
+    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _callable_parts(module: nn.Module) -> list[nn.Module]:
+    """The module, or the parts of a container that is never called itself."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [part for child in module.children() for part in _callable_parts(child)]
+    return [module]
 
 
 def autocast(device_type: str, dtype: torch.dtype | None, override: bool = False):
@@ -116,10 +128,6 @@ def autocast(device_type: str, dtype: torch.dtype | None, override: bool = False
     if device_type == 'meta' or (dtype is None and not override):
         return nullcontext()
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
-
-
-def _is_floating(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _selects(key: str, name: str) -> bool:

@@ -46,12 +46,16 @@ def locate_weights(path: str) -> Path:
         if local.suffix not in SAFETENSORS_SUFFIXES + PICKLED_SUFFIXES:
             kinds = ', '.join(SAFETENSORS_SUFFIXES + PICKLED_SUFFIXES)
             raise PretrainedError(
-                f'pretrained={path!r} has the suffix {local.suffix!r}; expected one of {kinds}, or a checkpoint directory'
+                f'pretrained={path!r} has the suffix {local.suffix!r}; expected one of {kinds}, '
+                'or the directory of a checkpoint'
             )
         return local
-    from lakonlab.storage.checkpoint import find_checkpoint
+    from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint
 
-    found = find_checkpoint(path)
+    try:
+        found = find_checkpoint(path)
+    except CheckpointError as error:
+        raise PretrainedError(f'pretrained={path!r} cannot be used: {error}') from error
     if found is None:
         raise FileNotFoundError(
             f'pretrained={path!r} does not exist (working directory {str(Path.cwd())!r}); '
@@ -77,9 +81,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """
     found = locate_weights(path)
     if found.is_dir():
-        from lakonlab.storage.checkpoint import load_model_state
+        from lakonlab.storage.checkpoint import CheckpointError, load_model_state
 
-        state = load_model_state(str(found))
+        try:
+            state = load_model_state(found)
+        except CheckpointError as error:
+            raise PretrainedError(f'pretrained={path!r} cannot be used: {error}') from error
     elif found.suffix in SAFETENSORS_SUFFIXES:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

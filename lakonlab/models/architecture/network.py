@@ -57,8 +57,9 @@ class Network(nn.Module):
         ValueError: Options that contradict each other.
     """
 
-    #: Keys of a weights file that the network may lack / that the network has but a file may lack.
+    #: Names that a weights file may have though the network does not.
     ignored_keys: tuple[str, ...] = ()
+    #: Names that a weights file may lack.
     allowed_missing: tuple[str, ...] = ()
     #: Modules that make the output: trained in float32, they hand on float32.
     output_modules: tuple[str, ...] = ()
@@ -93,7 +94,8 @@ class Network(nn.Module):
         self.torch_dtype = parse_dtype(torch_dtype, 'torch_dtype')
         self.autocast_dtype = None if autocast_dtype is None else parse_dtype(autocast_dtype, 'autocast_dtype')
         self.checkpointing = checkpointing
-        self.compile_kwargs = dict(compile_kwargs or {}) if compile_forward else None
+        # one graph per image size: the position table of a size is a constant of its graph
+        self.compile_kwargs = {'dynamic': False, **(compile_kwargs or {})} if compile_forward else None
 
     def init_weights(self) -> None:
         """Draw the weights of a network that is trained from scratch."""

@@ -9,6 +9,8 @@ they are loaded. Parameter names are those of the diffusers library.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
@@ -30,21 +32,14 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, width: int, patch_size: int, sample_size: int):
         super().__init__()
-        self.width = width
-        self.base_size = sample_size // patch_size
         self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
-        self.tables = TableCache()
+        self.tables = TableCache(partial(position_table, width, sample_size // patch_size))
 
     def forward(self, images: Tensor) -> Tensor:
         """Shape ``(B, C, H, W)`` to ``(B, L, D)``."""
         features = self.proj(images)
         rows, columns = features.shape[-2:]
-        dtype = features.dtype
-        table = self.tables.get(
-            (rows, columns, dtype),
-            features.device,
-            lambda: position_table(self.width, rows, columns, self.base_size).to(dtype),
-        )
+        table = self.tables.get(features.device, rows, columns, features.dtype)
         return features.flatten(2).transpose(1, 2) + table
 
 
@@ -297,9 +292,9 @@ class DiTBackbone(Network):
         """See the base class: shared embedding of original DiT files, means of those that also predict a variance."""
         original = any('.norm1.emb.' in name for name in state)
         state = share_embedding(state)
-        if not original and 'proj_out_2.weight' in state and hasattr(self, 'proj_out_2'):
-            if state['proj_out_2.weight'].shape == self.proj_out_2.weight.shape:  # this network's own output layer
-                return state
+        own = getattr(self, 'proj_out_2', None)
+        if not original and own is not None and own.weight.shape == state.get('proj_out_2.weight', own.weight).shape:
+            return state  # weights of this very architecture
         return keep_prediction_rows(state, self.patch_size, self.out_channels)
 
     def encode(

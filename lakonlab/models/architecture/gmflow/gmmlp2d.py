@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -62,7 +63,8 @@ class GMFlowMLP2DDenoiser(Network):
         self.out_means = nn.Linear(hidden_dim, num_gaussians * NUM_COORDINATES)
         self.out_logweights = nn.Linear(hidden_dim, num_gaussians)
         self.out_logstds = nn.Linear(hidden_dim, 1) if constant_logstd is None else None
-        self.tables = TableCache()
+        self.time_frequencies = TableCache(partial(time_frequencies, embed_dim, frequency_shift=1.0))
+        self.point_frequencies = TableCache(partial(point_frequencies, embed_dim))
         self.prepare()
 
     @torch.no_grad()
@@ -92,10 +94,8 @@ class GMFlowMLP2DDenoiser(Network):
             ``means (B, K, 2, 1, 1)``, ``logweights (B, K, 1, 1, 1)``, ``logstds (B, 1, 1, 1, 1)``.
         """
         batch, device = hidden_states.shape[0], hidden_states.device
-        frequencies = self.tables.get(('time',), device, lambda: time_frequencies(self.embed_dim, frequency_shift=1.0))
-        periods = self.tables.get(('point',), device, self._angular_frequencies)
-        time = cos_sin(timestep.float()[:, None] * frequencies)
-        angles = hidden_states.reshape(batch, NUM_COORDINATES, 1).float() * periods
+        time = cos_sin(timestep.float()[:, None] * self.time_frequencies.get(device))
+        angles = hidden_states.reshape(batch, NUM_COORDINATES, 1).float() * self.point_frequencies.get(device)
         point = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
         with self.autocast(device):
             features = self.net(torch.cat([time, point], dim=1).to(self.net[0].weight.dtype))
@@ -108,7 +108,8 @@ class GMFlowMLP2DDenoiser(Network):
         mixture = {'means': means, 'logweights': logweights[:, :, None, None, None], 'logstds': logstds}
         return {name: tensor.to(hidden_states.dtype) for name, tensor in mixture.items()}
 
-    def _angular_frequencies(self) -> Tensor:
-        """Angular frequencies of a coordinate, geometric between both periods, shape ``(embed_dim / 4,)``."""
-        exponents = torch.linspace(0, 1, self.embed_dim // (2 * NUM_COORDINATES), dtype=torch.float64)
-        return (2 * math.pi / (SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** exponents)).float()
+
+def point_frequencies(embed_dim: int) -> Tensor:
+    """Angular frequencies for a coordinate, geometric between both periods, shape ``(embed_dim / 4,)``."""
+    exponents = torch.linspace(0, 1, embed_dim // (2 * NUM_COORDINATES), dtype=torch.float64)
+    return (2 * math.pi / (SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** exponents)).float()
