@@ -82,7 +82,12 @@ def publish_directory(temporary: Path, final: Path) -> None:
         # A directory cannot be renamed onto one that is not empty, so the old one steps aside first.
         replaced = final.parent / f'.{final.name}{TEMPORARY_MARK}replaced-{uuid.uuid4().hex[:8]}'
         os.rename(final, replaced)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced is not None:
+            os.rename(replaced, final)
+        raise
     fsync_directory(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced)
