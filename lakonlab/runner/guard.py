@@ -46,8 +46,10 @@ class SkipGuard:
             return
         self.in_a_row += 1
         self.total += 1
-        bad = [f'{key}={value}' for key, value in log_vars.items() if not math.isfinite(value)]
-        what = f'not finite: {", ".join(bad)}' if bad else 'gradient norm above the limit of grad_clip_skip_ratio'
+        bad = [f'{key}={value}' for key, value in log_vars.items() if 'loss' in key and not math.isfinite(value)]
+        what = 'gradient not finite, or larger than grad_clip_skip_ratio allows'
+        if bad:
+            what = f'not finite: {", ".join(bad)}'
         rates = ', '.join(f'{key} {value:.3e}' for key, value in lr.items())
         logger.warning(
             'iteration %d: no step for %s (%s; lr %s); %d skipped in a row, %d in all',

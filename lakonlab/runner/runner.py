@@ -23,6 +23,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.optim import Optimizer
 
+from lakonlab.config.load import resolved_text
 from lakonlab.mmengine_parts import (
     Hook,
     IterTimerHook,
@@ -106,6 +107,7 @@ class Runner:
         self.strategy, self.rank, self.world_size = strategy, strategy.rank, strategy.world_size
         self.seed = seed
         self.cfg = Config() if cfg is None else cfg
+        self.config_text = resolved_text(self.cfg)
         self.guard = guard or SkipGuard()
         self.gc_interval = gc_interval
         self.settings = settings or log_settings(None, work_dir)
@@ -390,7 +392,8 @@ class Runner:
 
     def describe(self) -> str:
         """What a reader of the log wants to know before the first iteration."""
-        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        trainable = sum(parameter.numel() for group in groups for parameter in group['params'])
         checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
         rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
         return '\n'.join(

@@ -132,7 +132,7 @@ class CheckpointHook(Hook):
         if self.save_optimizer:
             optimizer_tensors, state['optimizers'] = strategy.optimizer_state(runner.model, runner.optimizers)
             tensors['optimizer'] = strategy.snapshot(optimizer_tensors)
-        job = partial(self._write, runner.checkpoint_dir, step, tensors, copy.deepcopy(state), runner.cfg.pretty_text)
+        job = partial(self._write, runner.checkpoint_dir, step, tensors, copy.deepcopy(state), runner.config_text)
         self.last_saved = step
         self._writer.submit(job)
         if wait or not self.asynchronous:
