@@ -213,8 +213,8 @@ def tie_frozen_modules(student: nn.Module, teacher: nn.Module) -> None:
                 )
                 if not same:
                     raise ValueError(
-                        f'tie_teacher=True, but the frozen {here} of student and teacher differ: load both from the same'
-                        ' weights, or set tie_teacher=False'
+                        f'tie_teacher=True, but the frozen {here} of student and teacher differ: load both from the'
+                        ' same weights, or set tie_teacher=False'
                     )
                 setattr(student_module, name, other)
                 num_tied += 1
