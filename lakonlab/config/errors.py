@@ -16,7 +16,15 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     return found[0] if found else None
 
 
-def describe_unknown(path: str, what: str, name: str, valid: Iterable[str], most_listed: int = 30) -> str:
+def shorten(value: object, most_characters: int = 60) -> str:
+    """``repr`` of a value, cut to a length that fits into a message."""
+    text = repr(value)
+    return text if len(text) <= most_characters else f'{text[: most_characters - 4]} ...'
+
+
+def describe_unknown(
+    path: str, what: str, name: str, valid: Iterable[str], *, value: object = ..., most_listed: int = 30
+) -> str:
     """Message about a name that does not exist.
 
     Args:
@@ -24,10 +32,12 @@ def describe_unknown(path: str, what: str, name: str, valid: Iterable[str], most
         what: What the name would be (``argument of GaussianFlow``, ``type``, ...).
         name: The name that was found.
         valid: Names that exist.
+        value: What was found under the name, if it is a key.
         most_listed: All valid names are listed if there are no more than this.
     """
     valid = sorted(set(valid))
-    message = f'{path}: {name!r} is no {what}'
+    found = '' if value is ... else f' (found {name}={shorten(value)})'
+    message = f'{path}: {name!r} is no {what}{found}'
     suggestion = nearest(name, valid)
     if suggestion is not None:
         message += f'; did you mean {suggestion!r}?'

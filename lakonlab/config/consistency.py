@@ -1,0 +1,140 @@
+"""Checks across sections: values that are fine alone but contradict each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lakonlab.config.signature import arguments_of
+
+SEGMENT_TOLERANCE = 1e-3
+"""Relative difference of segment sizes that is put down to rounding in the config."""
+
+
+def check_consistency(
+    cfg: Mapping[str, Any], classes: Mapping[str, type], problems: list[str], notes: list[str]
+) -> None:
+    """Append what contradicts itself to ``problems``, and what is unusual to ``notes``.
+
+    Args:
+        cfg: A config whose names have all been checked.
+        classes: Dotted key -> class of every dict with a ``type``.
+        problems: Extended in place.
+        notes: Extended in place.
+    """
+    student, teacher = (_Part(cfg, classes, f'model.{name}') for name in ('diffusion', 'teacher'))
+    if student.exists and teacher.exists and student.num_timesteps != teacher.num_timesteps:
+        problems.append(
+            f'model.diffusion.num_timesteps: {student.num_timesteps} differs from model.teacher.num_timesteps, '
+            f'{teacher.num_timesteps}; student and teacher must measure time in the same unit'
+        )
+    for path, section, role in _sampling_sections(cfg):
+        part = teacher if role == 'teacher' else student
+        if part.exists:
+            problems.extend(_guidance_problems(path, section, part))
+    if student.node.get('policy_type') == 'DX':
+        problems.extend(_grid_problems(cfg, student))
+    train_nfe, test_nfe = ((cfg.get(key) or {}).get('nfe') for key in ('train_cfg', 'test_cfg'))
+    if train_nfe is not None and test_nfe is not None and train_nfe != test_nfe:
+        notes.append(
+            f'train_cfg.nfe is {train_nfe} and test_cfg.nfe is {test_nfe}: samples differ from what is trained'
+        )
+    problems.extend(_batch_problems(cfg))
+
+
+class _Part:
+    """``model.diffusion`` or ``model.teacher``."""
+
+    def __init__(self, cfg: Mapping[str, Any], classes: Mapping[str, type], path: str):
+        self.exists = path in classes
+        self.kind = classes.get(path)
+        self.node: Mapping[str, Any] = cfg['model'][path.split('.')[1]] if self.exists else {}
+
+    def argument(self, name: str) -> Any:
+        """Value of a constructor argument, given or by default."""
+        return self.node.get(name, arguments_of(self.kind).defaults.get(name)) if self.kind else None
+
+    @property
+    def num_timesteps(self) -> Any:
+        return self.argument('num_timesteps')
+
+    @property
+    def mixes_probabilities(self) -> bool:
+        """Whether guidance is GMFlow's, whose scale lies in (0, 1)."""
+        return any(kind.__name__ == 'GMFlow' for kind in self.kind.__mro__)
+
+    @property
+    def shift(self) -> float:
+        return (self.node.get('timestep_sampler') or {}).get('shift', 1.0)
+
+
+def _sampling_sections(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """Every section of sampling options, with the role that samples by it."""
+    yield 'test_cfg', cfg.get('test_cfg') or {}, None
+    yield 'train_cfg.teacher_test_cfg', (cfg.get('train_cfg') or {}).get('teacher_test_cfg') or {}, 'teacher'
+    for index, entry in enumerate(cfg.get('evaluation') or ()):
+        for key in ('sample_kwargs', 'reference_kwargs'):
+            kwargs = entry.get(key) or {}
+            yield (
+                f'evaluation.{index}.{key}.test_cfg_override',
+                kwargs.get('test_cfg_override') or {},
+                kwargs.get('role'),
+            )
+
+
+def _guidance_problems(path: str, section: Mapping[str, Any], part: _Part) -> Iterator[str]:
+    scale = section.get('guidance_scale')
+    if isinstance(scale, (int, float)) and not part.mixes_probabilities and (scale < 0 or 0 < scale < 1):
+        yield (
+            f'{path}.guidance_scale: found {scale}; {part.kind.__name__} needs 0 or 1 (no guidance) or more than 1; '
+            'scales between 0 and 1 belong to GMFlow'
+        )
+    interval, end = section.get('guidance_interval'), part.num_timesteps
+    if interval is not None and end is not None:
+        low, high = interval if len(interval) == 2 else (math.nan, math.nan)
+        if not 0 <= low <= high <= end:
+            yield (
+                f'{path}.guidance_interval: found {list(interval)}, expected [low, high] with '
+                f'0 <= low <= high <= {end}, in units of num_timesteps'
+            )
+
+
+def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
+    """A DX grid is laid out over one segment, so it must know how long segments are and how time is shifted."""
+    policy = student.node.get('policy_kwargs') or {}
+    shift = policy.get('shift', 1.0)
+    if not math.isclose(shift, student.shift, rel_tol=SEGMENT_TOLERANCE):
+        yield (
+            f'model.diffusion.policy_kwargs.shift: found {shift}, expected {student.shift}, the shift of '
+            'model.diffusion.timestep_sampler'
+        )
+    if policy.get('mode', 'grid') != 'grid':
+        return
+    segment = policy.get('segment_size', 1.0)
+    test_cfg = cfg.get('test_cfg') or {}
+    sections = [('train_cfg', cfg.get('train_cfg') or {}), ('test_cfg', test_cfg)]
+    for path, override, role in _sampling_sections(cfg):
+        if path.startswith('evaluation') and role != 'teacher' and {'nfe', 'final_step_size_scale'} & set(override):
+            sections.append((path, {**test_cfg, **override}))
+    for path, section in sections:
+        nfe = section.get('nfe')
+        if nfe is None:
+            continue
+        expected = 1 / (nfe - 1 + section.get('final_step_size_scale', 1.0))
+        if not math.isclose(segment, expected, rel_tol=SEGMENT_TOLERANCE):
+            yield (
+                f'model.diffusion.policy_kwargs.segment_size: found {segment:g}, but nfe={nfe} and '
+                f'final_step_size_scale={section.get("final_step_size_scale", 1.0)} of {path} make segments of '
+                f'{expected:g}, 1 / (nfe - 1 + final_step_size_scale)'
+            )
+
+
+def _batch_problems(cfg: Mapping[str, Any]) -> Iterator[str]:
+    data, micro = cfg.get('data') or {}, (cfg.get('train_cfg') or {}).get('grad_accum_batch_size')
+    batch = {**data, **(data.get('train_dataloader') or {})}.get('samples_per_gpu')
+    if micro and batch and batch % max(1, min(micro, batch)):
+        yield (
+            f'train_cfg.grad_accum_batch_size: found {micro}, which does not divide the batch of '
+            f'data.train_dataloader.samples_per_gpu, {batch}; choose a divisor'
+        )

@@ -1,0 +1,207 @@
+"""The sections of a config that are plain data: their keys, and what each means.
+
+Sections that name classes (``model``, data sets, hooks, metrics) are checked against the constructors of those classes,
+``train_cfg`` and ``test_cfg`` against what the classes declare that they read; see ``check.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class TopLevel:
+    """Names at the top level of a config that have a meaning; others are helper variables."""
+
+    name: str | None = None
+    """Name of the run; by default the stem of the file."""
+    model: Mapping[str, Any] | None = None
+    """The trainable whole, ``dict(type='LatentDiffusionClassImage', ...)``."""
+    train_cfg: Mapping[str, Any] | None = None
+    """How the model trains; shared by the whole, its diffusion and its teacher."""
+    test_cfg: Mapping[str, Any] | None = None
+    """How the model samples."""
+    optimizer: Mapping[str, Any] | None = None
+    """Submodule path -> ``dict(type='AdamW', lr=...)``."""
+    lr_config: Mapping[str, Any] | None = None
+    """Learning rate over time, see :class:`LearningRate`."""
+    data: Mapping[str, Any] | None = None
+    """Data sets by split, and loaders, see :class:`Loader`."""
+    total_iters: int | None = None
+    """Iterations of the whole run."""
+    checkpoint_config: Mapping[str, Any] | None = None
+    """Arguments of ``CheckpointHook``; None saves nothing."""
+    evaluation: Sequence[Any] | None = None
+    """A list of hooks ``dict(type='GenerativeEvalHook', data=<split>, ...)``."""
+    log_config: Mapping[str, Any] | None = None
+    """Logs, see :class:`Log`."""
+    custom_hooks: Sequence[Any] | None = None
+    """A list of hooks; ``priority`` may be given beside their arguments."""
+    runner: Mapping[str, Any] | None = None
+    """The loop, see :class:`Loop`."""
+    load_from: str | None = None
+    """Checkpoint whose weights a new run starts from."""
+    resume_from: str | None = None
+    """Checkpoint to continue from; ``latest`` in the run's own directory means: if there is one."""
+    work_dir: str | None = None
+    """Directory of the logs; by default ``work_dirs/<name>``."""
+    seed: int | None = None
+    """Seed of the run; by default 2021."""
+    custom_imports: Mapping[str, Any] | None = None
+    """Modules to import first, see :class:`CustomImports`."""
+    module_wrapper: str | None = None
+    """Parallel strategy of several processes."""
+    fsdp_kwargs: Mapping[str, Any] | None = None
+    """Arguments of the strategies that shard."""
+    find_unused_parameters: bool = False
+    """For DDP."""
+    dist_params: Mapping[str, Any] | None = None
+    """How several processes find each other."""
+    log_level: str = 'INFO'
+    """Least level that is logged."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN time its algorithms first."""
+    workflow: Sequence[Any] | None = None
+    opencv_num_threads: int | None = None
+    mp_start_method: str | None = None
+    optimizer_config: Mapping[str, Any] | None = None
+    momentum_config: Mapping[str, Any] | None = None
+    fp16: Any = None
+    apex_amp: Any = None
+
+
+@dataclass(kw_only=True)
+class Loader:
+    """Loader arguments, in ``data`` for all loaders or in ``data.<train|val|test>_dataloader`` for one kind."""
+
+    samples_per_gpu: int | None = None
+    """Batch size of one process."""
+    workers_per_gpu: int = 0
+    """Worker processes of one process; 0 loads in the process itself."""
+    persistent_workers: bool = False
+    """Keep workers between passes."""
+    prefetch_factor: int | None = None
+    """Batches that each worker loads ahead."""
+    pin_memory: bool = False
+    """Load into page-locked memory."""
+    timeout: float = 0
+    """Seconds to wait for a worker; 0 for ever."""
+    multiprocessing_context: str | None = None
+    """How workers are started: ``fork``, ``spawn`` or ``forkserver``."""
+
+
+@dataclass(kw_only=True)
+class LearningRate:
+    """``lr_config``; arguments of the policy (``step``, ``gamma``, ``power``, ``min_lr`` ...) stand beside these."""
+
+    policy: str = 'fixed'
+    """``fixed``, ``step``, ``exp``, ``poly``, ``inv``, ``CosineAnnealing`` or ``FlatCosineAnnealing``."""
+    warmup: str | None = None
+    """``linear``, ``constant``, ``exp`` or None."""
+    warmup_iters: int = 0
+    """Iterations of warm-up."""
+    warmup_ratio: float = 0.1
+    """Factor of the learning rate at the start, in (0, 1]."""
+    by_epoch: bool = False
+    """Only False: schedules count iterations."""
+
+
+@dataclass(kw_only=True)
+class Log:
+    """``log_config``."""
+
+    interval: int = 50
+    """Iterations between log lines; also the window of averages."""
+    hooks: Sequence[Any] | None = None
+    """``dict(type='TextLoggerHook')``, ``'TensorboardLoggerHook'`` or ``'WandbLoggerHook'``."""
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """``runner``."""
+
+    type: str = 'DynamicIterBasedRunner'
+    """The only loop there is; the name is accepted for the sake of published configs."""
+    pass_training_status: bool = True
+    """The iteration is always passed to the model."""
+    ckpt_trainable_only: bool = True
+    """Save only what is trained (and its averages)."""
+    gc_interval: int = 0
+    """Collect garbage by hand every so many iterations; 0 leaves it to Python."""
+    max_skipped_iters: int = 20
+    """Iterations in a row without a step (loss or gradient not finite) that end the run."""
+    auto_resume: bool = True
+    """Continue from the run's own newest checkpoint if there is one."""
+
+
+@dataclass(kw_only=True)
+class CustomImports:
+    """``custom_imports``."""
+
+    imports: Sequence[str] | str
+    """Modules to import, so that their classes are registered."""
+    allow_failed_imports: bool = False
+    """Only warn if one cannot be imported."""
+
+
+HELPER_NAMES = frozenset(
+    {
+        'data_split',
+        'prefix',
+        'step',
+        'substep',
+        'steps',
+        'metrics',
+        'metric',
+        'methods',
+        'method',
+        'temperature',
+        'temperatures',
+        'guidance_scale',
+        'guidance_scales',
+        'save_interval',
+        'must_save_interval',
+        'eval_interval',
+        'data_root',
+        'batch_size',
+        'nfe',
+    }
+)
+"""Usual helper variables; never taken for misspelt sections."""
+
+LOOP_TYPES = ('DynamicIterBasedRunner', 'DynamicIterBasedRunnerMod', 'IterBasedRunner')
+LOGGER_TYPES = ('TextLoggerHook', 'TensorboardLoggerHook', 'WandbLoggerHook')
+
+OPTIMIZER_KEY_PATTERNS = ('{}_grad_clip', '{}_grad_clip_begin_iter', '{}_grad_clip_skip_ratio')
+"""Keys of ``train_cfg`` that exist once per key of ``optimizer``."""
+TRAINING_STEP_KEYS = ('grad_accum_batch_size',)
+"""Keys of ``train_cfg`` that every training step reads."""
+
+LEGACY_KEYS: dict[str, str] = {
+    'workflow': 'training and evaluation are scheduled by their intervals',
+    'mp_start_method': 'set data.multiprocessing_context to choose how workers start',
+    'opencv_num_threads': 'no OpenCV threads are used',
+    'optimizer_config': 'gradient clipping is set in train_cfg (<key>_grad_clip)',
+    'momentum_config': 'momentum is constant',
+    'data.num_threads': 'it is no argument of a data loader',
+    'data.val_workers_per_gpu': 'set data.test_dataloader.workers_per_gpu',
+    'runner.ckpt_fp16': 'what a run resumes from is never rounded',
+    'runner.ckpt_fp16_ema': 'what a run resumes from is never rounded',
+    'runner.ckpt_bf16_optim': 'what a run resumes from is never rounded',
+    'runner.is_dynamic_ddp': 'strategies are chosen by module_wrapper',
+    'runner.fp16_loss_scaler': 'parameters are trained in float32 or bfloat16, which need no loss scaling',
+    'runner.use_apex_amp': 'apex is not used',
+    'checkpoint_config.create_symlink': 'the newest checkpoint is found without links',
+    'checkpoint_config.filename_tmpl': 'checkpoints are named iter_<N>',
+    'checkpoint_config.sync_buffer': 'buffers are saved as they are',
+    'lr_config.warmup_by_epoch': 'schedules count iterations',
+}
+"""Dotted keys of the published schema that are accepted and have no effect here -> why."""
+
+REFUSED_KEYS: dict[str, str] = {
+    'fp16': "choose precision by the network's torch_dtype and autocast_dtype",
+    'apex_amp': "apex is not supported; choose precision by the network's torch_dtype and autocast_dtype",
+}
+"""Top-level keys whose effect would silently be missing -> what to do instead."""
