@@ -6,7 +6,6 @@ compiles, in this order.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,22 +17,9 @@ from lakonlab.models.architecture.freezing import autocast, freeze, parse_dtype
 from lakonlab.models.architecture.loading import load_pretrained
 
 
-def inherit_arguments(cls: type) -> type:
-    """Class decorator: let ``**kwargs`` of a constructor show as the arguments of the base class that receive them.
-
-    A config is checked against constructor signatures, so a misspelt argument must not vanish in ``**kwargs``.
-    """
-    own = inspect.signature(cls.__init__)
-    base = inspect.signature(super(cls, cls).__init__)
-    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    known = {p.name for p in named}
-    inherited = [
-        p.replace(kind=p.KEYWORD_ONLY)
-        for p in base.parameters.values()
-        if p.name not in known and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    cls.__init__.__signature__ = own.replace(parameters=[*named, *inherited])
-    return cls
+def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raise the precision of a result to ``dtype``; never lower it, an output layer may have computed in float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
 class Network(nn.Module):

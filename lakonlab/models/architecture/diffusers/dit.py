@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lakonlab.models.architecture.embeddings import TableCache, TimestepEmbedder, position_table
 from lakonlab.models.architecture.heads import fold_tokens, require_positive
-from lakonlab.models.architecture.network import Network, inherit_arguments
+from lakonlab.models.architecture.network import Network, at_least
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.registry import MODULES
 
@@ -166,7 +166,6 @@ def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, normed, 1 + scale)
 
 
-@inherit_arguments
 class DiTBackbone(Network):
     """Everything of a DiT but its output layer: what teachers and students share.
 
@@ -331,7 +330,6 @@ class DiTBackbone(Network):
 
 
 @MODULES.register_module()
-@inherit_arguments
 class DiTTransformer2DModelMod(DiTBackbone):
     """DiT that predicts one image, such as a velocity: the teacher of ImageNet and of the digits.
 
@@ -368,7 +366,7 @@ class DiTTransformer2DModelMod(DiTBackbone):
         with self.autocast(hidden_states.device):
             tokens, _, grid = self.encode(hidden_states, timestep, class_labels, source)
             rows = self.proj_out_2(tokens.to(self.proj_out_2.weight.dtype))
-        return fold_tokens(rows, grid, self.patch_size, 1, ROW_ORDER).squeeze(1).to(hidden_states.dtype)
+        return at_least(fold_tokens(rows, grid, self.patch_size, 1, ROW_ORDER).squeeze(1), hidden_states.dtype)
 
 
 def share_embedding(state: dict[str, Tensor]) -> dict[str, Tensor]:

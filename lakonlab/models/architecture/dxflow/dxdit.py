@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from lakonlab.models.architecture.diffusers.dit import ROW_ORDER, DiTBackbone
 from lakonlab.models.architecture.heads import GridHead, require_positive
-from lakonlab.models.architecture.network import inherit_arguments
+from lakonlab.models.architecture.network import at_least
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()
-@inherit_arguments
 class DXDiTTransformer2DModel(DiTBackbone):
     """DiT that predicts N velocities, at the points of a time grid or as coefficients of a polynomial in time.
 
@@ -68,4 +67,4 @@ class DXDiTTransformer2DModel(DiTBackbone):
         with self.autocast(hidden_states.device):
             tokens, _, grid = self.encode(hidden_states, timestep, class_labels, source)
             rows = self.proj_out_2(tokens.to(self.proj_out_2.weight.dtype))
-        return self.head(rows, grid).to(hidden_states.dtype)
+        return at_least(self.head(rows, grid), hidden_states.dtype)

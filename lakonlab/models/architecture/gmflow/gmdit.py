@@ -18,13 +18,12 @@ from lakonlab.models.architecture.heads import (
     require_positive,
     spread_noise,
 )
-from lakonlab.models.architecture.network import inherit_arguments
+from lakonlab.models.architecture.network import at_least
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()
-@inherit_arguments
 class GMDiTTransformer2DModelV2(DiTBackbone):
     """DiT with separate heads for means, weights and standard deviation, used by pi-Flow.
 
@@ -80,11 +79,10 @@ class GMDiTTransformer2DModelV2(DiTBackbone):
         with self.autocast(hidden_states.device):
             tokens, condition, grid = self.encode(hidden_states, timestep, class_labels, source)
             mixture = self.head(self, tokens, condition, grid)
-        return {name: tensor.to(hidden_states.dtype) for name, tensor in mixture.items()}
+        return {name: at_least(tensor, hidden_states.dtype) for name, tensor in mixture.items()}
 
 
 @MODULES.register_module()
-@inherit_arguments
 class GMDiTTransformer2DModel(DiTBackbone):
     """DiT with one output layer for means and weights, used by GMFlow (version 1).
 
@@ -155,4 +153,4 @@ class GMDiTTransformer2DModel(DiTBackbone):
             tokens, condition, grid = self.encode(hidden_states, timestep, class_labels, source)
             rows = self.proj_out_2(tokens.to(self.proj_out_2.weight.dtype))
             mixture = self.gm_out(fold_tokens(rows, grid, self.patch_size, 1, ROW_ORDER).squeeze(1), condition)
-        return {name: tensor.to(hidden_states.dtype) for name, tensor in mixture.items()}
+        return {name: at_least(tensor, hidden_states.dtype) for name, tensor in mixture.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lakonlab.models.architecture.embeddings import TableCache, cos_sin, time_frequencies
 from lakonlab.models.architecture.heads import INITIAL_STD, SCRATCH_BIAS_NOISE, require_positive
-from lakonlab.models.architecture.network import Network, inherit_arguments
+from lakonlab.models.architecture.network import Network, at_least
 from lakonlab.ops.random_source import TorchSource
 from lakonlab.registry import MODULES
 
@@ -23,7 +23,6 @@ SHORTEST_PERIOD, LONGEST_PERIOD = 5e-3, 50.0
 
 
 @MODULES.register_module()
-@inherit_arguments
 class GMFlowMLP2DDenoiser(Network):
     """MLP on sinusoidal embeddings of the time and of both coordinates.
 
@@ -106,7 +105,7 @@ class GMFlowMLP2DDenoiser(Network):
             else:
                 logstds = torch.full((batch, 1, 1, 1, 1), self.constant_logstd, device=device)
         mixture = {'means': means, 'logweights': logweights[:, :, None, None, None], 'logstds': logstds}
-        return {name: tensor.to(hidden_states.dtype) for name, tensor in mixture.items()}
+        return {name: at_least(tensor, hidden_states.dtype) for name, tensor in mixture.items()}
 
 
 def point_frequencies(embed_dim: int) -> Tensor:

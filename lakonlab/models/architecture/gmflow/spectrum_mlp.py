@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lakonlab.models.architecture.network import Network, inherit_arguments
+from lakonlab.models.architecture.network import Network
 from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()
-@inherit_arguments
 class SpectrumMLP(Network):
     """MLP from the variance of a Gaussian and the spatial variance of its mean to a log power spectrum.
 
