@@ -22,7 +22,7 @@ from lakonlab.config import schema
 from lakonlab.config.consistency import check_consistency
 from lakonlab.config.errors import ConfigError, describe_unknown, nearest
 from lakonlab.config.signature import Arguments, arguments_of, field_types, fits, type_name
-from lakonlab.registry import DATASETS, HOOKS, METRICS, MODELS, MODULES
+from lakonlab.registry import DATASETS, FEATURE_EXTRACTORS, HOOKS, METRICS, MODELS, MODULES
 
 logger = logging.getLogger('lakonlab.config')
 
@@ -30,6 +30,8 @@ INJECTED = frozenset({'train_cfg', 'test_cfg', 'num_timesteps'})
 """Constructor arguments that the surrounding object fills in."""
 PLAIN_ARGUMENTS = frozenset({'log_cfgs', 'data_info', 'rescale_cfg', 'sampler_kwargs', 'policy_kwargs'})
 """Arguments whose dicts are not built, even if they have a ``type``."""
+METRIC_ARGUMENTS = {'extractor': FEATURE_EXTRACTORS, 'reference': DATASETS}
+"""Arguments of metrics that are built -> registry of what they name."""
 SPLIT_NAME = re.compile(r'(train|val|test)\d*')
 LOADER_NAMES = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -194,6 +196,8 @@ class _Checker:
 
     def _check_nested(self, value: Any, path: str, registry: Registry) -> None:
         if isinstance(value, Mapping) and 'type' in value:
+            if registry is METRICS:
+                registry = METRIC_ARGUMENTS.get(path.rsplit('.', 1)[-1], METRICS)
             self._check_built(value, path, registry, nested=registry)
         elif isinstance(value, (list, tuple)):
             for index, item in enumerate(value):

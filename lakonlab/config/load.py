@@ -16,14 +16,16 @@ import copy
 import keyword
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from lakonlab.config.errors import ConfigError
+from lakonlab.config.errors import ConfigError, describe_unknown
 from lakonlab.config.options import apply_options
+from lakonlab.config.schema import TopLevel
 
 BASE_KEY = '_base_'
 DELETE_KEY = '_delete_'
@@ -50,12 +52,27 @@ def load_config(path: str | Path, options: Mapping[str, Any] | None = None) -> C
     values, text = _read(path, ())
     values = _without_markers(values)
     values.setdefault('name', path.stem)
-    if options:
-        values = apply_options(values, options)
+    for dotted in options or ():
+        _check_option(dotted, values)
+    values = apply_options(values, options or {})
     for key in RESERVED_NAMES:
         if key in values:
             raise ConfigError(f'{path}: the name {key!r} cannot be used at the top level of a config; rename it')
     return Config(values, cfg_text=text, filename=str(path))
+
+
+def _check_option(dotted: str, values: Mapping[str, Any]) -> None:
+    """Refuse to set a helper variable: its value was used when the file was executed."""
+    key = dotted.split('.')[0]
+    known = [field.name for field in fields(TopLevel)]
+    if key in known or isinstance(values.get(key), (dict, list, tuple)):
+        return
+    if key in values:
+        raise ConfigError(
+            f'--cfg-options {dotted}: {key!r} is a helper variable of the config, and setting it now has no effect; set '
+            'the keys that are made from it'
+        )
+    raise ConfigError(describe_unknown(f'--cfg-options {dotted}', 'section of a config', key, known))
 
 
 def dump_config(cfg: Config, path: str | Path) -> Path:
