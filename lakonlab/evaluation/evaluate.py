@@ -50,8 +50,8 @@ def evaluate(
         name: Title of the progress bar.
 
     Returns:
-        ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol), ``num_samples``, ``seconds``,
-        and the sampling arguments.
+        ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol), ``num_samples``, ``nfe``
+        (network evaluations per sample), ``seconds``, and the sampling arguments.
 
     Raises:
         ValueError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -62,7 +62,7 @@ def evaluate(
     references = references if references is not None else ReferenceSamples()
     for metric in metrics:
         metric.reset()
-    start, count = time.perf_counter(), 0
+    start, count, nfe = time.perf_counter(), 0, None
     was_training = model is not None and model.training
     if model is not None:
         model.eval()
@@ -71,7 +71,7 @@ def evaluate(
         with tqdm(total=total, desc=name, unit='sample', leave=False, disable=None) as progress:
             for batch in dataloader:
                 if generate:
-                    pixels, seconds = sample(model, batch, sample_kwargs or {})
+                    pixels, seconds, nfe = sample(model, batch, sample_kwargs or {})
                 else:
                     pixels, seconds = real_images(batch), None
                 reference = None
@@ -98,6 +98,7 @@ def evaluate(
         metrics=numbers,
         protocol={type(metric).__name__: metric.protocol() for metric in metrics},
         num_samples=count,
+        nfe=nfe,
         seconds=time.perf_counter() - start,
         generated=generate,
         sample_kwargs=dict(sample_kwargs or {}),

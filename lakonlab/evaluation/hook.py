@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.hooks import Hook
 from torch import nn
 
 from lakonlab.evaluation.evaluate import build_evaluation_loader, evaluate
@@ -17,6 +16,7 @@ from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.sampling import check_sample_kwargs
+from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS, METRICS
 
 logger = logging.getLogger('lakonlab.evaluation')

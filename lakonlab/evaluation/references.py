@@ -43,6 +43,5 @@ class ReferenceSamples:
         key = f'{"frozen" if frozen else "training"}:{data}:{json.dumps(kwargs, sort_keys=True, default=str)}'
         known = self._images.setdefault(key, {})
         if any(number not in known for number in batch['ids']):
-            images, _ = sample(model, batch, kwargs)
-            known.update(zip(batch['ids'], images.cpu(), strict=True))
+            known.update(zip(batch['ids'], sample(model, batch, kwargs).images.cpu(), strict=True))
         return torch.stack([known[number] for number in batch['ids']])

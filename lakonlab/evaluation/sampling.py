@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,20 @@ from torch import Tensor, nn
 from lakonlab.ops.random_source import SeededSource
 
 SAMPLE_ARGUMENTS = ('role', 'test_cfg_override')
+
+
+class Samples(NamedTuple):
+    """Generated images and what they cost.
+
+    Args:
+        images: Shape (B, C, H, W), in [0, 1].
+        seconds: Wall time of the batch.
+        nfe: Network evaluations per sample; None if the model does not say.
+    """
+
+    images: Tensor
+    seconds: float
+    nfe: int | None
 
 
 def check_sample_kwargs(kwargs: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device('cpu'))
 
 
-def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int = 0) -> tuple[Tensor, float]:
+def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int = 0) -> Samples:
     """Generate the images of one batch.
 
     What a sampler draws beyond the data set's noise is a function of the sample's id, not of the batch it is in.
@@ -50,7 +64,7 @@ def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int =
         seed: Seed of what the sampler draws.
 
     Returns:
-        Images, shape (B, C, H, W), in [0, 1], and the seconds that it took.
+        The images and what they cost.
     """
     device = device_of(model)
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -60,4 +74,4 @@ def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int =
     images = outputs['pred_imgs']
     if images.device.type not in ('cpu', 'meta'):
         torch.accelerator.synchronize()
-    return images, time.perf_counter() - start
+    return Samples(images, time.perf_counter() - start, outputs.get('nfe'))
