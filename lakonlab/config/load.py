@@ -65,12 +65,12 @@ def _check_option(dotted: str, values: Mapping[str, Any]) -> None:
     """Refuse to set a helper variable: its value was used when the file was executed."""
     key = dotted.split('.')[0]
     known = [field.name for field in fields(TopLevel)]
-    if key in known or isinstance(values.get(key), (dict, list, tuple)):
+    if key in known:
         return
     if key in values:
         raise ConfigError(
-            f'--cfg-options {dotted}: {key!r} is a helper variable of the config, and setting it now has no effect; set '
-            'the keys that are made from it'
+            f'--cfg-options {dotted}: {key!r} is a helper variable of the config, and setting it now has no effect; '
+            'set the keys that are made from it'
         )
     raise ConfigError(describe_unknown(f'--cfg-options {dotted}', 'section of a config', key, known))
 

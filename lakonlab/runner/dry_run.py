@@ -1,0 +1,246 @@
+"""What a training run would do, without doing it: nothing is trained, loaded or written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from lakonlab.config.load import resolved_text
+from lakonlab.registry import DATASETS, MODELS
+from lakonlab.runner.hooks.checkpoint import run_directory
+from lakonlab.runner.resume import find_starting_point
+from lakonlab.runner.sections import training_loader_options
+
+MEBIBYTE = 2**20
+MISSING = 'MISSING'
+
+
+def build_on_meta(cfg: Mapping[str, Any], locate: bool = True) -> nn.Module:
+    """Build the model of a config without memory for its weights.
+
+    Args:
+        cfg: The config.
+        locate: Whether files named by ``pretrained`` must exist; they are never read.
+    """
+    model = dict(cfg['model']) if locate else _without_pretrained(cfg['model'])
+    sections = {key: copy.deepcopy(dict(cfg.get(key) or {})) for key in ('train_cfg', 'test_cfg')}
+    with torch.device('meta'):
+        return MODELS.build({**copy.deepcopy(model), **sections})
+
+
+def _without_pretrained(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _without_pretrained(value) for key, value in node.items() if key != 'pretrained'}
+    return node
+
+
+def pretrained_files(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Where the weights that a config names were found.
+
+    Args:
+        cfg: The config.
+
+    Returns:
+        Dotted key -> path; paths that cannot be used begin with ``MISSING`` and say why.
+    """
+    from lakonlab.models.architecture.loading import PretrainedError, locate_weights
+
+    files = {}
+    for key, path in _pretrained_paths(cfg['model'], 'model'):
+        try:
+            files[key] = str(locate_weights(path))
+        except (FileNotFoundError, PretrainedError) as error:
+            files[key] = f'{MISSING}: {error}'
+    return files
+
+
+def _pretrained_paths(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == 'pretrained' and isinstance(value, str):
+                yield f'{path}.{key}', value
+            else:
+                yield from _pretrained_paths(value, f'{path}.{key}')
+
+
+def count_parameters(model: nn.Module, trained: Iterable[str]) -> list[tuple[str, int, int, int]]:
+    """Parameters by child of the model and by child of those.
+
+    Args:
+        model: Any module.
+        trained: Paths of the submodules that have an optimiser; what they do not reach is not trainable.
+
+    Returns:
+        Rows (path, parameters, trainable parameters, bytes with buffers). What several children share is counted at the
+        first; the last row, ``total``, counts everything once.
+    """
+    rows, seen = [], set()
+    optimised = {id(p) for key in trained for p in model.get_submodule(key).parameters() if p.requires_grad}
+    for name, child in model.named_children():
+        for path, module in [(f'{name}.{sub}', sub_module) for sub, sub_module in child.named_children()] or [
+            (name, child)
+        ]:
+            own = [p for p in module.parameters() if id(p) not in seen]
+            buffers = [b for b in module.buffers() if id(b) not in seen]
+            seen.update(id(tensor) for tensor in [*own, *buffers])
+            if own or buffers:
+                rows.append((path, *_sizes(own, buffers, optimised)))
+    rest = [p for p in model.parameters() if id(p) not in seen]
+    if rest:
+        rows.append(('(others)', *_sizes(rest, [], optimised)))
+    rows.append(('total', *_sizes(list(model.parameters()), list(model.buffers()), optimised)))
+    return rows
+
+
+def _sizes(parameters: list[nn.Parameter], buffers: list[torch.Tensor], optimised: set[int]) -> tuple[int, int, int]:
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if id(p) in optimised),
+        sum(_bytes(tensor) for tensor in [*parameters, *buffers]),
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def estimate_memory(model: nn.Module, optimizer: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Bytes that training holds on one device, activations excepted.
+
+    Args:
+        model: The model; on the meta device is enough.
+        optimizer: Section ``optimizer`` of the config.
+
+    Returns:
+        Rows (what, bytes), the last is their sum. Weights count all parameters and buffers, the EMA's shown apart;
+        gradients have the size of what is optimised; so has each moment of the optimiser, two of them unless the
+        optimiser is known to keep fewer, one byte per number for 8-bit optimisers.
+    """
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    averages = {
+        id(p): p
+        for name, child in model.named_children()
+        if name.endswith('_ema')
+        for p in child.parameters()
+        if p.requires_grad
+    }
+    gradients = moments = 0
+    for key, options in optimizer.items():
+        trained = [p for p in model.get_submodule(key).parameters() if p.requires_grad]
+        gradients += sum(_bytes(p) for p in trained)
+        if str(options['type']).endswith('8bit'):
+            moments += sum(2 * p.numel() for p in trained)
+        else:
+            moments += _number_of_moments(options) * sum(_bytes(p) for p in trained)
+    ema = sum(_bytes(p) for p in averages.values())
+    rows = [
+        ('weights', sum(_bytes(t) for t in tensors.values()) - ema),
+        ('EMA', ema),
+        ('gradients', gradients),
+        ('optimizer', moments),
+    ]
+    return [*rows, ('sum', sum(size for _, size in rows))]
+
+
+def _number_of_moments(options: Mapping[str, Any]) -> int:
+    name = options['type']
+    if name == 'SGD':
+        return int(bool(options.get('momentum', 0)))
+    if name in ('Adagrad', 'Lion', 'Muon', 'RMSprop'):
+        return 1 + int(name == 'RMSprop' and bool(options.get('momentum', 0)))
+    return 2 + int(bool(options.get('amsgrad', False)))
+
+
+def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = None) -> tuple[str, bool]:
+    """Describe the run that a checked config would make.
+
+    Args:
+        cfg: The config.
+        work_dir: Directory of its logs.
+        seed: Its seed.
+        resume_from: Checkpoint named on the command line.
+
+    Returns:
+        The description, and whether the run could start (all files that it needs exist).
+    """
+    model = build_on_meta(cfg, locate=False)
+    files = pretrained_files(cfg)
+    parts = [
+        _title('config'),
+        resolved_text(cfg).rstrip(),
+        _title('parameters'),
+        _parameter_table(model, cfg.optimizer),
+        _title('length'),
+        _length(cfg),
+        _title('memory per process, without activations (estimate)'),
+        *(f'  {what:<12}{size / MEBIBYTE:>12,.1f} MB' for what, size in estimate_memory(model, cfg.optimizer)),
+        '  gradients and each moment of the optimizer have the size of the optimised parameters',
+        _title('files'),
+        _places(cfg, work_dir, seed, resume_from),
+        *(f'  {key}\n{" " * 18}{found}' for key, found in files.items()),
+    ]
+    missing = [key for key, found in files.items() if found.startswith(MISSING)]
+    if missing:
+        parts.append(f'\nThis run cannot start yet: the weights of {", ".join(missing)} are missing.')
+    return '\n'.join(parts), not missing
+
+
+def _title(text: str) -> str:
+    return f'\n{text}\n{"-" * len(text)}'
+
+
+def _parameter_table(model: nn.Module, trained: Iterable[str]) -> str:
+    rows = count_parameters(model, trained)
+    width = max(len(row[0]) for row in rows)
+    lines = [f'  {"module":<{width}} {"parameters":>16} {"trainable":>16} {"MB":>10}']
+    lines += [
+        f'  {path:<{width}} {total:>16,} {trained:>16,} {size / MEBIBYTE:>10,.1f}'
+        for path, total, trained, size in rows
+    ]
+    return '\n'.join(lines)
+
+
+def _length(cfg: Config) -> str:
+    batch = training_loader_options(cfg.data)['samples_per_gpu']
+    micro = (cfg.get('train_cfg') or {}).get('grad_accum_batch_size') or batch
+    micro = max(1, min(micro, batch))
+    size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
+    samples = cfg.total_iters * batch
+    return '\n'.join(
+        [
+            f'  batch           {batch:,} = {batch // micro} micro-batches of {micro:,}, 1 process',
+            f'  iterations      {cfg.total_iters:,}',
+            f'  samples         {samples:,}',
+            f'  epochs          {samples / size:,.1f} of {size:,} samples',
+        ]
+    )
+
+
+def _places(cfg: Config, work_dir: str, seed: int, resume_from: str | None) -> str:
+    section = cfg.get('checkpoint_config')
+    run_dir = run_directory((section or {}).get('out_dir'), work_dir)
+    start = find_starting_point(
+        run_dir,
+        resume_from=resume_from,
+        configured_resume_from=cfg.get('resume_from'),
+        load_from=cfg.get('load_from'),
+        auto_resume=(cfg.get('runner') or {}).get('auto_resume', True) and bool(section),
+    )
+    lines = [
+        f'  logs            {work_dir}',
+        f'  checkpoints     {run_dir if section else "none (checkpoint_config is not set)"}',
+    ]
+    for entry in cfg.get('evaluation') or ():
+        name = '_'.join(part for part in (entry.get('data', 'val'), entry.get('prefix', '')) if part)
+        if entry.get('viz_num') != 0:
+            lines.append(f'  images          {entry.get("viz_dir") or Path("viz") / str(cfg.name) / name}')
+    what = {'resume': 'resumes from', 'weights': 'starts with the weights of', 'fresh': 'starts from the beginning'}
+    origin = '' if start.checkpoint is None else f' {start.checkpoint}'
+    lines.append(f'  run             {what[start.mode]}{origin} ({start.reason}), seed {seed}')
+    return '\n'.join(lines)

@@ -1,0 +1,194 @@
+"""From the command line to a run: what ``tools/train.py`` and ``tools/test.py`` do after reading their arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from lakonlab.config.check import check_config
+from lakonlab.config.errors import ConfigError, describe_unknown
+from lakonlab.config.load import dump_config, load_config
+from lakonlab.config.options import parse_options
+
+logger = logging.getLogger('lakonlab.runner')
+
+DEFAULT_SEED = 2021
+WORLD_SIZE_VARIABLES = {
+    'none': ('WORLD_SIZE',),
+    'pytorch': ('WORLD_SIZE',),
+    'slurm': ('SLURM_NTASKS',),
+    'mpi': ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'),
+}
+
+
+def run_command(command: Callable[[Namespace], int], args: Namespace) -> int:
+    """Run a command; errors that a user can mend are printed without a traceback.
+
+    Args:
+        command: :func:`train` or :func:`test`.
+        args: Its arguments.
+
+    Returns:
+        The exit status.
+    """
+    from lakonlab.models.architecture.loading import PretrainedError
+    from lakonlab.runner.guard import TrainingDivergedError
+    from lakonlab.storage.checkpoint import CheckpointError
+
+    try:
+        return command(args)
+    except (ConfigError, CheckpointError, PretrainedError, TrainingDivergedError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def train(args: Namespace) -> int:
+    """Train what a config describes.
+
+    Args:
+        args: ``config``, ``work_dir``, ``resume_from``, ``no_validate``, ``seed``, ``diff_seed``, ``deterministic``,
+            ``cfg_options``, ``launcher``, ``dry_run`` and the deprecated ``gpus``, ``gpu_ids``, ``gpu_id``.
+
+    Returns:
+        The exit status.
+    """
+    with _console():
+        require_one_process(args.launcher)
+        _note_deprecated(args)
+        cfg = _prepare(args, training=True)
+        if args.dry_run:
+            from lakonlab.runner.dry_run import dry_run
+
+            description, can_start = dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from)
+            print(description)  # noqa: T201
+            return 0 if can_start else 1
+
+        from lakonlab.runner.dry_run import build_on_meta
+        from lakonlab.runner.runner import Runner
+
+        build_on_meta(cfg)
+        dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name)
+        runner = Runner.from_cfg(
+            cfg,
+            work_dir=cfg.work_dir,
+            seed=cfg.seed,
+            resume_from=args.resume_from,
+            validate=not args.no_validate,
+            deterministic=args.deterministic,
+        )
+    runner.train()
+    return 0
+
+
+def test(args: Namespace) -> int:
+    """Run the evaluations of a config and write ``results.json`` into its ``work_dir``.
+
+    Args:
+        args: ``config``, ``ckpt``, ``data``, ``work_dir``, ``seed``, ``diff_seed``, ``deterministic``, ``cfg_options``,
+            ``launcher``, ``skip_existing``, ``reuse_viz``, ``timer`` and the deprecated ``gpus``, ``gpu_ids``,
+            ``gpu_id``.
+
+    Returns:
+        The exit status.
+    """
+    with _console():
+        require_one_process(args.launcher)
+        _note_deprecated(args)
+        if args.reuse_viz:
+            raise ConfigError(
+                '--reuse-viz: images on disk have 8 bits per channel, so their metrics would differ from those of '
+                'the samples; run without it, or with --skip-existing to keep finished results'
+            )
+        cfg = _prepare(args, training=False)
+        _check_splits(cfg, args.data)
+
+    from lakonlab.runner.log import attach_log_handlers, detach_log_handlers
+    from lakonlab.runner.testing import evaluate_checkpoint
+
+    Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
+    handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO')
+    try:
+        evaluate_checkpoint(
+            cfg,
+            checkpoint=args.ckpt,
+            splits=args.data,
+            seed=cfg.seed,
+            deterministic=args.deterministic,
+            skip_existing=args.skip_existing,
+            timer=args.timer,
+            command=shlex.join([Path(sys.executable).name, *sys.argv]),
+        )
+    finally:
+        detach_log_handlers(handlers)
+    return 0
+
+
+def require_one_process(launcher: str) -> None:
+    """Refuse to run as one of several processes.
+
+    Args:
+        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+
+    Raises:
+        ConfigError: The environment says that there are several processes.
+    """
+    for variable in WORLD_SIZE_VARIABLES[launcher]:
+        count = os.environ.get(variable, '1')
+        if count != '1':
+            raise ConfigError(
+                f'--launcher {launcher}: {variable}={count} asks for several processes, which come with the "Scale" '
+                'milestone; start one process (and unset the variable if it is left over)'
+            )
+
+
+def _prepare(args: Namespace, training: bool) -> Config:
+    """The checked config, with the directory and seed of this run filled in."""
+    cfg = load_config(args.config, parse_options(args.cfg_options or ()))
+    check_config(cfg, training=training)
+    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs') / cfg.name)
+    configured = cfg.get('seed')
+    cfg.seed = args.seed if args.seed is not None else DEFAULT_SEED if configured is None else configured
+    return cfg
+
+
+def _check_splits(cfg: Config, splits: Sequence[str] | None) -> None:
+    known = [entry.get('data', 'val') for entry in cfg.get('evaluation') or ()]
+    for split in splits or ():
+        if split not in known:
+            raise ConfigError(
+                describe_unknown('--data', 'data split that an evaluation of this config uses', split, known)
+            )
+
+
+def _note_deprecated(args: Namespace) -> None:
+    given = [name for name in ('gpus', 'gpu_ids', 'gpu_id') if getattr(args, name, None) is not None]
+    if given:
+        options = ', '.join('--' + name.replace('_', '-') for name in given)
+        logger.warning('%s: deprecated and without effect; choose devices with CUDA_VISIBLE_DEVICES', options)
+    if args.diff_seed:
+        logger.info('--diff_seed: every sample of a batch has its own random numbers anyway, on whichever process')
+
+
+@contextlib.contextmanager
+def _console() -> Iterator[None]:
+    """Send log messages to the console until the run has its own log."""
+    package: Any = logging.getLogger('lakonlab')
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter('%(levelname)s - %(message)s'))
+    package.addHandler(handler)
+    package.setLevel('INFO')
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)

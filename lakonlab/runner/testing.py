@@ -1,0 +1,198 @@
+"""Evaluating a checkpoint: which weights, which entries, and the file of results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from torch import nn
+
+from lakonlab import __version__
+from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
+from lakonlab.registry import MODELS, STRATEGIES
+from lakonlab.runner.hooks.checkpoint import run_directory
+from lakonlab.runner.resume import StartingPoint
+from lakonlab.runner.seeding import make_deterministic, seed_globals
+from lakonlab.storage.checkpoint import LATEST_NAMES, find_checkpoint, read_manifest, require_checkpoint
+
+logger = logging.getLogger('lakonlab.evaluation')
+
+VERSIONED_PACKAGES = ('torch', 'torchvision', 'numpy', 'mmengine', 'diffusers')
+
+
+def find_weights(cfg: Mapping[str, Any], checkpoint: str | None) -> StartingPoint:
+    """Choose the weights to evaluate.
+
+    Args:
+        cfg: The config.
+        checkpoint: Named on the command line; it must exist.
+
+    Returns:
+        The named checkpoint; else the newest of the run itself; else ``resume_from``, else ``load_from`` of the config;
+        else none, which leaves the weights that the model is built with.
+
+    Raises:
+        CheckpointError: What must exist does not, or is damaged.
+    """
+    if checkpoint is not None:
+        return StartingPoint(require_checkpoint(checkpoint), 'weights', 'named by --ckpt')
+    run_dir = run_directory((cfg.get('checkpoint_config') or {}).get('out_dir'), cfg['work_dir'])
+    newest = find_checkpoint(run_dir)
+    if newest is not None:
+        return StartingPoint(newest, 'weights', f'the newest of this run in {run_dir}')
+    for key in ('resume_from', 'load_from'):
+        named = cfg.get(key)
+        if not named:
+            continue
+        path = Path(named)
+        parent = path.parent if path.name in LATEST_NAMES else path
+        if parent.absolute() != run_dir.absolute():
+            return StartingPoint(require_checkpoint(named), 'weights', f'{key} of the config')
+    return StartingPoint(None, 'fresh', f'none is named, and {run_dir} holds none')
+
+
+def evaluate_checkpoint(
+    cfg: Config,
+    *,
+    checkpoint: str | None = None,
+    splits: Sequence[str] | None = None,
+    seed: int = 0,
+    deterministic: bool = False,
+    skip_existing: bool = False,
+    timer: bool = False,
+    command: str = '',
+) -> dict[str, Any]:
+    """Run the evaluations of a checked config and write ``results.json`` into its ``work_dir``.
+
+    Args:
+        cfg: The config, with ``work_dir``.
+        checkpoint: See :func:`find_weights`.
+        splits: Only entries of these data splits; None for all.
+        seed: Seed of the initial weights, where none are loaded, and of the global random state.
+        deterministic: Whether to allow deterministic algorithms only.
+        skip_existing: Keep results of the same entries, checkpoint and seed from the present file.
+        timer: Measure sampling speed in every entry.
+        command: Command line, for the file.
+
+    Returns:
+        What was written.
+    """
+    if deterministic:
+        make_deterministic()
+    weights = find_weights(cfg, checkpoint)
+    if weights.checkpoint is None:
+        logger.warning(
+            'no checkpoint is loaded (%s): evaluating the weights that the model is built with', weights.reason
+        )
+    else:
+        logger.info('evaluating %s (%s)', weights.checkpoint, weights.reason)
+    iteration = None if weights.checkpoint is None else int(read_manifest(weights.checkpoint)['step'])
+    origin = {
+        'checkpoint': None if weights.checkpoint is None else str(weights.checkpoint),
+        'seed': seed,
+        'fingerprint': _fingerprint(cfg),
+    }
+    entries = _entries(cfg, splits, timer)
+    path = Path(cfg.work_dir) / RESULTS_FILE
+    finished = _finished(path, origin) if skip_existing else {}
+    pending = [entry for entry in entries if _identity(entry) not in finished]
+    if len(pending) < len(entries):
+        logger.info('%d of %d evaluations are finished in %s and kept', len(entries) - len(pending), len(entries), path)
+    fresh: dict[str, dict[str, Any]] = {}
+    if pending:
+        model = _build(cfg, weights.checkpoint, seed)
+        seed_globals(seed)
+        tag = 'default' if weights.checkpoint is None else weights.checkpoint.name
+        results = run_evaluations(model, {**cfg.to_dict(), 'evaluation': pending}, tag=tag)
+        for entry, result in zip(pending, results, strict=True):
+            fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
+    kept = {**finished, **fresh}
+    content = write_results(
+        path,
+        [kept[_identity(entry)] for entry in entries],
+        name=cfg.name,
+        config=cfg.filename,
+        iteration=iteration,
+        weights=weights.reason,
+        command=command,
+        versions=_versions(),
+        **origin,
+    )
+    logger.info('results are in %s', path)
+    return content
+
+
+def _build(cfg: Config, checkpoint: Path | None, seed: int) -> nn.Module:
+    options = cfg.get('runner') or {}
+    strategy = STRATEGIES.build({'type': 'single', 'trainable_only': options.get('ckpt_trainable_only', True)})
+    seed_globals(seed)
+    sections = {key: cfg.get(key) or {} for key in ('train_cfg', 'test_cfg')}
+    model = strategy.wrap(MODELS.build({**cfg.model, **sections}))
+    if checkpoint is not None:
+        strategy.load_model_state(model, checkpoint)
+    return model.eval()
+
+
+def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool) -> list[dict[str, Any]]:
+    entries = [
+        entry for entry in cfg.to_dict().get('evaluation') or () if splits is None or entry.get('data', 'val') in splits
+    ]
+    if timer:
+        for entry in entries:
+            metrics = entry.get('metrics') or []
+            metrics = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+            if all(metric['type'] != 'SamplingSpeed' for metric in metrics):
+                entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
+    return entries
+
+
+def _identity(entry: Mapping[str, Any]) -> str:
+    """An entry as text, the same before and after it went through a file."""
+    return json.dumps(entry, sort_keys=True, default=str)
+
+
+def _fingerprint(cfg: Config) -> str:
+    """Digest of the sections that decide what is sampled, and from what data."""
+    values = cfg.to_dict()
+    text = json.dumps(
+        [values.get(key) for key in ('model', 'train_cfg', 'test_cfg', 'data')], sort_keys=True, default=str
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _finished(path: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Results in a present file of the same checkpoint, seed and config, by the entry that asked for them."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+        logger.warning('%s is not readable (%s) and will be replaced', path, error)
+        return {}
+    if any(content.get(key) != value for key, value in origin.items()):
+        return {}
+    return {_identity(result['entry']): result for result in content['evaluations'] if 'entry' in result}
+
+
+def _nfe(model: nn.Module, result: Mapping[str, Any]) -> int | None:
+    """Network evaluations of one sample; None for real images."""
+    if not result['generated'] or not hasattr(model, 'role'):
+        return None
+    kwargs = result['sample_kwargs']
+    return model.role(kwargs.get('role')).num_function_evaluations(kwargs.get('test_cfg_override'))
+
+
+def _versions() -> dict[str, str]:
+    versions = {'lakonlab': __version__}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = 'absent'
+    return versions
