@@ -17,6 +17,7 @@ model = dict(
             patch_size=2,
             num_embeds_ada_norm=10,
             torch_dtype='float32',
+            checkpointing=False,
         ),
         flow_loss=dict(type='DiffusionMSELoss', data_info=dict(pred='u_t_pred', target='u_t')),
         num_timesteps=1,

@@ -11,7 +11,6 @@ model = dict(
             type='DXDiTTransformer2DModel',
             pretrained=_base_.teacher_weights,
             n_grid=10,
-            checkpointing=False,
             **_base_.transformer,
         ),
     ),

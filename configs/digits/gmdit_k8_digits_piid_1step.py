@@ -13,7 +13,6 @@ model = dict(
             num_gaussians=8,
             logstd_inner_dim=64,
             gm_num_logstd_layers=2,
-            checkpointing=False,
             **_base_.transformer,
         ),
     ),

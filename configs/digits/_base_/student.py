@@ -11,6 +11,7 @@ transformer = dict(
     patch_size=2,
     num_embeds_ada_norm=10,
     torch_dtype='float32',
+    checkpointing=False,
 )
 
 model = dict(
