@@ -24,7 +24,10 @@ def seed_globals(seed: int, *context: object) -> None:
     seed %= 2**32
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    # torch.manual_seed also queues seeds for every kind of device that is not in use, which takes a millisecond
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def make_deterministic() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
@@ -100,8 +100,15 @@ class ExponentialMovingAverageHook(Hook):
         return MOMENTUM_POLICIES[self.momentum_policy](iteration, self.start_iter, **self.momentum_cfg)
 
     def before_train(self, runner) -> None:
-        """Check that the modules exist before the first iteration."""
-        self._pairs(runner.model)
+        """Find the tensors to average, before the first iteration."""
+        self._averages, self._values, self._buffers = [], [], []
+        for average, source in self._pairs(runner.model):
+            of_average, of_source = dict(average.named_parameters()), dict(source.named_parameters())
+            trained = [name for name, value in of_source.items() if value.requires_grad or not self.trainable_only]
+            self._averages += [of_average[name].detach() for name in trained]
+            self._values += [of_source[name].detach() for name in trained]
+            buffers = dict(average.named_buffers())
+            self._buffers += [(buffers[name], value) for name, value in source.named_buffers()]
 
     @torch.no_grad()
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -109,9 +116,11 @@ class ExponentialMovingAverageHook(Hook):
         since_start = runner.iter + 1 - self.start_iter
         if runner.iter >= self.start_iter and since_start % self.interval != 0:
             return
-        averages, values = self._tensors(runner.model)
-        if averages:
-            torch._foreach_lerp_(averages, values, 1 - self.momentum(runner.iter))
+        if self._averages:
+            values = [value.to(average.dtype) for average, value in zip(self._averages, self._values)]
+            torch._foreach_lerp_(self._averages, values, 1 - self.momentum(runner.iter))
+        for average, value in self._buffers:
+            average.copy_(value)
 
     def _pairs(self, model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         try:
@@ -123,17 +132,3 @@ class ExponentialMovingAverageHook(Hook):
                 f'ExponentialMovingAverageHook.module_keys={self.module_keys}: {error}; the model needs '
                 'diffusion_use_ema=True'
             ) from error
-
-    def _tensors(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Averages and the values they follow; copies the buffers on the way."""
-        averages, values = [], []
-        for average, source in self._pairs(model):
-            of_average, of_source = dict(average.named_parameters()), dict(source.named_parameters())
-            for name, value in of_source.items():
-                if value.requires_grad or not self.trainable_only:
-                    averages.append(of_average[name].detach())
-                    values.append(value.detach().to(of_average[name].dtype))
-            buffers = dict(average.named_buffers())
-            for name, value in source.named_buffers():
-                buffers[name].copy_(value)
-        return averages, values

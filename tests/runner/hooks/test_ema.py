@@ -59,8 +59,10 @@ def test_copies_exactly_before_start():
     case = load('ema')['karras']
     model = make_model(case)
     hook = ExponentialMovingAverageHook(start_iter=3, momentum_policy='karras')
+    runner = SimpleNamespace(model=model, iter=2)
+    hook.before_train(runner)
     model.diffusion.weight.data.normal_()
-    hook.after_train_iter(SimpleNamespace(model=model, iter=2), 2)
+    hook.after_train_iter(runner, 2)
     assert torch.equal(model.diffusion_ema.weight, model.diffusion.weight)
 
 
@@ -68,7 +70,9 @@ def test_average_may_have_higher_precision():
     model = make_model(load('ema')['karras'])
     model.diffusion.to(torch.bfloat16)
     hook = ExponentialMovingAverageHook(momentum_cfg={'momentum': 0.5}, trainable_only=False)
-    hook.after_train_iter(SimpleNamespace(model=model, iter=0), 0)
+    runner = SimpleNamespace(model=model, iter=0)
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 0)
     assert model.diffusion_ema.weight.dtype == torch.float64
 
 

@@ -1,0 +1,207 @@
+"""The commands as a user meets them: help at once, a dry run that writes nothing, errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from lakonlab.config.errors import ConfigError
+from lakonlab.config.load import load_config
+from lakonlab.runner import launch
+from lakonlab.runner.dry_run import build_on_meta, count_parameters, estimate_memory
+
+ROOT = Path(__file__).parents[2]
+TEACHER = ROOT / 'configs' / 'digits' / 'dit_digits_teacher.py'
+STUDENT = ROOT / 'configs' / 'digits' / 'gmdit_k8_digits_piid_1step.py'
+SMALL = [
+    'total_iters=2',
+    'data.train_dataloader.samples_per_gpu=4',
+    'data.val.num_test_images=12',
+    'log_config.interval=1',
+]
+
+
+def arguments(config, **values) -> Namespace:
+    """What the parsers of both tools give, with defaults."""
+    defaults = {
+        'work_dir': None,
+        'resume_from': None,
+        'no_validate': True,
+        'seed': None,
+        'diff_seed': False,
+        'deterministic': False,
+        'cfg_options': SMALL,
+        'launcher': 'none',
+        'dry_run': False,
+        'ckpt': None,
+        'data': None,
+        'skip_existing': False,
+        'reuse_viz': False,
+        'timer': False,
+    }
+    return Namespace(config=str(config), **{**defaults, **values})
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_help_is_instant(tool):
+    command = [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), '--help']
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert '--cfg-options' in done.stdout
+    assert min(times) < 1
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'tools' / 'train.py')!r}, run_name='__main__')\n"
+        'except SystemExit: pass\n'
+        "sys.exit(any(name in sys.modules for name in ('torch', 'mmengine', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+
+def test_dry_run_writes_nothing(in_tmp, capsys):
+    assert launch.run_command(launch.train, arguments(TEACHER, dry_run=True, seed=5)) == 0
+    output = capsys.readouterr().out
+    assert list(in_tmp.iterdir()) == []
+    for text in (
+        'diffusion.denoising',
+        'micro-batches',
+        'work_dirs/dit_digits_teacher',
+        'seed 5',
+        'optimizer',
+        'epochs',
+    ):
+        assert text in output
+
+
+def test_dry_run_says_what_is_missing(in_tmp, capsys):
+    assert launch.run_command(launch.train, arguments(STUDENT, dry_run=True)) == 1
+    output = capsys.readouterr().out
+    assert 'cannot start yet' in output
+    assert 'model.teacher.denoising.pretrained' in output
+    assert 'diffusion_ema.denoising' in output
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_missing_weights_stop_a_run_before_it_writes(in_tmp, capsys):
+    assert launch.run_command(launch.train, arguments(STUDENT)) == 1
+    assert 'checkpoints/dit_digits_teacher' in capsys.readouterr().err
+    assert list(in_tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'cfg_options': ['train_cfg.prob_clas=0.5']}, 'train_cfg.prob_clas'),
+        ({'cfg_options': ['total_iters']}, 'key=value'),
+        ({'resume_from': 'checkpoints/absent/iter_3'}, 'checkpoints/absent/iter_3'),
+        ({'config': 'absent.py'}, 'absent.py'),
+    ],
+)
+def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
+    args = arguments(TEACHER)
+    vars(args).update(values)
+    assert launch.run_command(launch.train, args) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert 'Traceback' not in error
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({'ckpt': 'checkpoints/absent/latest'}, 'checkpoints/absent/latest'),
+        ({'data': ['vla']}, "did you mean 'val'"),
+        ({'reuse_viz': True}, '--reuse-viz'),
+    ],
+)
+def test_errors_of_testing_are_plain(in_tmp, capsys, values, message):
+    assert launch.run_command(launch.test, arguments(TEACHER, **values)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_work_dir_without_permission(in_tmp, capsys):
+    (in_tmp / 'file').write_text('in the way')
+    assert launch.run_command(launch.train, arguments(TEACHER, work_dir='file/run')) == 1
+    assert 'file' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'variable'), [('pytorch', 'WORLD_SIZE'), ('none', 'WORLD_SIZE'), ('slurm', 'SLURM_NTASKS')]
+)
+def test_several_processes_are_refused(monkeypatch, launcher, variable):
+    monkeypatch.setenv(variable, '2')
+    with pytest.raises(ConfigError, match=f'{variable}=2'):
+        launch.require_one_process(launcher)
+    monkeypatch.setenv(variable, '1')
+    launch.require_one_process(launcher)
+
+
+@pytest.mark.parametrize(
+    ('given', 'configured', 'expected'), [(None, None, 2021), (None, 7, 7), (3, 7, 3), (None, 0, 0), (0, 7, 0)]
+)
+def test_seed(in_tmp, capsys, given, configured, expected):
+    options = [*SMALL, f'seed={configured}']
+    launch.train(arguments(TEACHER, dry_run=True, seed=given, cfg_options=options))
+    assert f'seed {expected}\n' in capsys.readouterr().out
+
+
+def test_train_then_test(in_tmp, capsys):
+    assert launch.run_command(launch.train, arguments(TEACHER, work_dir='work_dirs/here')) == 0
+    dumped = in_tmp / 'work_dirs' / 'here' / TEACHER.name
+    again = load_config(dumped)
+    assert (again.total_iters, again.work_dir, again.seed) == (2, 'work_dirs/here', 2021)
+
+    args = arguments(TEACHER, work_dir='work_dirs/here', data=['val'], timer=True)
+    assert launch.run_command(launch.test, args) == 0
+    path = in_tmp / 'work_dirs' / 'here' / 'results.json'
+    results = json.loads(path.read_text())
+    assert results['checkpoint'] == 'checkpoints/here/iter_2'
+    assert (results['iteration'], results['seed'], results['name']) == (2, 2021, 'dit_digits_teacher')
+    by_prefix = {entry['prefix']: entry for entry in results['evaluations']}
+    assert {prefix: entry['nfe'] for prefix, entry in by_prefix.items()} == {
+        f'euler{steps}': steps for steps in (1, 2, 4, 8, 32)
+    }
+    assert all(entry['metrics']['samples_per_second'] > 0 for entry in by_prefix.values())
+    assert by_prefix['euler1']['num_samples'] == 12
+    assert {'torch', 'mmengine', 'lakonlab'} <= set(results['versions'])
+    assert list((in_tmp / 'work_dirs' / 'here').glob('*_test.log'))
+
+    capsys.readouterr()
+    args.skip_existing = True
+    assert launch.run_command(launch.test, args) == 0
+    assert '5 of 5 evaluations are finished' in capsys.readouterr().out
+    assert json.loads(path.read_text())['evaluations'] == results['evaluations']
+
+
+def test_dry_run_counts():
+    cfg = load_config(TEACHER)
+    model = build_on_meta(cfg)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    rows = {path: (total, trained) for path, total, trained, _ in count_parameters(model, cfg.optimizer)}
+    number = sum(parameter.numel() for parameter in model.diffusion.parameters())
+    assert rows['diffusion.denoising'] == (number, number)
+    assert rows['diffusion_ema.denoising'] == (number, 0)
+    assert rows['total'] == (2 * number, number)
+    memory = dict(estimate_memory(model, cfg.optimizer))
+    assert memory['gradients'] == memory['EMA'] == 4 * number
+    assert memory['optimizer'] == 8 * number
+    assert memory['sum'] == sum(size for what, size in memory.items() if what != 'sum')

@@ -1,0 +1,131 @@
+"""Starts the real ``tools/train.py`` on the digit configs with few, small iterations, and compares what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lakonlab.storage.checkpoint import find_checkpoint, read_state, read_tensors
+
+ROOT = Path(__file__).parents[2]
+TEACHER = 'dit_digits_teacher'
+DATA_BASED = 'gmdit_k8_digits_piid_1step'
+DATA_FREE = 'gmdit_k8_digits_datafree_piid_2step'
+# The average starts, clipping starts and the warm-up ends within the few iterations of a test.
+SMALL = {
+    'data.train_dataloader.samples_per_gpu': 8,
+    'custom_hooks.0.start_iter': 5,
+    'train_cfg.diffusion_grad_clip_begin_iter': 7,
+    'lr_config.warmup_iters': 9,
+    'log_config.interval': 3,
+}
+TIMING = {'time', 'data_time', 'it_per_s', 'memory_mb', 'memory'}
+
+
+@dataclass
+class Training:
+    """A training command in a directory of its own.
+
+    Args:
+        folder: Working directory; logs and checkpoints lie below it.
+        config: Stem of a file in ``configs/digits``.
+        options: ``--cfg-options`` beyond those that make iterations small.
+    """
+
+    folder: Path
+    config: str
+    options: dict
+
+    @property
+    def command(self) -> list[str]:
+        options = {**SMALL, **self.options}
+        return [
+            sys.executable,
+            str(ROOT / 'tools' / 'train.py'),
+            str(ROOT / 'configs' / 'digits' / f'{self.config}.py'),
+            '--no-validate',
+            '--cfg-options',
+            *(f'{key}={value}' for key, value in options.items()),
+        ]
+
+    def start(self) -> subprocess.Popen:
+        """Start it; its output is added to ``output.txt``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+        with open(self.folder / 'output.txt', 'ab') as output:
+            return subprocess.Popen(self.command, cwd=self.folder, env=environment, stdout=output, stderr=output)
+
+    def run(self) -> str:
+        """Run it to its end; returns what all its processes printed."""
+        process = self.start()
+        try:
+            code = process.wait(timeout=120)
+        finally:
+            process.kill()
+        assert code == 0, self.output
+        return self.output
+
+    @property
+    def output(self) -> str:
+        return (self.folder / 'output.txt').read_text()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / 'checkpoints' / self.config
+
+    @property
+    def newest_step(self) -> int:
+        """Completed iterations of the newest checkpoint, 0 if there is none."""
+        steps = [int(path.name.removeprefix('iter_')) for path in self.checkpoints.glob('iter_*')]
+        return max(steps, default=0)
+
+    def wait_for(self, process: subprocess.Popen, condition, pause: float = 0.002) -> None:
+        """Wait until a condition holds or the process has ended."""
+        while process.poll() is None and not condition():
+            threading.Event().wait(pause)
+
+    def result(self) -> dict:
+        """Weights, averages, optimiser and counters of the newest checkpoint, bit for bit."""
+        path = find_checkpoint(self.checkpoints)
+        state = read_state(path)
+        tensors = {
+            f'{part}/{name}': (tensor.dtype, tensor.numpy().tobytes())
+            for part in ('model', 'optimizer')
+            for name, tensor in read_tensors(path, part).items()
+        }
+        window = {key: value for key, value in state['log_window'].items() if key.split('/')[1] not in TIMING}
+        counters = {key: state[key] for key in ('iteration', 'guard', 'data', 'optimizers')}
+        return {**tensors, **counters, 'log_window': window}
+
+    def logged(self) -> dict[int, list[dict]]:
+        """Iteration -> everything logged for it, without figures that depend on time; more than once after a crash."""
+        lines = (self.folder / 'work_dirs' / self.config / 'scalars.json').read_text().splitlines()
+        entries: dict[int, list[dict]] = {}
+        for entry in map(json.loads, lines):
+            entries.setdefault(entry['step'], []).append({k: v for k, v in entry.items() if k not in TIMING})
+        return entries
+
+
+def assert_same_run(training: Training, reference: Training) -> None:
+    """Assert that two runs ended with the same bits and logged the same values at every iteration."""
+    result, expected = training.result(), reference.result()
+    assert set(result) == set(expected)
+    different = [name for name, value in expected.items() if repr(value) != repr(result[name])]
+    assert not different, f'{training.folder} differs from {reference.folder} in {different}'
+    logged, logged_by_reference = training.logged(), reference.logged()
+    assert set(logged) == set(logged_by_reference)
+    for step, entries in logged.items():
+        for entry in entries:
+            assert entry == logged_by_reference[step][0], f'iteration {step}'
+
+
+def trained_tensors(training: Training) -> dict[str, torch.Tensor]:
+    """Model tensors of the newest checkpoint."""
+    return read_tensors(find_checkpoint(training.checkpoints), 'model')
