@@ -69,23 +69,25 @@ def train(args: Namespace) -> int:
         if args.dry_run:
             from lakonlab.runner.dry_run import dry_run
 
-            description, can_start = dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from)
+            with _impossible_values():
+                description, can_start = dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from)
             print(description)  # noqa: T201
             return 0 if can_start else 1
 
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
 
-        build_on_meta(cfg)
-        dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name)
-        runner = Runner.from_cfg(
-            cfg,
-            work_dir=cfg.work_dir,
-            seed=cfg.seed,
-            resume_from=args.resume_from,
-            validate=not args.no_validate,
-            deterministic=args.deterministic,
-        )
+        with _impossible_values():
+            build_on_meta(cfg)
+            dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name)
+            runner = Runner.from_cfg(
+                cfg,
+                work_dir=cfg.work_dir,
+                seed=cfg.seed,
+                resume_from=args.resume_from,
+                validate=not args.no_validate,
+                deterministic=args.deterministic,
+            )
     runner.train()
     return 0
 
@@ -178,6 +180,17 @@ def _note_deprecated(args: Namespace) -> None:
         logger.warning('%s: deprecated and without effect; choose devices with CUDA_VISIBLE_DEVICES', options)
     if args.diff_seed:
         logger.info('--diff_seed: every sample of a batch has its own random numbers anyway, on whichever process')
+
+
+@contextlib.contextmanager
+def _impossible_values() -> Iterator[None]:
+    """Report a value that a constructor refuses as what it is, an error in the config."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @contextlib.contextmanager

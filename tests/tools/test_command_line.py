@@ -114,6 +114,7 @@ def test_missing_weights_stop_a_run_before_it_writes(in_tmp, capsys):
         ({'cfg_options': ['total_iters']}, 'key=value'),
         ({'resume_from': 'checkpoints/absent/iter_3'}, 'checkpoints/absent/iter_3'),
         ({'config': 'absent.py'}, 'absent.py'),
+        ({'cfg_options': ['model.diffusion.denoising.patch_size=3']}, 'patch_size'),
     ],
 )
 def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
