@@ -51,7 +51,7 @@ evaluation = [
         type='GenerativeEvalHook',
         data='val',
         prefix=f'euler{steps}',
-        interval=2000 if steps == 4 else None,  # the others only by tools/test.py
+        interval=None,
         feed_batch_size=500,
         viz_num=100,
         metrics=_base_.metrics,
@@ -60,6 +60,7 @@ evaluation = [
     )
     for steps in (1, 2, 4, 8, 32)
 ]
+evaluation.append(dict(_base_.preview, interval=1000, sample_kwargs=dict(test_cfg_override=dict(num_timesteps=8))))
 # how far real images are from the held-out ones
 evaluation.append(
     dict(

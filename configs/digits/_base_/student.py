@@ -62,14 +62,15 @@ custom_hooks = [
     )
 ]
 evaluation = [
+    _base_.preview,
     dict(
         type='GenerativeEvalHook',
         data='val',
         prefix='student',
-        interval=500,
+        interval=None,
         feed_batch_size=500,
         viz_num=100,
         metrics=_base_.metrics,
         reference_kwargs=dict(role='teacher', test_cfg_override=dict(num_timesteps=_base_.teacher_steps)),
-    )
+    ),
 ]

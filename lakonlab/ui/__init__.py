@@ -1,0 +1,1 @@
+"""What people look at: the digits demo and its report."""
