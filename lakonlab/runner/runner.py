@@ -55,7 +55,7 @@ from lakonlab.runner.seeding import make_deterministic, seed_globals
 from lakonlab.runner.signals import StopRequest
 from lakonlab.runner.views import LearningRates, TrainingStream
 from lakonlab.storage.checkpoint import read_state
-from lakonlab.storage.local import directory_lock
+from lakonlab.storage.local import directory_lock, require_writable
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -127,6 +127,7 @@ class Runner:
             LoggerHook(self.settings.interval, ignore_last=False, interval_exp_name=max_iters + 1),
         ]
         self.hooks = sorted([*every_run, *hooks], key=lambda hook: get_priority(hook.priority))
+        self.starting_point = StartingPoint(None, 'fresh', 'none was looked for')
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
         self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir)
 
@@ -216,8 +217,6 @@ class Runner:
         )
         return runner
 
-    starting_point = StartingPoint(None, 'fresh', 'built without a config')
-
     @property
     def epoch(self) -> int:
         """The epoch of the data to which this iteration's first sample belongs."""
@@ -255,6 +254,7 @@ class Runner:
                     break
             if self.iter < self.max_iters:
                 self._save_and_exit(stop)
+            self.call_hook('after_train_epoch')
             self.call_hook('after_train')
             self.call_hook('after_run')
             logger.info('finished %d iterations', self.max_iters)
@@ -325,12 +325,13 @@ class Runner:
 
     def _enter(self, stack: contextlib.ExitStack) -> None:
         """Open what the run holds while it trains."""
-        Path(self.work_dir).mkdir(parents=True, exist_ok=True)
+        require_writable(Path(self.work_dir), 'work_dir')
         level = self.cfg.get('log_level') or 'INFO'
         handlers = attach_log_handlers(Path(self.work_dir) / f'{self.timestamp}.log', level, console=self.rank == 0)
         stack.callback(detach_log_handlers, handlers)
         if self.checkpoint_hook is not None:
             if self.rank == 0:
+                require_writable(self.checkpoint_dir, 'checkpoint_config.out_dir')
                 stack.enter_context(directory_lock(self.checkpoint_dir))
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -113,6 +114,27 @@ def remove_stale_temporaries(parent: Path) -> list[str]:
                 shutil.rmtree(path)
                 removed.append(path.name)
     return removed
+
+
+def require_writable(path: Path, setting: str) -> None:
+    """Make a directory if needed, and try to write to it.
+
+    Args:
+        path: The directory.
+        setting: What names it in the config, for the message.
+
+    Raises:
+        OSError: It cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(
+            f'cannot write to {path} ({error.strerror}): free space, fix its permissions, or choose another directory '
+            f'with {setting}'
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lakonlab.mmengine_parts import Hook
+from lakonlab.registry import HOOKS
 from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
 from lakonlab.runner.hooks.checkpoint import CheckpointHook
 from lakonlab.storage import local
@@ -211,8 +212,41 @@ def test_hooks_run_in_the_order_of_their_priority(tmp_path):
     ]
 
 
-def test_directory_that_cannot_be_made(tmp_path):
+def test_directories_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('in the way')
     hook = CheckpointHook(interval=5, out_dir=str(tmp_path / 'file'))
-    with pytest.raises(OSError, match='file'):
+    with pytest.raises(OSError, match=r'cannot write to .*file.* choose another directory with checkpoint_config'):
         make_runner(tmp_path, checkpoint=hook).train()
+    with pytest.raises(OSError, match=r'cannot write to .*file.* choose another directory with work_dir'):
+        make_runner(tmp_path / 'file').train()
+
+
+class Counter(Hook):
+    """A hook with state."""
+
+    def __init__(self):
+        self.count = 0
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.count += 1
+
+    def state_dict(self):
+        return {'count': self.count}
+
+    def load_state_dict(self, state):
+        self.count = state['count']
+
+
+def test_state_of_hooks_survives(tmp_path):
+    with pytest.raises(SystemExit):
+        make_runner(tmp_path, hooks=[Counter(), At(7, lambda: os.kill(os.getpid(), signal.SIGINT))]).train()
+    counters = [Counter(), Counter()]
+    make_runner(tmp_path, hooks=[counters[0], At(99, None), counters[1]]).train()
+    assert [counter.count for counter in counters] == [20, 13]
+
+
+def test_profiler_of_mmengine_runs_unchanged(tmp_path):
+    trace = tmp_path / 'trace.json'
+    hook = HOOKS.build({'type': 'ProfilerHook', 'by_epoch': False, 'profile_times': 3, 'json_trace_path': str(trace)})
+    make_runner(tmp_path, max_iters=4, hooks=[hook]).train()
+    assert trace.exists()

@@ -1,6 +1,7 @@
 """An interrupted and resumed run of the real command is the uninterrupted run, bit for bit."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,25 +12,42 @@ from tests.tools.training import DATA_BASED, DATA_FREE, assert_same_run, trained
 EXIT_CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-@pytest.mark.parametrize(
-    ('config', 'signals'),
-    [(DATA_BASED, [signal.SIGKILL]), (DATA_FREE, [signal.SIGTERM, signal.SIGINT])],
-)
-def test_resumed_run_is_the_same(new_training, uninterrupted, config, signals):
-    training = new_training('interrupted', config)
+SIGNALS = {DATA_BASED: [signal.SIGKILL], DATA_FREE: [signal.SIGTERM, signal.SIGINT]}
+
+
+def interrupt_and_resume(training):
+    """Interrupt a run with each of its signals, then let it finish; returns where each signal left it."""
+    stops = []
+    signals = SIGNALS[training.config]
     for number, signum in enumerate(signals, 1):
         process = training.start()
         goal = number * TOTAL_ITERS // (len(signals) + 1)
         training.wait_for(process, lambda goal=goal: training.newest_step >= goal)
         process.send_signal(signum)
-        assert process.wait(timeout=60) == EXIT_CODES[signum], training.output
+        assert process.wait(timeout=120) == EXIT_CODES[signum], training.output
         assert goal <= training.newest_step < TOTAL_ITERS
+        stops.append(training.newest_step)
+    training.run()
+    return stops
+
+
+@pytest.fixture(scope='module')
+def interrupted(new_training):
+    trainings = {config: new_training('interrupted', config) for config in SIGNALS}
+    with ThreadPoolExecutor() as pool:
+        stops = list(pool.map(interrupt_and_resume, trainings.values()))
+    return trainings, dict(zip(trainings, stops))
+
+
+@pytest.mark.parametrize('config', SIGNALS)
+def test_resumed_run_is_the_same(interrupted, uninterrupted, config):
+    trainings, stops = interrupted
+    output = trainings[config].output
+    for signum, step in zip(SIGNALS[config], stops[config]):
+        assert f'resuming after iteration {step} from checkpoints/{config}/iter_{step}' in output
         if signum != signal.SIGKILL:
-            assert f'stopped by {signum.name} after iteration {training.newest_step}, saved in' in training.output
-    stopped_at = training.newest_step
-    output = training.run()
-    assert f'resuming after iteration {stopped_at} from checkpoints/{config}/iter_{stopped_at}' in output
-    assert_same_run(training, uninterrupted[config])
+            assert f'stopped by {signum.name} after iteration {step}, saved in' in output
+    assert_same_run(trainings[config], uninterrupted[config])
 
 
 @pytest.mark.parametrize('config', [DATA_BASED, DATA_FREE])

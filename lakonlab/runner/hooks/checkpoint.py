@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,16 +86,12 @@ class CheckpointHook(Hook):
         self._writer = BackgroundWriter()
 
     def before_train(self, runner) -> None:
-        """Remove what an interrupted save left behind, and see that the directory can be written to."""
+        """Remove what an interrupted save left behind."""
         if runner.rank != 0:
             return
         removed = remove_stale_temporaries(runner.checkpoint_dir)
         if removed:
             logger.info('removed from an interrupted save: %s', ', '.join(removed))
-        if not os.access(runner.checkpoint_dir, os.W_OK):
-            raise PermissionError(
-                f'{runner.checkpoint_dir} cannot be written to; fix its permissions or set checkpoint_config.out_dir'
-            )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Report a failed background write."""
