@@ -14,6 +14,7 @@ from lakonlab.storage.checkpoint import (
     list_checkpoints,
     require_checkpoint,
     step_of,
+    verify,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,11 +94,24 @@ def set_aside_later(run_dir: Path, step: int) -> None:
     Args:
         run_dir: The run's checkpoint directory.
         step: Where the run resumed.
+
+    Raises:
+        CheckpointError: One of them is valid, so another process saved it since the starting point was chosen.
     """
     for path in list_checkpoints(run_dir):
         if step_of(path) > step:
+            if _is_valid(path):
+                raise CheckpointError(f'{path} was saved by another process meanwhile; run the same command again')
             number = 0
             while (target := path.with_name(f'damaged_{path.name}.{number}')).exists():
                 number += 1
             path.rename(target)
             logger.warning('the damaged checkpoint %s was set aside as %s', path, target.name)
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True

@@ -169,6 +169,14 @@ class Runner:
         settings = log_settings(cfg.get('log_config'), work_dir)
         schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
         hooks = build_hooks(cfg, validate)
+        checkpoint_hook = next((hook for hook in hooks if isinstance(hook, CheckpointHook)), None)
+        start = find_starting_point(
+            run_directory(checkpoint_hook and checkpoint_hook.out_dir, work_dir),
+            resume_from=resume_from,
+            configured_resume_from=cfg.get('resume_from'),
+            load_from=cfg.get('load_from'),
+            auto_resume=options.get('auto_resume', True) and checkpoint_hook is not None,
+        )
 
         dataset = DATASETS.build(cfg.data.train)
         loader_options = training_loader_options(cfg.data)
@@ -208,13 +216,7 @@ class Runner:
             guard=SkipGuard(options.get('max_skipped_iters', 20)),
             gc_interval=options.get('gc_interval') or 0,
         )
-        runner.starting_point = find_starting_point(
-            runner.checkpoint_dir,
-            resume_from=resume_from,
-            configured_resume_from=cfg.get('resume_from'),
-            load_from=cfg.get('load_from'),
-            auto_resume=options.get('auto_resume', True) and runner.checkpoint_hook is not None,
-        )
+        runner.starting_point = start
         return runner
 
     @property

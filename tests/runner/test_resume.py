@@ -70,6 +70,16 @@ def test_going_back_is_not_done_silently(run):
         find_starting_point(run, resume_from=str(old))
 
 
+def test_checkpoint_that_appeared_meanwhile_is_not_set_aside(run):
+    write(run, 2)
+    start = find_starting_point(run)
+    newer = write(run, 4)
+    with pytest.raises(CheckpointError, match='another process'):
+        set_aside_later(run, 2)
+    assert start.checkpoint.name == 'iter_2'
+    assert newer.exists()
+
+
 def test_damaged_newest(run, caplog):
     old, newest = write(run, 2), write(run, 4)
     (newest / 'state.json').write_text('{}')
