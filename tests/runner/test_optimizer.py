@@ -53,6 +53,14 @@ def test_default_weight_decay_is_multiplied_too():
     assert sorted(group['weight_decay'] for group in optimizer.param_groups) == [0.005, 0.01]
 
 
+def test_fused_where_torch_can():
+    assert build().param_groups[0]['fused'] is True
+    assert build(fused=False).param_groups[0]['fused'] is False
+    assert not build(foreach=True).param_groups[0]['fused']
+    assert not build(make_model().to('meta')).param_groups[0]['fused']
+    assert 'fused' not in build(type='RAdam').param_groups[0]
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
