@@ -27,9 +27,10 @@ class TableCache:
         self.make = make
         self._tables: dict[tuple, Tensor] = {}
 
-    @torch.compiler.assume_constant_result
     def get(self, device: torch.device, *key) -> Tensor:
         """Return the table of ``key`` on ``device``."""
+        if torch.compiler.is_compiling():  # the graph makes its own: it cannot enter the contexts below
+            return self.make(*key).to(device)
         found = self._tables.get((device, key))
         if found is None:
             # an inference tensor could not be used in training later; a default device of "meta" must not apply
