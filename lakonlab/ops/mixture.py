@@ -89,11 +89,11 @@ def posterior_velocity(
         Velocity, (B, C, *).
     """
     c = coefficients
-    g = c.logit_offset * offset + c.logit_source * x_src
+    g = torch.addcmul(c.logit_offset * offset, c.logit_source, x_src)
     alignment = (means * g.unsqueeze(1)).sum(dim=2, keepdim=True)
-    weights = (logweights + alignment + c.logit_norm.unsqueeze(1) * squared_norms).softmax(dim=1)
-    mean = (weights * means).sum(dim=1)
-    return c.u_offset * offset + c.u_source * x_src + c.u_mean * mean
+    logits = torch.addcmul(logweights, c.logit_norm.unsqueeze(1), squared_norms) + alignment
+    mean = (logits.softmax(dim=1) * means).sum(dim=1)
+    return torch.addcmul(torch.addcmul(c.u_offset * offset, c.u_source, x_src), c.u_mean, mean)
 
 
 def drop_components(logweights: Tensor, uniform: Tensor, probability: float) -> Tensor:

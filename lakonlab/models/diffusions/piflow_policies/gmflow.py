@@ -71,7 +71,7 @@ class GMFlowPolicy(Policy):
             sigma.to(device=x.device, dtype=wide).clamp(min=self.eps) for sigma in (self.sigma_t_src[:, None], sigmas)
         )
         coefficients = posterior_coefficients(sigma_src, sigma_t, self.variance[:, None].to(wide))
-        columns = [c.to(x.dtype).reshape(*c.shape, *([1] * (x.dim() - 1))).unbind(1) for c in coefficients]
+        columns = [_per_sample(c.to(x.dtype), x).unbind(1) for c in coefficients]
         return [PosteriorCoefficients(*column) for column in zip(*columns)]
 
     def _velocity(self, offset: Tensor, coefficients: PosteriorCoefficients) -> Tensor:
@@ -81,19 +81,45 @@ class GMFlowPolicy(Policy):
         return self._velocity(x_t - self.x_t_src, self._coefficients(sigma_t.reshape(-1, 1))[0])
 
     def rollout(self, x_start: Tensor, schedule: RolloutSchedule) -> Tensor:
-        # The state is carried as its offset from the source: that is what the coefficients multiply.
+        """Euler substeps of the offset from the source, which is what the coefficients multiply."""
+        if not torch.is_grad_enabled():
+            return self._rollout_longest_first(x_start, schedule)
         offset = x_start - self.x_t_src
-        steps = (
-            schedule.sigmas.diff(dim=1).to(offset).reshape(*schedule.sigmas[:, 1:].shape, *([1] * (offset.dim() - 1)))
-        )
-        recompute = self.checkpointing and torch.is_grad_enabled() and self.means.requires_grad
-        for coefficients, step in zip(self._coefficients(schedule.sigmas[:, :-1]), steps.unbind(1)):
+        recompute = self.checkpointing and self.means.requires_grad
+        steps = _per_sample(schedule.sigmas.diff(dim=1).to(offset), offset).unbind(1)
+        for coefficients, step in zip(self._coefficients(schedule.sigmas[:, :-1]), steps):
             if recompute:
                 u = checkpoint(self._velocity, offset, coefficients, use_reentrant=False)
             else:
                 u = self._velocity(offset, coefficients)
             offset = torch.addcmul(offset, u, step)
         return self.x_t_src + offset
+
+    def _rollout_longest_first(self, x_start: Tensor, schedule: RolloutSchedule) -> Tensor:
+        """The same without gradient: samples in the order of their number of substeps, so that finished ones drop out.
+
+        When lengths are drawn at random, half of the evaluations of the plain loop are of finished samples.
+        """
+        order = schedule.counts.argsort(descending=True)
+        lengths = schedule.counts[order].clamp(min=1).tolist()
+        policy = self._rows(order.to(x_start.device))
+        offset = x_start[order.to(x_start.device)] - policy.x_t_src
+        steps = _per_sample(schedule.sigmas[order].diff(dim=1).to(offset), offset).unbind(1)
+        num_active = len(lengths)
+        for i, coefficients in enumerate(policy._coefficients(schedule.sigmas[order, :-1])):
+            while lengths[num_active - 1] <= i:
+                num_active -= 1
+            if num_active < len(policy.means):
+                policy = policy._rows(slice(num_active))
+            active = offset[:num_active]
+            u = policy._velocity(active, PosteriorCoefficients(*(c[:num_active] for c in coefficients)))
+            active.addcmul_(u, steps[i][:num_active])
+        return self.x_t_src + torch.empty_like(offset).index_copy_(0, order.to(offset.device), offset)
+
+    def _rows(self, rows: Tensor | slice) -> GMFlowPolicy:
+        names = ('x_t_src', 'means', 'logweights', 'variance', 'squared_norms')
+        sigma_t_src = self.sigma_t_src[rows if isinstance(rows, slice) else rows.to(self.sigma_t_src.device)]
+        return self._replaced(sigma_t_src=sigma_t_src, **{name: getattr(self, name)[rows] for name in names})
 
     def _replaced(self, **changes) -> GMFlowPolicy:
         policy = copy.copy(self)
@@ -125,3 +151,8 @@ class GMFlowPolicy(Policy):
         shape = (*self.means.shape[:2], *([1] * (self.means.dim() - 2)))
         uniform = source.uniform('dropout', shape, device=self.means.device)
         return self._replaced(logweights=drop_components(self.logweights, uniform, probability))
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Give numbers (B, n) the singleton dimensions that let a column broadcast against ``x`` (B, C, *)."""
+    return values.reshape(*values.shape, *([1] * (x.dim() - 1)))
