@@ -118,7 +118,8 @@ def assert_same_run(training: Training, reference: Training) -> None:
     result, expected = training.result(), reference.result()
     assert set(result) == set(expected)
     different = [name for name, value in expected.items() if repr(value) != repr(result[name])]
-    assert not different, f'{training.folder} differs from {reference.folder} in {different}'
+    where = f'{training.folder} differs from {reference.folder} in {len(different)} of {len(expected)} entries'
+    assert not different, f'{where}, among them {different[:4]}'
     logged, logged_by_reference = training.logged(), reference.logged()
     assert set(logged) == set(logged_by_reference)
     for step, entries in logged.items():
