@@ -157,7 +157,7 @@ def _number_of_moments(options: Mapping[str, Any]) -> int:
     return 2 + int(bool(options.get('amsgrad', False)))
 
 
-def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = None) -> tuple[str, bool]:
+def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = None) -> str:
     """Describe the run that a checked config would make.
 
     Args:
@@ -167,7 +167,7 @@ def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = Non
         resume_from: Checkpoint named on the command line.
 
     Returns:
-        The description, and whether the run could start (all files that it needs exist).
+        The description; its last line says so if a file that the run needs is missing.
     """
     model = build_on_meta(cfg, locate=False)
     files = pretrained_files(cfg)
@@ -188,7 +188,7 @@ def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = Non
     missing = [key for key, found in files.items() if found.startswith(MISSING)]
     if missing:
         parts.append(f'\nThis run cannot start yet: the weights of {", ".join(missing)} are missing.')
-    return '\n'.join(parts), not missing
+    return '\n'.join(parts)
 
 
 def _title(text: str) -> str:

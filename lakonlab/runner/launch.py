@@ -70,9 +70,8 @@ def train(args: Namespace) -> int:
             from lakonlab.runner.dry_run import dry_run
 
             with _impossible_values():
-                description, can_start = dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from)
-            print(description)  # noqa: T201
-            return 0 if can_start else 1
+                print(dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from))  # noqa: T201
+            return 0
 
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
@@ -149,8 +148,8 @@ def require_one_process(launcher: str) -> None:
         count = os.environ.get(variable, '1')
         if count != '1':
             raise ConfigError(
-                f'--launcher {launcher}: {variable}={count} asks for several processes, which come with the "Scale" '
-                'milestone; start one process (and unset the variable if it is left over)'
+                f'--launcher {launcher}: {variable}={count} asks for several processes, which this version cannot '
+                'train with; start one process (and unset the variable if it is left over)'
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ def test_dry_run_writes_nothing(in_tmp, capsys):
 
 
 def test_dry_run_says_what_is_missing(in_tmp, capsys):
-    assert launch.run_command(launch.train, arguments(STUDENT, dry_run=True)) == 1
+    assert launch.run_command(launch.train, arguments(STUDENT, dry_run=True)) == 0
     output = capsys.readouterr().out
     assert 'cannot start yet' in output
     assert 'model.teacher.denoising.pretrained' in output
@@ -206,3 +207,53 @@ def test_dry_run_counts():
     assert memory['gradients'] == memory['EMA'] == 4 * number
     assert memory['optimizer'] == 8 * number
     assert memory['sum'] == sum(size for what, size in memory.items() if what != 'sum')
+
+
+def test_teacher_and_student_of_different_shape(in_tmp, capsys):
+    assert launch.run_command(launch.train, arguments(TEACHER)) == 0
+    capsys.readouterr()
+    wider = [*SMALL, 'model.diffusion.denoising.attention_head_dim=8']
+    assert launch.run_command(launch.train, arguments(STUDENT, cfg_options=wider)) == 1
+    message = capsys.readouterr().err
+    assert 'checkpoints/dit_digits_teacher' in message
+    assert 'pos_embed.proj.weight' in message
+    assert not (in_tmp / 'checkpoints' / STUDENT.stem).exists()
+
+
+def test_loss_that_is_not_finite_ends_the_run(in_tmp, capsys, monkeypatch):
+    monkeypatch.setattr('lakonlab.models.losses.diffusion_mse.DiffusionMSELoss.per_sample', _nan)
+    options = [*SMALL, 'total_iters=30', 'runner.max_skipped_iters=3', 'checkpoint_config.interval=1']
+    assert launch.run_command(launch.train, arguments(TEACHER, cfg_options=options)) == 1
+    message = capsys.readouterr().err
+    assert 'loss_diffusion' in message
+    assert 'max_skipped_iters' in message
+    saved = sorted(path.name for path in (in_tmp / 'checkpoints' / TEACHER.stem).glob('iter_*'))
+    assert saved, 'what was saved before stays'
+
+
+def _nan(self, pred, target):
+    return pred.flatten(1).mean(dim=1) * float('nan')
+
+
+def test_training_and_testing_import_neither_diffusers_models_nor_transformers(tmp_path):
+    """They cost ten seconds per process; the whole digits path does without."""
+    small = ' '.join([*SMALL, 'data.val_dataloader.samples_per_gpu=12'])
+    lines = [
+        'import runpy, sys',
+        'def run(tool, config, *more):',
+        f"    options = ['--cfg-options', *{small!r}.split()]",
+        f"    sys.argv = [tool, f'{ROOT}/configs/digits/{{config}}.py', *more, *options]",
+        f"    try: runpy.run_path(f'{ROOT}/tools/{{tool}}.py', run_name='__main__')",
+        '    except SystemExit as stop: assert not stop.code, (tool, config)',
+        f"run('train', '{TEACHER.stem}', '--no-validate')",
+        f"run('train', '{STUDENT.stem}', '--no-validate')",
+        f"run('test', '{STUDENT.stem}')",
+        "heavy = ('transformers', 'peft', 'diffusers.models', 'diffusers.pipelines')",
+        "print('HEAVY', [name for name in sys.modules if name.startswith(heavy)])",
+    ]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [sys.executable, '-c', '\n'.join(lines)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'HEAVY []' in done.stdout
