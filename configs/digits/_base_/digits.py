@@ -39,5 +39,4 @@ runner = dict(type='DynamicIterBasedRunner', pass_training_status=True, ckpt_tra
 dist_params = dict(backend='gloo')
 log_level = 'INFO'
 load_from = None
-workflow = [('train', 100)]
 module_wrapper = 'ddp'
