@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..ops.patchify import patchify, unpatchify
 from ..ops.random_source import RandomSource
 from ..registry import MODULES
+from .section import at_least, read_section
 from .training_step import training_step
 
 ROLES = ('student', 'ema', 'teacher')
@@ -27,12 +28,28 @@ class BaseDiffusionTrainConfig:
     """Size of a micro-batch; None for the whole batch at once."""
     teacher_test_cfg: Mapping[str, Any] | None = None
     """Sampling section of the teacher during distillation (``guidance_scale``, ``guidance_interval``, ...)."""
+    teacher_guidance_scale: float | None = None
+    """Older place of ``teacher_test_cfg.guidance_scale``."""
+    teacher_distilled_guidance_scale: float | None = None
+    """Older place of ``teacher_test_cfg.distilled_guidance_scale``."""
     diffusion_grad_clip: float = 0.0
     """Largest L2 norm of the gradient; 0 for no clipping."""
     diffusion_grad_clip_begin_iter: int = 0
     """First iteration that is clipped."""
     diffusion_grad_clip_skip_ratio: float = 0.0
     """Skip the step if the norm exceeds ``diffusion_grad_clip`` times this; 0 for never."""
+
+    def __post_init__(self):
+        at_least(self, 1, 'grad_accum_batch_size')
+        at_least(self, 0, 'diffusion_grad_clip', 'diffusion_grad_clip_begin_iter', 'diffusion_grad_clip_skip_ratio')
+
+    def teacher_section(self) -> dict[str, Any]:
+        """Sampling section of the teacher, from its present and its older place."""
+        older = {
+            'guidance_scale': self.teacher_guidance_scale,
+            'distilled_guidance_scale': self.teacher_distilled_guidance_scale,
+        }
+        return {**{key: value for key, value in older.items() if value is not None}, **(self.teacher_test_cfg or {})}
 
 
 class BaseDiffusion(nn.Module):
@@ -72,7 +89,7 @@ class BaseDiffusion(nn.Module):
         super().__init__()
         self.train_cfg, self.test_cfg = dict(train_cfg or {}), dict(test_cfg or {})
         sections = {'train_cfg': self.train_cfg, 'test_cfg': self.test_cfg}
-        self.vae = MODULES.build(vae) if vae is not None else None
+        self.vae = MODULES.build(vae).requires_grad_(False) if vae is not None else None
         self.teacher = None
         if teacher is not None and not inference_only:
             self.teacher = MODULES.build({**teacher, **sections}).requires_grad_(False).eval()
@@ -87,6 +104,12 @@ class BaseDiffusion(nn.Module):
             frozen = {id(p): p for p in self.diffusion.parameters() if not p.requires_grad} if tie_ema else {}
             self.diffusion_ema = copy.deepcopy(self.diffusion, frozen)
         self.patch_size = patch_size
+        self.train()
+
+    @property
+    def train_section(self) -> Any:
+        """The training section as this class reads it."""
+        return read_section(self.train_cfg_class, self.train_cfg, 'train_cfg')
 
     def train(self, mode: bool = True) -> BaseDiffusion:
         """Set the student's mode; teacher, EMA and autoencoder are always in evaluation mode."""
@@ -181,7 +204,7 @@ class BaseDiffusion(nn.Module):
 
     def teacher_guidance(self) -> tuple[float | None, dict[str, Any]]:
         """Guidance scale of the teacher and the rest of its sampling section."""
-        section = dict(self.train_cfg.get('teacher_test_cfg') or {})
+        section = self.train_section.teacher_section()
         return section.pop('guidance_scale', None), section
 
 

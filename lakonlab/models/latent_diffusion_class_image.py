@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.random_source import RandomSource, TorchSource
 from ..registry import MODELS
 from .base_diffusion import BaseDiffusion, BaseDiffusionTrainConfig, needs_negative
+from .section import in_range
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,10 @@ class ClassImageTrainConfig(BaseDiffusionTrainConfig):
     """Probability of keeping the class label; otherwise the network is given the negative label."""
     teacher_sees_dropped_labels: bool = False
     """Give the teacher the labels after dropout instead of the true ones (as published in autumn 2025)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        in_range(self, 0, 1, 'prob_class')
 
 
 @MODELS.register_module()
@@ -44,29 +49,44 @@ class LatentDiffusionClassImage(BaseDiffusion):
             return self.patchify(data['latents'].to(self.device))
         if data.get('images') is None:
             raise ValueError(f'the batch holds neither latents nor images to train on, only {sorted(data)}')
-        images = data['images'].to(self.device) * 2 - 1
-        if self.vae is not None:
-            with torch.no_grad():
-                images = self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
-        return self.patchify(images)
+        return self.patchify(self.encode_images(data['images'].to(self.device) * 2 - 1))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images in [-1, 1]; the images themselves without an autoencoder."""
+        if self.vae is None:
+            return images
+        return self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images, about [-1, 1], of latents."""
+        if self.vae is None:
+            return latents.float()
+        return self.vae.decode(latents.to(next(self.vae.parameters()).dtype)).float()
+
+    def clamp_latents(self, x_0: Tensor) -> Tensor:
+        """The nearest latents of images in the displayable range: decode, clamp, encode."""
+        images = self.decode_latents(self.unpatchify(x_0)).clamp(-1, 1)
+        return self.patchify(self.encode_images(images))
 
     def train_minibatch(
         self, data: dict[str, Any], running_status: Mapping[str, int], source: RandomSource, loss_factor: float
     ) -> dict[str, Tensor]:
         """Forward and backward of a micro-batch; see the class for its keys."""
+        cfg = self.train_section
         x_0 = self.encode_batch(data)
         labels = data['labels'].to(x_0.device)
         kept = labels
-        prob_class = self.train_cfg.get('prob_class', 1.0)
         negative = data['negative_labels'].to(x_0.device) if 'negative_labels' in data else None
-        if prob_class < 1:
+        if cfg.prob_class < 1:
             if negative is None:
                 raise ValueError('train_cfg.prob_class < 1 needs negative_labels: set negative_label in the dataset')
-            keep = source.uniform('label_dropout', labels.shape, device=labels.device) < prob_class
+            keep = source.uniform('label_dropout', labels.shape, device=labels.device) < cfg.prob_class
             kept = torch.where(keep, labels, negative)
         kwargs: dict[str, Any] = {'class_labels': kept, 'running_status': running_status}
         if self.teacher is not None:
-            teacher_labels = kept if self.train_cfg.get('teacher_sees_dropped_labels') else labels
+            teacher_labels = kept if cfg.teacher_sees_dropped_labels else labels
             scale, section = self.teacher_guidance()
             conditions = {'class_labels': _with_negative(teacher_labels, negative, scale)}
             kwargs.update(
@@ -101,16 +121,16 @@ class LatentDiffusionClassImage(BaseDiffusion):
         diffusion = self.role(role)
         override = dict(test_cfg_override or {})
         if role == 'teacher':
-            override = {**(self.train_cfg.get('teacher_test_cfg') or {}), **override}
-        cfg = {**self.test_cfg, **override}
+            override = {**self.train_section.teacher_section(), **override}
+        cfg = diffusion.test_section(override)
         labels = data['labels'].to(self.device)
         if data.get('noise') is not None:
             noise = data['noise'].to(self.device)
-        elif cfg.get('latent_size') is not None:
-            noise = source.normal('noise', (len(labels), *cfg['latent_size']), device=self.device)
+        elif cfg.latent_size is not None:
+            noise = source.normal('noise', (len(labels), *cfg.latent_size), device=self.device)
         else:
             raise ValueError('to sample, the data must bring noise or test_cfg must give latent_size')
-        scale = cfg.get('guidance_scale', 1.0)
+        scale = cfg.guidance_scale
         latents = self.unpatchify(
             diffusion(
                 noise=self.patchify(noise),
@@ -119,11 +139,10 @@ class LatentDiffusionClassImage(BaseDiffusion):
                 test_cfg_override=override,
                 source=source,
                 show_pbar=show_pbar,
+                clamp_denoised=self.clamp_latents if cfg.clamp_denoised else None,
             )
         )
-        if self.vae is not None:
-            latents = self.vae.decode(latents.to(next(self.vae.parameters()).dtype))
-        images = (latents.float() / 2 + 0.5).clamp(0, 1)
+        images = (self.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
         nfe = diffusion.num_function_evaluations(override)
         return {'num_samples': len(labels), 'pred_imgs': images, 'nfe': nfe}
 

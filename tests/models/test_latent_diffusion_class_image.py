@@ -216,3 +216,79 @@ def test_units_of_time_must_agree():
 def test_teacher_is_required():
     with pytest.raises(ValueError, match='set model'):
         train(build(teacher=None), batch())
+
+
+class HalvingAutoencoder(torch.nn.Module):
+    """Latents are half the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def encode(self, images):
+        return images / self.scale
+
+    def decode(self, latents):
+        return latents * self.scale
+
+
+def test_autoencoder_is_frozen_and_used_both_ways():
+    model = build(vae={'type': HalvingAutoencoder})
+    assert not any(parameter.requires_grad for parameter in model.vae.parameters())
+    assert model.diffusion.training
+    assert not any(module.training for module in (model.vae, model.diffusion_ema, model.teacher))
+    images = torch.rand(2, 1, 4, 4)
+    torch.testing.assert_close(model.encode_batch({'images': images}), images - 0.5)
+    torch.testing.assert_close(model.decode_latents(images - 0.5), images * 2 - 1)
+
+
+def test_clamping_keeps_every_prediction_in_range():
+    seen = []
+    model = build()
+    original = model.clamp_latents
+    model.clamp_latents = lambda x_0: seen.append(original(x_0)) or seen[-1]
+    model.val_step(batch(), role='teacher', test_cfg_override={'num_timesteps': 3, 'clamp_denoised': True})
+    assert len(seen) == 3
+    assert all(x_0.abs().max() <= 1 for x_0 in seen)
+    with pytest.raises(ValueError, match='clamp_denoised'):
+        model.val_step(batch(), test_cfg_override={'clamp_denoised': True})
+
+
+def test_older_place_of_the_guidance_of_the_teacher():
+    outputs = [
+        build(train_cfg).val_step(batch(), role='teacher', test_cfg_override={'num_timesteps': 2})['pred_imgs']
+        for train_cfg in ({}, {'teacher_test_cfg': None, 'teacher_guidance_scale': 2.0})
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(
+    ('train_cfg', 'message'),
+    [
+        ({'nfe': 0}, 'nfe=0'),
+        ({'num_intermediate_states': 0}, 'num_intermediate_states=0'),
+        ({'policy_dropout': 1.5}, 'policy_dropout=1.5'),
+        ({'prob_class': 1.9}, 'prob_class=1.9'),
+        ({'substep_rounding': 'floor'}, "substep_rounding='floor'"),
+        ({'grad_accum_batch_size': 0}, 'grad_accum_batch_size=0'),
+    ],
+)
+def test_impossible_values_are_named(train_cfg, message):
+    with pytest.raises(ValueError, match=message):
+        train(build(train_cfg), batch())
+
+
+def test_policy_networks_predict_velocities():
+    with pytest.raises(ValueError, match='denoising_mean_mode'):
+        build(diffusion={**STUDENT, 'denoising_mean_mode': 'X0'})
+
+
+def test_dropout_inside_the_network_draws_from_the_source():
+    teacher = {**TEACHER, 'flow_loss': LOSS}
+    teacher['denoising'] = {**teacher['denoising'], 'class_dropout_prob': 0.5}
+    losses = []
+    for _ in range(2):
+        model = build(diffusion=teacher, teacher=None)
+        torch.rand(1)
+        losses.append(train(model, batch(16))['log_vars']['loss_diffusion'])
+    assert losses[0] == losses[1]

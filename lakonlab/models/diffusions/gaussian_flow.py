@@ -6,8 +6,9 @@ Modeling", 2023; Liu et al., "Flow Straight and Fast", 2023). The network is giv
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from ...ops.random_source import RandomSource, TorchSource
 from ...ops.shapes import batch_size_of, concatenate_rows, expand_like, select_rows
 from ...registry import MODULES
-from ..section import read_section
+from ..section import at_least, in_range, one_of, read_section
 from .guidance import classifier_free_guidance
 from .schedulers import scheduler_class
 
@@ -31,6 +32,9 @@ class GaussianFlowTrainConfig:
     """Largest schedule time that is trained on."""
     min_raw_t: float = 0.0
     """Smallest schedule time that is trained on."""
+
+    def __post_init__(self):
+        in_range(self, 0, 1, 'max_raw_t', 'min_raw_t')
 
 
 @dataclass(kw_only=True)
@@ -64,6 +68,20 @@ class GaussianFlowTestConfig:
     max_logshift: float | None = None
     latent_size: tuple[int, ...] | None = None
     """Shape of a latent without the batch dimension, where the data brings no noise."""
+    max_raw_t: float = 1.0
+    """Schedule time at which sampling begins."""
+    min_raw_t: float = 0.0
+    """Schedule time at which sampling ends."""
+    clamp_denoised: bool = False
+    """Clamp the predicted ``x_0`` of every step to the range of images."""
+
+    def __post_init__(self):
+        at_least(self, 1, 'num_timesteps', 'base_seq_len', 'max_seq_len')
+        in_range(self, 0, 1, 'max_raw_t', 'min_raw_t')
+        at_least(self, 0, 'guidance_scale', 'distilled_guidance_scale')
+        one_of(self, ('x_0', 'velocity'), 'orthogonal_guidance_axis')
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(f'shift={self.shift!r}: expected a positive number')
 
     def shift_overrides(self) -> dict[str, Any]:
         """The shift settings that are given here."""
@@ -124,11 +142,14 @@ class GaussianFlow(nn.Module):
         self.sigma_min = sigma_min
         self.train_cfg = dict(train_cfg or {})
         self.test_cfg = dict(test_cfg or {})
+        self._network_draws = 'source' in inspect.signature(self.denoising.forward).parameters
 
-    def _test_section(self, override: Mapping[str, Any] | None):
+    def test_section(self, override: Mapping[str, Any] | None = None) -> Any:
+        """The sampling section as this class reads it, with overrides."""
         return read_section(self.test_cfg_class, {**self.test_cfg, **(override or {})}, 'test_cfg')
 
-    def _train_section(self):
+    def train_section(self) -> Any:
+        """The training section as this class reads it."""
         return read_section(self.train_cfg_class, self.train_cfg, 'train_cfg', self.train_cfg_aliases)
 
     def forward(
@@ -151,14 +172,17 @@ class GaussianFlow(nn.Module):
             return self.forward_u(**kwargs)
         return self.forward_test(x_0 if noise is None else noise, **kwargs)
 
-    def pred(self, x_t: Tensor, t: Tensor, **kwargs) -> Any:
+    def pred(self, x_t: Tensor, t: Tensor, source: RandomSource | None = None, **kwargs) -> Any:
         """Call the network in its own dtype and return its output in the dtype of ``x_t``.
 
         Args:
             x_t: State, (B, C, *).
             t: Time in units of ``num_timesteps``, (B,), on any device.
+            source: Source of what the network draws while it is trained, if it draws anything.
             **kwargs: Conditions of the network.
         """
+        if source is not None and self._network_draws:
+            kwargs['source'] = source
         t = t.to(device=x_t.device, dtype=x_t.dtype)
         if self.flip_model_timesteps:
             t = self.num_timesteps - t
@@ -194,7 +218,7 @@ class GaussianFlow(nn.Module):
 
         Args:
             x_src: State, (B, C, *).
-            t_src: Its time in units of ``num_timesteps``, (B,).
+            t_src: Its time in units of ``num_timesteps``, (B,), below ``num_timesteps``: pure noise has no later time.
             t_tgt: The later time, (B,).
             noise: Standard normal, same shape as ``x_src``.
 
@@ -227,7 +251,7 @@ class GaussianFlow(nn.Module):
             The loss and the values to log.
         """
         source = source or TorchSource()
-        cfg = self._train_section()
+        cfg = self.train_section()
         t = self.timestep_sampler(
             len(x_0),
             seq_len=num_latent_pixels(x_0),
@@ -236,7 +260,7 @@ class GaussianFlow(nn.Module):
         )
         noise = source.normal('noise', x_0.shape, x_0.dtype, x_0.device)
         x_t, _, _ = self.sample_forward_diffusion(x_0, t, noise)
-        u_t_pred = self.pred(x_t, t, **kwargs)
+        u_t_pred = self.pred(x_t, t, source=source, **kwargs)
         loss = self.compute_loss(u_t_pred, noise - x_0, t)
         return loss, {'loss_diffusion': loss.detach(), **self.flow_loss.log_vars}
 
@@ -274,7 +298,7 @@ class GaussianFlow(nn.Module):
         Raises:
             ValueError: A scale strictly between 0 and 1, or conditions for the wrong number of samples.
         """
-        cfg = self._test_section(test_cfg)
+        cfg = self.test_section(test_cfg)
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         t = torch.as_tensor(t).reshape(-1).expand(len(x_t))
         if guidance_scale is None or guidance_scale in (0, 1):
@@ -320,17 +344,20 @@ class GaussianFlow(nn.Module):
         Raises:
             ValueError: The number of solver steps is not configured.
         """
-        cfg = self._test_section(test_cfg_override)
+        cfg = self.test_section(test_cfg_override)
         if cfg.sigmas is not None:
             return len(cfg.sigmas)
-        if cfg.num_timesteps is None and self.num_timesteps <= 1:
+        if cfg.num_timesteps is not None:
+            return cfg.num_timesteps
+        if self.num_timesteps <= 1:
             raise ValueError('test_cfg.num_timesteps, the number of solver steps, is needed for num_timesteps=1 models')
-        return int(cfg.num_timesteps or self.num_timesteps)
+        return int(self.num_timesteps)
 
     def build_scheduler(self, cfg: Any, num_steps: int, x: Tensor, **kwargs):
         """The solver that a sampling section asks for, with its grid laid out for latents like ``x``."""
         shift_settings = {**self.timestep_sampler.shift_settings, **cfg.shift_overrides()}
-        arguments = {**kwargs, **shift_settings, **(cfg.sampler_kwargs or {})}
+        time_range = {'max_raw_t': cfg.max_raw_t, 'min_raw_t': cfg.min_raw_t}
+        arguments = {**kwargs, **shift_settings, **time_range, **(cfg.sampler_kwargs or {})}
         scheduler = scheduler_class(cfg.sampler)(num_train_timesteps=self.num_timesteps, **arguments)
         scheduler.set_timesteps(num_steps, sigmas=cfg.sigmas, seq_len=num_latent_pixels(x))
         return scheduler
@@ -343,6 +370,7 @@ class GaussianFlow(nn.Module):
         test_cfg_override: Mapping[str, Any] | None = None,
         show_pbar: bool = False,
         source: RandomSource | None = None,
+        clamp_denoised: Callable[[Tensor], Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
         """Sample clean latents.
@@ -353,18 +381,21 @@ class GaussianFlow(nn.Module):
             test_cfg_override: Overrides of the sampling section.
             show_pbar: Show a progress bar over the steps.
             source: Source of the draws ``step_noise`` of stochastic solvers.
+            clamp_denoised: Moves the predicted ``x_0`` of every step into the range of images.
             **kwargs: Conditions of the network, see :meth:`forward_u`.
 
         Returns:
             (B, C, *), float32 or the wider dtype of ``noise``.
         """
         source = source or TorchSource()
-        cfg = self._test_section(test_cfg_override)
+        cfg = self.test_section(test_cfg_override)
         x_t = noise.to(torch.promote_types(noise.dtype, torch.float32))
         scheduler = self.build_scheduler(cfg, self.num_function_evaluations(test_cfg_override), x_t)
         for i, t in enumerate(tqdm(scheduler.timesteps, desc='sampling', disable=not show_pbar, leave=False)):
             time = t.expand(len(x_t))
             u = self.forward_u(x_t, time, guidance_scale, test_cfg=test_cfg_override, **kwargs)
+            if clamp_denoised is not None:
+                u = (x_t - clamp_denoised(x_t - scheduler.levels[i] * u)) / scheduler.levels[i]
             step_kwargs = {}
             if scheduler.noise_scale(i) > 0:
                 step_kwargs['noise'] = source.normal('step_noise', x_t.shape, x_t.dtype, x_t.device)

@@ -7,7 +7,7 @@ either from noised data (:class:`PiFlowImitation`) or along the student's own tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ...ops.rollout_schedule import rollout_schedule
 from ...ops.shapes import expand_like
 from ...ops.time_shift import unwarp, warp
 from ...registry import MODULES
+from ..section import at_least, in_range, one_of
 from .gaussian_flow import GaussianFlow, GaussianFlowTestConfig, num_latent_pixels
 from .imitation import ImitationPairs, imitate_segment
 from .piflow_policies import POLICY_CLASSES, Policy
@@ -48,6 +49,12 @@ class PiFlowTrainConfig:
     eps: float = 1e-4
     """Floor of times, of the last segment's length and of intervals that divide."""
 
+    def __post_init__(self):
+        at_least(self, 1, 'nfe', 'total_substeps', 'num_intermediate_states')
+        at_least(self, 0, 'final_step_size_scale', 'window_substeps', 'num_decay_iters', 'eps')
+        in_range(self, 0, 1, 'policy_dropout')
+        one_of(self, ('round', 'ceil'), 'substep_rounding')
+
 
 @dataclass(kw_only=True)
 class PiFlowTestConfig(GaussianFlowTestConfig):
@@ -66,6 +73,12 @@ class PiFlowTestConfig(GaussianFlowTestConfig):
     """``'round'``, or ``'ceil'`` as published in 0.2.0."""
     eps: float = 1e-4
     """Floor of noise levels in the policy."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, 'nfe', 'total_substeps')
+        at_least(self, 0, 'final_step_size_scale', 'temperature', 'eps')
+        one_of(self, ('round', 'ceil'), 'substep_rounding')
 
 
 class PiFlow(GaussianFlow):
@@ -90,6 +103,8 @@ class PiFlow(GaussianFlow):
         if policy_type not in POLICY_CLASSES:
             raise ValueError(f'policy_type={policy_type!r}: expected one of {", ".join(POLICY_CLASSES)}')
         super().__init__(denoising, *args, **kwargs)
+        if self.predicts_x_0:
+            raise ValueError("denoising_mean_mode='X0': a policy network predicts velocities, set 'U'")
         self.policy_class = POLICY_CLASSES[policy_type]
         self.policy_kwargs = dict(policy_kwargs or {})
 
@@ -145,7 +160,7 @@ class PiFlow(GaussianFlow):
         return policy.average_velocity(x_t_start, raw_t_start, raw_t_end, total_substeps, shift, rounding, eps)
 
     def num_function_evaluations(self, test_cfg_override: Mapping[str, Any] | None = None) -> int:
-        cfg = self._test_section(test_cfg_override)
+        cfg = self.test_section(test_cfg_override)
         if cfg.nfe is None and cfg.sigmas is None:
             raise ValueError(
                 'test_cfg.nfe, the number of network evaluations, is needed to sample from a policy network'
@@ -162,6 +177,7 @@ class PiFlow(GaussianFlow):
         test_cfg_override: Mapping[str, Any] | None = None,
         show_pbar: bool = False,
         source: RandomSource | None = None,
+        clamp_denoised: Callable[[Tensor], Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
         """Sample clean latents with one network evaluation per segment.
@@ -172,6 +188,7 @@ class PiFlow(GaussianFlow):
             test_cfg_override: Overrides of the sampling section.
             show_pbar: Show a progress bar over the segments.
             source: Source of the draws ``step_noise`` of stochastic sampling.
+            clamp_denoised: Must be None: a policy has no single ``x_0`` per step.
             **kwargs: Conditions of the network.
 
         Returns:
@@ -182,8 +199,10 @@ class PiFlow(GaussianFlow):
         """
         if guidance_scale not in (None, 0, 1):
             raise ValueError(f'test_cfg.guidance_scale={guidance_scale}: a policy network is sampled without guidance')
+        if clamp_denoised is not None:
+            raise ValueError('test_cfg.clamp_denoised=True: a policy network has no single x_0 per step to clamp')
         source = source or TorchSource()
-        cfg = self._test_section(test_cfg_override)
+        cfg = self.test_section(test_cfg_override)
         num_steps = self.num_function_evaluations(test_cfg_override)
         x_t = noise.to(torch.promote_types(noise.dtype, torch.float32))
         grid = {'final_step_size_scale': cfg.final_step_size_scale}
@@ -223,12 +242,12 @@ class PiFlow(GaussianFlow):
 
     def teacher_ratio(self, iteration: int) -> float:
         """Share of the trajectory that follows the teacher: ``1 - min(iteration, N) / N`` for N decay iterations."""
-        num_decay_iters = self._train_section().num_decay_iters
+        num_decay_iters = self.train_section().num_decay_iters
         return 1 - min(iteration, num_decay_iters) / num_decay_iters if num_decay_iters > 0 else 0.0
 
     def segment_sizes(self) -> tuple[float, float]:
         """Length in schedule time of the segments, and of the last one."""
-        cfg = self._train_section()
+        cfg = self.train_section()
         scale = max(cfg.final_step_size_scale, cfg.eps)
         base = 1 / (cfg.nfe - 1 + scale)
         return base, scale * base
@@ -261,7 +280,7 @@ class PiFlow(GaussianFlow):
         Returns:
             The loss, the pairs it was made from, and the detached policy that moved the state.
         """
-        cfg = self._train_section()
+        cfg = self.train_section()
         source = source or TorchSource()
         explorer = policy.detach()
         if cfg.policy_dropout > 0:
@@ -285,10 +304,10 @@ class PiFlow(GaussianFlow):
         timesteps = (pairs.sigmas * self.num_timesteps).to(x_t_src.dtype)
         return self.compute_loss(pairs.u_pred, pairs.u_teacher, timesteps), pairs, explorer
 
-    def _predict_policy(self, x_src: Tensor, raw_src: Tensor, **kwargs) -> Policy:
+    def _predict_policy(self, x_src: Tensor, raw_src: Tensor, source: RandomSource, **kwargs) -> Policy:
         shift = self.timestep_sampler.get_shift(num_latent_pixels(x_src))
         sigma_src = warp(raw_src, shift)
-        output = self.pred(x_src, sigma_src * self.num_timesteps, **kwargs)
+        output = self.pred(x_src, sigma_src * self.num_timesteps, source=source, **kwargs)
         return self.build_policy(output, x_src, sigma_src)
 
     def _check_trainable(self, teacher: nn.Module | None) -> None:
@@ -318,7 +337,7 @@ class PiFlowImitation(PiFlow):
         Returns:
             Schedule time of the start of the segment and its length, (B,) each, float64.
         """
-        cfg = self._train_section()
+        cfg = self.train_section()
         base, last = self.segment_sizes()
         raw_t = self.timestep_sampler(batch_size, warp_t=False, scale_t=False, source=source).double()
         raw_t = raw_t.clamp(min=cfg.eps)
@@ -355,13 +374,13 @@ class PiFlowImitation(PiFlow):
         noise = source.normal('noise', x_0.shape, x_0.dtype, x_0.device)
         sigma_src = self.timestep_sampler.warp_t(raw_src, num_latent_pixels(x_0))
         x_src, _, _ = self.sample_forward_diffusion(x_0, sigma_src * self.num_timesteps, noise)
-        policy = self._predict_policy(x_src, raw_src, **kwargs)
+        policy = self._predict_policy(x_src, raw_src, source, **kwargs)
         ratio = self.teacher_ratio((running_status or {}).get('iteration', 0))
         loss, _, _ = self.piid_segment(
             teacher, policy, x_src, raw_src, segment_size, ratio, teacher_kwargs, source=source
         )
         log_vars = {'loss_diffusion': loss.detach(), **self.flow_loss.log_vars}
-        if self._train_section().num_decay_iters > 0:
+        if self.train_section().num_decay_iters > 0:
             log_vars['teacher_ratio'] = torch.tensor(ratio)
         return loss, log_vars
 
@@ -429,13 +448,13 @@ class PiFlowImitationDataFree(PiFlow):
                 log_vars = {**log_vars, **{key: log_vars.get(key, 0) + value for key, value in logs.items()}}
             return total, log_vars
 
-        cfg = self._train_section()
+        cfg = self.train_section()
         base, last = self.segment_sizes()
         x_src, index = segment_state
         is_last = index == cfg.nfe - 1
         raw_src = torch.full((len(x_src),), 1 - index * base if not is_last else last, dtype=torch.float64)
         length = last if is_last else base
-        policy = self._predict_policy(x_src, raw_src, **kwargs)
+        policy = self._predict_policy(x_src, raw_src, source, **kwargs)
         ratio = self.teacher_ratio((running_status or {}).get('iteration', 0))
         segment_size = torch.full_like(raw_src, length)
         loss, pairs, explorer = self.piid_segment(

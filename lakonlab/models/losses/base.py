@@ -28,6 +28,8 @@ class DiffusionLoss(nn.Module):
     """
 
     default_data_info: Mapping[str, str] = {}
+    rescale_cfg_keys = ('scale',)
+    log_cfgs_keys = ('type', 'prefix_name', 'total_timesteps')
 
     def __init__(
         self,
@@ -102,8 +104,10 @@ class RunningQuartileLoss(DiffusionLoss):
 
     @torch.no_grad()
     def _log_quartiles(self, prefix, losses, quartile, inputs):
+        finite = losses.isfinite()  # one bad sample must not spoil an average that lasts
+        losses, quartile = losses[finite], quartile[finite]
         counts, sums = quartile_sums(losses, quartile)
-        _, variance_sums = quartile_sums(self.variance_per_sample(**inputs).detach(), quartile)
+        _, variance_sums = quartile_sums(self.variance_per_sample(**inputs).detach()[finite], quartile)
         self.quartile_count += counts
         weight = (1 - (-self.momentum * counts).exp()) / (1 - (-self.momentum * self.quartile_count).exp()).clamp(
             min=1e-4

@@ -59,3 +59,14 @@ def test_gmflow_nll(name):
         }
         golden.assert_close(loss_module(inputs), case['out'][f'call{i}.loss'], 2e-6)
         check_logs(loss_module.log_vars, case['out'], f'call{i}.log_vars.')
+
+
+def test_one_bad_sample_does_not_spoil_running_averages():
+    case = CASES['nll.a']
+    loss_module = build(case['params'], 'DiffusionNLLLoss', 'loss_nll', {'pred': 'pred', 'target': 'target'})
+    loss_module.data_info['logstd'] = 'logstd'
+    bad = {**case['in'], 'pred': case['in']['pred'].clone()}
+    bad['pred'][0, 0, 0, 0] = float('nan')
+    assert loss_module(bad).isnan()
+    loss_module(case['in'])
+    assert all(value.isfinite() for value in loss_module.log_vars.values())

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio
 
+# Relative length of the last segment below which it would not be a segment; training has the same floor.
+SHORTEST_STEP = 1e-4
+
 
 class FlowMapSDEScheduler(FlowScheduler):
     """Segments of a few-step generator: where each begins, to which noise level it is solved, and the re-noising.
@@ -57,7 +60,7 @@ class FlowMapSDEScheduler(FlowScheduler):
 
     def _raw_grid(self, num_inference_steps: int) -> Tensor:
         c = self.config
-        scale = c.final_step_size_scale
+        scale = max(c.final_step_size_scale, SHORTEST_STEP)
         last = c.min_raw_t + (c.max_raw_t - c.min_raw_t) * scale / (num_inference_steps - 1 + scale)
         return torch.linspace(c.max_raw_t, last, num_inference_steps, dtype=torch.float64)
 
