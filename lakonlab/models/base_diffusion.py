@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..ops.patchify import patchify, unpatchify
-from ..ops.random_source import RandomSource
-from ..registry import MODULES
-from .section import at_least, read_section
-from .training_step import training_step
+from lakonlab.models.section import at_least, read_section
+from lakonlab.models.training_step import training_step
+from lakonlab.ops.patchify import patchify, unpatchify
+from lakonlab.ops.random_source import RandomSource
+from lakonlab.registry import MODULES
 
 ROLES = ('student', 'ema', 'teacher')
 

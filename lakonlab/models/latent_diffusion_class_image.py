@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.random_source import RandomSource, TorchSource
-from ..registry import MODELS
-from .base_diffusion import BaseDiffusion, BaseDiffusionTrainConfig, needs_negative
-from .section import in_range
+from lakonlab.models.base_diffusion import BaseDiffusion, BaseDiffusionTrainConfig, needs_negative
+from lakonlab.models.section import in_range
+from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.registry import MODELS
 
 
 @dataclass(kw_only=True)

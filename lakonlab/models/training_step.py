@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..ops.random_source import RandomSource, TorchSource
-from ..ops.shapes import batch_size_of, select_rows
+from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.ops.shapes import batch_size_of, select_rows
 
 Minibatch = Callable[[dict[str, Any], RandomSource, float], dict[str, Tensor]]
 """Forward and backward of a micro-batch: (data, source, factor of the loss) -> values to log."""

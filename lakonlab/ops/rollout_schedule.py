@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .time_shift import warp
+from lakonlab.ops.time_shift import warp
 
 
 class RolloutSchedule(NamedTuple):

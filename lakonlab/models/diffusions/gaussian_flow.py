@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...ops.random_source import RandomSource, TorchSource
-from ...ops.shapes import batch_size_of, concatenate_rows, expand_like, select_rows
-from ...registry import MODULES
-from ..section import at_least, in_range, one_of, read_section
-from .guidance import classifier_free_guidance
-from .schedulers import scheduler_class
+from lakonlab.models.diffusions.guidance import classifier_free_guidance
+from lakonlab.models.diffusions.schedulers import scheduler_class
+from lakonlab.models.section import at_least, in_range, one_of, read_section
+from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.ops.shapes import batch_size_of, concatenate_rows, expand_like, select_rows
+from lakonlab.registry import MODULES
 
 
 @dataclass(kw_only=True)

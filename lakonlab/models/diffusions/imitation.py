@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.random_source import RandomSource
-from ...ops.rollout_schedule import rollout_schedule
-from ...ops.shapes import expand_like
-from ...ops.time_shift import warp
-from .piflow_policies import Policy
+from lakonlab.models.diffusions.piflow_policies import Policy
+from lakonlab.ops.random_source import RandomSource
+from lakonlab.ops.rollout_schedule import rollout_schedule
+from lakonlab.ops.shapes import expand_like
+from lakonlab.ops.time_shift import warp
 
 
 class ImitationPairs(NamedTuple):

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...ops.random_source import RandomSource, TorchSource
-from ...ops.rollout_schedule import rollout_schedule
-from ...ops.shapes import expand_like
-from ...ops.time_shift import unwarp, warp
-from ...registry import MODULES
-from ..section import at_least, in_range, one_of
-from .gaussian_flow import GaussianFlow, GaussianFlowTestConfig, num_latent_pixels
-from .imitation import ImitationPairs, imitate_segment
-from .piflow_policies import POLICY_CLASSES, Policy
+from lakonlab.models.diffusions.gaussian_flow import GaussianFlow, GaussianFlowTestConfig, num_latent_pixels
+from lakonlab.models.diffusions.imitation import ImitationPairs, imitate_segment
+from lakonlab.models.diffusions.piflow_policies import POLICY_CLASSES, Policy
+from lakonlab.models.section import at_least, in_range, one_of
+from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.ops.rollout_schedule import rollout_schedule
+from lakonlab.ops.shapes import expand_like
+from lakonlab.ops.time_shift import unwarp, warp
+from lakonlab.registry import MODULES
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.random_source import RandomSource, TorchSource
-from ...ops.time_shift import dynamic_shift, unwarp, warp
-from ...registry import MODULES
+from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.ops.time_shift import dynamic_shift, unwarp, warp
+from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()

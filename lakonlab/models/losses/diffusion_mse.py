@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...registry import MODULES
-from .base import DiffusionLoss
+from lakonlab.models.losses.base import DiffusionLoss
+from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()

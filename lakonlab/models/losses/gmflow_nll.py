@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from ...registry import MODULES
-from .base import RunningQuartileLoss
+from lakonlab.models.losses.base import RunningQuartileLoss
+from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()

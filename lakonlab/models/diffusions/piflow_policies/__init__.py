@@ -1,8 +1,8 @@
 """The open family of policies. A new one is a file here and a line in the table."""
 
-from .base import Policy, euler_rollout
-from .dx import DXPolicy
-from .gmflow import GMFlowPolicy
+from lakonlab.models.diffusions.piflow_policies.base import Policy, euler_rollout
+from lakonlab.models.diffusions.piflow_policies.dx import DXPolicy
+from lakonlab.models.diffusions.piflow_policies.gmflow import GMFlowPolicy
 
 POLICY_CLASSES: dict[str, type[Policy]] = {
     'GMFlow': GMFlowPolicy,

@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ....ops.random_source import RandomSource
-from ....ops.rollout_schedule import RolloutSchedule, rollout_schedule
-from ....ops.shapes import expand_like
+from lakonlab.ops.random_source import RandomSource
+from lakonlab.ops.rollout_schedule import RolloutSchedule, rollout_schedule
+from lakonlab.ops.shapes import expand_like
 
 
 class Policy(ABC):

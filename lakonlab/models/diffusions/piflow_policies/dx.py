@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor
 
-from ....ops.rollout_schedule import RolloutSchedule
-from ....ops.shapes import expand_like
-from ....ops.time_shift import unwarp
-from .base import Policy
+from lakonlab.models.diffusions.piflow_policies.base import Policy
+from lakonlab.ops.rollout_schedule import RolloutSchedule
+from lakonlab.ops.shapes import expand_like
+from lakonlab.ops.time_shift import unwarp
 
 
 class DXPolicy(Policy):

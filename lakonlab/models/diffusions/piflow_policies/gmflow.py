@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ....ops.mixture import PosteriorCoefficients, drop_components, posterior_coefficients, posterior_velocity
-from ....ops.random_source import RandomSource
-from ....ops.rollout_schedule import RolloutSchedule
-from .base import Policy
+from lakonlab.models.diffusions.piflow_policies.base import Policy
+from lakonlab.ops.mixture import PosteriorCoefficients, drop_components, posterior_coefficients, posterior_velocity
+from lakonlab.ops.random_source import RandomSource
+from lakonlab.ops.rollout_schedule import RolloutSchedule
 
 
 class GMFlowPolicy(Policy):

@@ -14,8 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ....ops.time_shift import stretch_to_terminal, warp
-from ..sampler import shift_for
+from lakonlab.models.diffusions.sampler import shift_for
+from lakonlab.ops.time_shift import stretch_to_terminal, warp
 
 
 class FlowSchedulerOutput(BaseOutput):

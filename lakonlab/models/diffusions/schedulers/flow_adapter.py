@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .base import FlowScheduler, FlowSchedulerOutput, velocity_from
+from lakonlab.models.diffusions.schedulers.base import FlowScheduler, FlowSchedulerOutput, velocity_from
 
 # Largest noise level given to a solver: they take the logarithm of 1 - sigma.
 LARGEST_SIGMA = {'UniPCMultistep': 1 - 1e-6}

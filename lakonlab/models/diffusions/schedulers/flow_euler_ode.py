@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .base import FlowScheduler, FlowSchedulerOutput, velocity_from
+from lakonlab.models.diffusions.schedulers.base import FlowScheduler, FlowSchedulerOutput, velocity_from
 
 
 class FlowEulerODEScheduler(FlowScheduler):

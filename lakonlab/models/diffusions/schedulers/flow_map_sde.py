@@ -6,7 +6,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio
+from lakonlab.models.diffusions.schedulers.base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio
 
 # Relative length of the last segment below which it would not be a segment; training has the same floor.
 SHORTEST_STEP = 1e-4

@@ -5,7 +5,12 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from .base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio, velocity_from
+from lakonlab.models.diffusions.schedulers.base import (
+    FlowScheduler,
+    FlowSchedulerOutput,
+    remaining_noise_ratio,
+    velocity_from,
+)
 
 
 class FlowSDEScheduler(FlowScheduler):
