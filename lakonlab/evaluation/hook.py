@@ -18,6 +18,7 @@ from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS, METRICS
+from lakonlab.storage.local import is_remote
 
 logger = logging.getLogger('lakonlab.evaluation')
 
@@ -75,6 +76,11 @@ class GenerativeEvalHook(Hook):
         self.reference_kwargs = None
         if reference_kwargs is not None:
             self.reference_kwargs = check_sample_kwargs(reference_kwargs, f'evaluation {self.name}: reference_kwargs')
+        if viz_dir is not None and is_remote(viz_dir):
+            raise ValueError(
+                f'evaluation {self.name}: viz_dir: only local directories can be written in this version; '
+                f'found {viz_dir!r}'
+            )
         self.viz_dir = viz_dir
         self.viz_num = viz_num
         self.feed_batch_size = feed_batch_size

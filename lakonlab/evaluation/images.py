@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+GRID_FILE = 'grid.png'
+OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}')
 GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
 
 
@@ -55,7 +58,7 @@ class ImageFolder:
     """Writes samples of one evaluation as ``<id>.png`` and, at the end, ``grid.png``.
 
     Args:
-        path: The folder; images that an earlier evaluation left there are replaced.
+        path: The folder; images that an earlier evaluation left there are removed, other files are not.
         limit: Only samples with ids below it are written; None for all.
         grid_limit: At most so many samples are shown in the grid.
     """
@@ -66,8 +69,9 @@ class ImageFolder:
         self.grid_limit = grid_limit
         self._shown: dict[int, np.ndarray] = {}
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in self.path.glob('*.png'):
-            file.unlink()
+        for file in self.path.iterdir():
+            if OWN_FILE.fullmatch(file.name):
+                file.unlink()
 
     def add(self, images: Tensor, ids: Sequence[int]) -> None:
         """Write samples.
@@ -93,5 +97,5 @@ class ImageFolder:
         if not self._shown:
             return None
         grid = make_grid(np.stack([self._shown[number] for number in sorted(self._shown)]))
-        Image.fromarray(grid).save(self.path / 'grid.png')
+        Image.fromarray(grid).save(self.path / GRID_FILE)
         return grid

@@ -19,6 +19,7 @@ from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError, describe_unknown
 from lakonlab.config.load import dump_config, load_config
 from lakonlab.config.options import parse_options
+from lakonlab.runner.paths import require_local_paths
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -158,6 +159,8 @@ def _prepare(args: Namespace, training: bool) -> Config:
     cfg = load_config(args.config, parse_options(args.cfg_options or ()))
     check_config(cfg, training=training)
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs') / cfg.name)
+    options = {'--resume-from': getattr(args, 'resume_from', None), '--ckpt': getattr(args, 'ckpt', None)}
+    require_local_paths(cfg, options)
     configured = cfg.get('seed')
     cfg.seed = args.seed if args.seed is not None else DEFAULT_SEED if configured is None else configured
     return cfg

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lakonlab.storage.checkpoint import (
     LATEST_NAMES,
     CheckpointError,
+    content_digest,
     find_checkpoint,
     list_checkpoints,
+    read_state,
     require_checkpoint,
     step_of,
     verify,
 )
 
 logger = logging.getLogger(__name__)
+
+MOST_DIFFERENCES = 20
+# where a run lies and what it reports do not change what is trained
+UNRELATED_SECTIONS = ('work_dir', 'evaluation', 'log_config', 'log_level', 'resume_from', 'load_from')
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,17 @@ class StartingPoint:
         checkpoint: A verified checkpoint, or None for the initial weights.
         mode: ``resume`` restores everything, ``weights`` the model only, ``fresh`` nothing.
         reason: How it was chosen, for the log.
+        named: Whether the user named this very checkpoint, rather than the run finding its own.
     """
 
     checkpoint: Path | None
     mode: Literal['resume', 'weights', 'fresh']
     reason: str
+    named: bool = False
+
+    def origin(self) -> dict[str, str]:
+        """What a run that starts from this checkpoint remembers of it."""
+        return {'path': str(self.checkpoint.absolute()), 'digest': content_digest(self.checkpoint)}
 
 
 def find_starting_point(
@@ -53,6 +67,9 @@ def find_starting_point(
         load_from: ``load_from`` of the config: weights for a run that has no checkpoint yet; must exist.
         auto_resume: Whether to look for the run's own newest checkpoint where nothing else is named.
 
+    A checkpoint that is named stays the name of the same run: if the run's own newest checkpoint descends from it, the
+    run was interrupted and goes on from its own newest.
+
     Raises:
         CheckpointError: What must exist does not, or is damaged; or the run's directory holds checkpoints later than
             the one named.
@@ -64,10 +81,14 @@ def find_starting_point(
         own_latest = parent.absolute() == run_dir.absolute()
     named = resume_from or (None if own_latest else configured_resume_from)
     if named:
+        descendant = _newest_descendant(run_dir, named)
+        if descendant is not None:
+            reason = f'the newest of this run in {run_dir}; it descends from {named}, which was named'
+            return StartingPoint(descendant, 'resume', reason)
         checkpoint = require_checkpoint(named)
         _refuse_later_checkpoints(run_dir, checkpoint, named)
         source = 'the command line' if resume_from else 'resume_from of the config'
-        return StartingPoint(checkpoint, 'resume', f'named by {source}')
+        return StartingPoint(checkpoint, 'resume', f'named by {source}', named=True)
     if own_latest or auto_resume:
         checkpoint = find_checkpoint(run_dir)
         if checkpoint is not None:
@@ -75,6 +96,23 @@ def find_starting_point(
     if load_from:
         return StartingPoint(require_checkpoint(load_from), 'weights', 'load_from of the config')
     return StartingPoint(None, 'fresh', f'no checkpoint of this run in {run_dir}')
+
+
+def _newest_descendant(run_dir: Path, named: str) -> Path | None:
+    """The run's newest checkpoint if the run was started from the named one, which may be gone by now."""
+    if not list_checkpoints(run_dir):
+        return None
+    origin = find_checkpoint(named)
+    newest = find_checkpoint(run_dir)
+    if newest is None:
+        return None
+    started_from = read_state(newest).get('started_from') or ()
+    if origin is None:
+        path = str(Path(named).expanduser().absolute())
+        known = {entry['path'] for entry in started_from}
+        return newest if path.removesuffix('.pth') in known else None
+    digest = content_digest(origin)
+    return newest if any(entry['digest'] == digest for entry in started_from) else None
 
 
 def _refuse_later_checkpoints(run_dir: Path, checkpoint: Path, named: str) -> None:
@@ -107,6 +145,97 @@ def set_aside_later(run_dir: Path, step: int) -> None:
                 number += 1
             path.rename(target)
             logger.warning('the damaged checkpoint %s was set aside as %s', path, target.name)
+
+
+def require_same_run(
+    start: StartingPoint, saved: Mapping[str, Any], present: Mapping[str, Any], optimizers: Mapping[str, str]
+) -> None:
+    """Compare what a checkpoint recorded with the present run.
+
+    Args:
+        start: The checkpoint, and how it was chosen.
+        saved: Its state.
+        present: ``seed``, ``batch_size`` and ``dataset_size`` of the present run.
+        optimizers: Optimiser key -> class name, of the present run.
+
+    Raises:
+        CheckpointError: The optimisers are of another class; or the data or random numbers would differ, and the
+            checkpoint was not named by the user.
+    """
+    for key, kind in (saved.get('optimizer_types') or {}).items():
+        if optimizers.get(key, kind) != kind:
+            raise CheckpointError(
+                f'optimizer[{key!r}].type={optimizers[key]!r}, but {start.checkpoint} holds the state of {kind!r}: set '
+                'it back; or start a run of another name (work_dir) from the weights alone, with load_from'
+            )
+    for key, value in present.items():
+        before = saved['data'][key]
+        if before == value:
+            continue
+        if not start.named:
+            raise CheckpointError(
+                f'{key} is {value}, it was {before} when {start.checkpoint} was saved, so the run would not be the one '
+                'that was interrupted. Set it back; or give the run another name (work_dir); or name the checkpoint '
+                f'with --resume-from {start.checkpoint} to go on from it with the new value.'
+            )
+        logger.warning(
+            '%s is %s, it was %s when %s was saved: from here on the run differs from an uninterrupted one',
+            key,
+            value,
+            before,
+            start.checkpoint,
+        )
+
+
+def config_differences(before: str, now: str) -> list[str]:
+    """What changed between two configs, one line per key, without sections that do not change the training.
+
+    Args:
+        before: Text of a resolved config.
+        now: Another.
+
+    Returns:
+        Lines like ``lr_config.warmup_iters: 10 -> 20``.
+    """
+    try:
+        old, new = _values(before), _values(now)
+    except SyntaxError as error:  # a value without a literal, which only configs made in Python can hold
+        return [f'the two cannot be compared ({error.msg})']
+    absent = '(absent)'
+    lines = [
+        f'{key}: {old.get(key, absent)} -> {new.get(key, absent)}'
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key) and key.split('.')[0] not in UNRELATED_SECTIONS
+    ]
+    if len(lines) > MOST_DIFFERENCES:
+        lines = [*lines[:MOST_DIFFERENCES], f'... and {len(lines) - MOST_DIFFERENCES} more']
+    return lines
+
+
+def _values(text: str) -> dict[str, str]:
+    """Dotted key -> source text of its value; the text is parsed, never run."""
+    values: dict[str, str] = {}
+    for statement in ast.parse(text).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            values.update(_leaves(statement.targets[0].id, statement.value))
+    return values
+
+
+def _leaves(path: str, node: ast.expr) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        items = [(str(keyword.arg), keyword.value) for keyword in node.keywords]
+    elif isinstance(node, ast.Dict):
+        items = [
+            (ast.unparse(key).strip('\'"'), value) for key, value in zip(node.keys, node.values) if key is not None
+        ]
+    elif isinstance(node, (ast.List, ast.Tuple)) and any(isinstance(item, (ast.Call, ast.Dict)) for item in node.elts):
+        items = [(str(number), item) for number, item in enumerate(node.elts)]
+    else:
+        items = []
+    if not items:
+        yield path, ast.unparse(node)
+    for key, value in items:
+        yield from _leaves(f'{path}.{key}', value)
 
 
 def _is_valid(path: Path) -> bool:

@@ -49,15 +49,23 @@ from lakonlab.runner.log import (
 )
 from lakonlab.runner.lr_schedule import LearningRateSchedule
 from lakonlab.runner.optimizer import build_optimizers
-from lakonlab.runner.resume import StartingPoint, find_starting_point, set_aside_later
+from lakonlab.runner.resume import (
+    StartingPoint,
+    config_differences,
+    find_starting_point,
+    require_same_run,
+    set_aside_later,
+)
 from lakonlab.runner.sections import build_hooks, training_loader_options
 from lakonlab.runner.seeding import make_deterministic, seed_globals
 from lakonlab.runner.signals import StopRequest
 from lakonlab.runner.views import LearningRates, TrainingStream
-from lakonlab.storage.checkpoint import read_state
-from lakonlab.storage.local import directory_lock, require_writable
+from lakonlab.storage.checkpoint import read_manifest, read_state
+from lakonlab.storage.local import directory_lock, require_writable, restore_replaced, stale_replaced
 
 logger = logging.getLogger('lakonlab.runner')
+
+DEFAULT_GC_INTERVAL = 20
 
 
 class Runner:
@@ -78,7 +86,7 @@ class Runner:
         cfg: The resolved config.
         settings: Logging.
         guard: Limit of skipped iterations.
-        gc_interval: Collect garbage by hand every so many iterations; 0 leaves it to Python.
+        gc_interval: Collect garbage by hand every so many iterations; 0 or less leaves it to Python.
     """
 
     def __init__(
@@ -98,18 +106,18 @@ class Runner:
         cfg: Config | None = None,
         settings: LogSettings | None = None,
         guard: SkipGuard | None = None,
-        gc_interval: int = 0,
+        gc_interval: int = DEFAULT_GC_INTERVAL,
     ):
         self.model, self.optimizers, self.schedule = model, optimizers, schedule
         self.dataset, self._loader, self.batch_size = dataset, loader, batch_size
-        self.iter, self.max_iters = 0, max_iters
+        self.iter, self.first_iter, self.max_iters = 0, 0, max_iters
         self.work_dir = self.log_dir = self._log_dir = str(work_dir)
         self.strategy, self.rank, self.world_size = strategy, strategy.rank, strategy.world_size
         self.seed = seed
         self.cfg = Config() if cfg is None else cfg
         self.config_text = resolved_text(self.cfg)
         self.guard = guard or SkipGuard()
-        self.gc_interval = gc_interval
+        self.gc_interval = max(0, gc_interval)
         self.settings = settings or log_settings(None, work_dir)
         self.logger = logger
         self.timestamp = time.strftime('%Y%m%d_%H%M%S')
@@ -128,6 +136,7 @@ class Runner:
         ]
         self.hooks = sorted([*every_run, *hooks], key=lambda hook: get_priority(hook.priority))
         self.starting_point = StartingPoint(None, 'fresh', 'none was looked for')
+        self.started_from: list[dict[str, str]] = []
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
         self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir)
 
@@ -170,8 +179,13 @@ class Runner:
         schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
         hooks = build_hooks(cfg, validate)
         checkpoint_hook = next((hook for hook in hooks if isinstance(hook, CheckpointHook)), None)
+        checkpoint_dir = run_directory(checkpoint_hook and checkpoint_hook.out_dir, work_dir)
+        if checkpoint_hook is not None and stale_replaced(checkpoint_dir):
+            with directory_lock(checkpoint_dir):
+                restored = restore_replaced(checkpoint_dir)
+            logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))
         start = find_starting_point(
-            run_directory(checkpoint_hook and checkpoint_hook.out_dir, work_dir),
+            checkpoint_dir,
             resume_from=resume_from,
             configured_resume_from=cfg.get('resume_from'),
             load_from=cfg.get('load_from'),
@@ -214,7 +228,7 @@ class Runner:
             cfg=cfg,
             settings=settings,
             guard=SkipGuard(options.get('max_skipped_iters', 20)),
-            gc_interval=options.get('gc_interval') or 0,
+            gc_interval=options.get('gc_interval', DEFAULT_GC_INTERVAL),
         )
         runner.starting_point = start
         return runner
@@ -247,6 +261,7 @@ class Runner:
                 return
             stop = stack.enter_context(StopRequest())
             self.train_dataloader.batches = self._loader(self.iter)
+            self.model.train()
             self.call_hook('before_run')
             self.call_hook('before_train')
             self.call_hook('before_train_epoch')
@@ -309,6 +324,8 @@ class Runner:
             'hooks': {name: hook.state_dict() for name, hook in self._hooks_with_state()},
             'log_window': log_window(self.message_hub),
             'data': self._data_identity(),
+            'optimizer_types': self._optimizer_types(),
+            'started_from': self.started_from,
         }
 
     def _hooks_with_state(self) -> list[tuple[str, Hook]]:
@@ -324,6 +341,9 @@ class Runner:
     def _data_identity(self) -> dict[str, int]:
         """What decides which samples an iteration reads and what it draws."""
         return {'seed': self.seed, 'batch_size': self.batch_size, 'dataset_size': len(self.dataset)}
+
+    def _optimizer_types(self) -> dict[str, str]:
+        return {key: type(optimizer).__name__ for key, optimizer in self.optimizers.items()}
 
     def _enter(self, stack: contextlib.ExitStack) -> None:
         """Open what the run holds while it trains."""
@@ -355,25 +375,20 @@ class Runner:
             logger.info('starting with the weights of %s (%s)', start.checkpoint, start.reason)
             return
         state = read_state(start.checkpoint)
+        require_same_run(start, state, self._data_identity(), self._optimizer_types())
+        self.started_from = [*(state.get('started_from') or ()), *([start.origin()] if start.named else ())]
+        for line in config_differences(read_manifest(start.checkpoint).get('config', ''), self.config_text):
+            logger.info('config changed since %s was saved: %s', start.checkpoint, line)
         if 'optimizers' in state:
             self.strategy.load_optimizer_state(self.model, self.optimizers, start.checkpoint, state['optimizers'])
         else:
             logger.warning('%s was saved without optimizer state: the optimizers start anew', start.checkpoint)
-        self.iter = state['iteration']
+        self.iter = self.first_iter = state['iteration']
         self.guard.load_state_dict(state['guard'])
         for name, hook in self._hooks_with_state():
             if name in state['hooks']:
                 hook.load_state_dict(state['hooks'][name])
         load_log_window(self.message_hub, state['log_window'], self.settings.interval)
-        for key, value in self._data_identity().items():
-            if state['data'][key] != value:
-                logger.warning(
-                    '%s is %s, it was %s when %s was saved: from here on the run differs from an uninterrupted one',
-                    key,
-                    value,
-                    state['data'][key],
-                    start.checkpoint,
-                )
         if self.rank == 0 and start.checkpoint.parent.absolute() == self.checkpoint_dir.absolute():
             set_aside_later(self.checkpoint_dir, self.iter)
         logger.info('resuming after iteration %d from %s (%s)', self.iter, start.checkpoint, start.reason)

@@ -12,6 +12,7 @@ tensors), is read by other programs, and resharding on load works the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -91,6 +92,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if file.stat().st_size != size:
             raise CheckpointError(f'{file} is damaged: it has {file.stat().st_size} bytes, the manifest states {size}')
     return manifest
+
+
+def content_digest(path: Path, part: str | None = None) -> str:
+    """What identifies the content of a checkpoint, wherever it lies and however it is named.
+
+    Args:
+        path: The checkpoint's directory.
+        part: Only the tensors of this part (``model``, ``optimizer``); None for everything.
+
+    Returns:
+        SHA-256 of the names and checksums that the manifest states, in hexadecimal.
+
+    Raises:
+        CheckpointError: See :func:`read_manifest`.
+    """
+    files = read_manifest(path)['files']
+    lines = [
+        f'{name} {files[name]["sha256"]}\n' for name in sorted(files) if part is None or name.startswith(f'{part}/')
+    ]
+    return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -20,6 +21,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_MARK = '.tmp-'
+REPLACED_NAME = re.compile(rf'\.(.+){re.escape(TEMPORARY_MARK)}replaced-[0-9a-f]+')
+
+
+class DirectoryInUseError(OSError):
+    """Another process writes to a directory."""
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names a place that is not in the local file system, like ``s3://bucket/run``."""
+    text = str(path)
+    return '://' in text or re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', text) is not None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,12 +113,47 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def stale_replaced(parent: Path) -> dict[str, Path]:
+    """Directories that stepped aside for a newer one which never got their name, by that name.
+
+    Args:
+        parent: Where they were published.
+
+    Returns:
+        Final name, missing in ``parent`` -> the directory; of several the one that stepped aside last.
+    """
+    found: dict[str, Path] = {}
+    if parent.is_dir():
+        for path in sorted(parent.iterdir(), key=lambda path: path.lstat().st_ctime_ns):
+            match = REPLACED_NAME.fullmatch(path.name)
+            if match and path.is_dir() and not (parent / match[1]).exists():
+                found[match[1]] = path
+    return found
+
+
+def restore_replaced(parent: Path) -> list[str]:
+    """Give directories of :func:`stale_replaced` their names back; only for the holder of :func:`directory_lock`.
+
+    Returns:
+        The names.
+    """
+    stale = stale_replaced(parent)
+    for name, path in stale.items():
+        os.rename(path, parent / name)
+    if stale:
+        fsync_directory(parent)
+    return list(stale)
+
+
 def remove_stale_temporaries(parent: Path) -> list[str]:
     """Remove what interrupted writers left in ``parent``; only for the holder of its :func:`directory_lock`.
+
+    What stepped aside for a directory that was never published is restored, not removed.
 
     Returns:
         The names of the removed directories.
     """
+    restore_replaced(parent)
     removed = []
     if parent.is_dir():
         for path in sorted(parent.iterdir()):
@@ -148,7 +195,7 @@ def directory_lock(path: Path, wait_seconds: float = 10.0) -> Iterator[None]:
         wait_seconds: How long to wait for a holder that is about to finish.
 
     Raises:
-        RuntimeError: Another process holds the lock.
+        DirectoryInUseError: Another process holds the lock.
     """
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -166,7 +213,7 @@ def directory_lock(path: Path, wait_seconds: float = 10.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     stream.seek(0)
                     holder = stream.read().strip() or 'unknown'
-                    raise RuntimeError(
+                    raise DirectoryInUseError(
                         f'{path} is in use by another run (process {holder}). Wait until it has ended, stop it, or '
                         'give this run another name (work_dir, checkpoint_config.out_dir).'
                     ) from error

@@ -90,9 +90,10 @@ def test_real_images_are_measured_without_a_model():
 def test_images_and_grid(tmp_path):
     (tmp_path / 'default').mkdir()
     (tmp_path / 'default' / '000000099.png').touch()
+    (tmp_path / 'default' / 'mine.png').touch()
     (results,) = run_evaluations(Model(), config(viz_num=12, viz_dir=str(tmp_path)))
     files = sorted(path.name for path in Path(results['images']).iterdir())
-    assert files == [f'{number:09d}.png' for number in range(12)] + ['grid.png']
+    assert files == [f'{number:09d}.png' for number in range(12)] + ['grid.png', 'mine.png']
     assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 34 + 2, 3 * 34 + 2)
     assert np.array(Image.open(tmp_path / 'default' / '000000003.png')).shape == (8, 8, 3)
 
@@ -129,6 +130,7 @@ def test_interval(interval, due):
         (dict(interval=dict(milestones=[1], interval=[1])), 'need 2 intervals'),
         (dict(interval=dict(milestone=[1], interval=[1])), 'expected milestones and interval'),
         (dict(save_best_ckpt=True), 'save_best_ckpt'),
+        (dict(viz_dir='s3://bucket/viz'), 'only local directories can be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
     ],
 )

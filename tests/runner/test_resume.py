@@ -1,8 +1,10 @@
 """Where a run starts."""
 
+import shutil
+
 import pytest
 
-from lakonlab.runner.resume import find_starting_point, set_aside_later
+from lakonlab.runner.resume import config_differences, find_starting_point, set_aside_later
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 
 
@@ -90,3 +92,39 @@ def test_damaged_newest(run, caplog):
     assert sorted(path.name for path in run.iterdir()) == ['damaged_iter_4.0', 'iter_2']
     with pytest.raises(CheckpointError, match=r'is missing|does not exist'):
         find_starting_point(run, resume_from=str(newest))
+
+
+def test_named_origin_survives_an_interruption(run, tmp_path):
+    origin = write(tmp_path / 'other', 9)
+    first = find_starting_point(run, resume_from=str(origin))
+    assert (first.checkpoint, first.named) == (origin, True)
+    state = {'iteration': 12, 'started_from': [first.origin()]}
+    newest = write_checkpoint(run, 12, {'model': {}}, state)
+    for option in ('resume_from', 'configured_resume_from'):
+        again = find_starting_point(run, **{option: str(origin)})
+        assert (again.checkpoint, again.mode, again.named) == (newest, 'resume', False)
+        assert 'descends from' in again.reason
+    stranger = write(tmp_path / 'another', 3)
+    with pytest.raises(CheckpointError, match='already holds later ones'):
+        find_starting_point(run, resume_from=str(stranger))
+
+
+def test_named_origin_that_is_gone(run, tmp_path):
+    origin = write(tmp_path / 'other', 9)
+    state = {'iteration': 12, 'started_from': [find_starting_point(run, resume_from=str(origin)).origin()]}
+    newest = write_checkpoint(run, 12, {'model': {}}, state)
+    shutil.rmtree(origin)
+    assert find_starting_point(run, resume_from=f'{origin}.pth').checkpoint == newest
+
+
+def test_config_differences():
+    before = "work_dir = 'a'\nlr = dict(warmup=10, policy='poly')\nhooks = [dict(type='A', x=(1, 2))]\n"
+    now = "work_dir = 'b'\nlr = dict(warmup=20, policy='poly')\nhooks = [dict(type='A', x=(1, 3))]\nnew = {'a.b': 1}\n"
+    assert config_differences(before, now) == [
+        'hooks.0.x: (1, 2) -> (1, 3)',
+        'lr.warmup: 10 -> 20',
+        'new.a.b: (absent) -> 1',
+    ]
+    assert config_differences(before, before) == []
+    assert 'cannot be compared' in config_differences('a = <object>', now)[0]
+    assert len(config_differences('', ''.join(f'a{number} = 1\n' for number in range(30)))) == 21

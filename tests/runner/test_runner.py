@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
@@ -159,7 +161,7 @@ def test_two_runs_in_one_directory(tmp_path):
         while not (tmp_path / 'locked').exists():
             pass
         with (
-            pytest.raises(RuntimeError, match=f'in use by another run.*{child}'),
+            pytest.raises(local.DirectoryInUseError, match=f'in use by another run.*{child}'),
             local.directory_lock(runner.checkpoint_dir, wait_seconds=0.1),
         ):
             pass
@@ -250,3 +252,40 @@ def test_profiler_of_mmengine_runs_unchanged(tmp_path):
     hook = HOOKS.build({'type': 'ProfilerHook', 'by_epoch': False, 'profile_times': 3, 'json_trace_path': str(trace)})
     make_runner(tmp_path, max_iters=4, hooks=[hook]).train()
     assert trace.exists()
+
+
+def test_another_seed_is_another_run(tmp_path, caplog):
+    make_runner(tmp_path, max_iters=10).train()
+    with pytest.raises(CheckpointError, match=r'seed is 2, it was 1 .*another name .*--resume-from'):
+        make_runner(tmp_path, seed=2).train()
+    named = str(tmp_path / 'checkpoints' / 'tiny' / 'iter_10')
+    make_runner(tmp_path, seed=2, resume_from=named, max_iters=15).train()
+    assert 'seed is 2, it was 1' in caplog.text
+    again = make_runner(tmp_path, seed=2, resume_from=named)  # the same command, after an interruption
+    assert again.starting_point.checkpoint.name == 'iter_15'
+    again.train()
+    assert read_state(find_checkpoint(tmp_path / 'checkpoints' / 'tiny'))['started_from'] == again.started_from
+    assert [Path(entry['path']).name for entry in again.started_from] == ['iter_10']
+
+
+def test_state_of_another_optimizer_is_refused(tmp_path):
+    make_runner(tmp_path, max_iters=5).train()
+    for start in ({}, {'resume_from': str(tmp_path / 'checkpoints' / 'tiny' / 'iter_5')}):
+        with pytest.raises(CheckpointError, match=r"type='SGD', but .*iter_5 holds the state of 'AdamW'"):
+            make_runner(tmp_path, optimizer='SGD', **start).train()
+
+
+def test_changes_of_the_config_are_logged(tmp_path, caplog):
+    make_runner(tmp_path, max_iters=5, cfg=Config({'train_cfg': {'nfe': 1}})).train()
+    with caplog.at_level('INFO'):
+        make_runner(tmp_path, max_iters=6, cfg=Config({'train_cfg': {'nfe': 2}})).train()
+    assert 'config changed since' in caplog.text
+    assert 'train_cfg.nfe: 1 -> 2' in caplog.text
+
+
+def test_training_mode_is_set_before_the_loop(tmp_path):
+    modes = []
+    runner = make_runner(tmp_path, max_iters=1)
+    runner.model.train = lambda mode=True: modes.append(mode)
+    runner.train()
+    assert modes

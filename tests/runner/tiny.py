@@ -63,7 +63,19 @@ class TinyData(torch.utils.data.Dataset):
         return {'ids': index, 'latents': self.latents[index]}
 
 
-def make_runner(folder, max_iters=20, hooks=(), nan_at=(), guard=None, interval=5, checkpoint=None, **start):
+def make_runner(
+    folder,
+    max_iters=20,
+    hooks=(),
+    nan_at=(),
+    guard=None,
+    interval=5,
+    checkpoint=None,
+    seed=1,
+    optimizer='AdamW',
+    cfg=None,
+    **start,
+):
     """A run in ``folder``, at the starting point that its checkpoints and ``start`` give."""
     torch.manual_seed(3)
     strategy = SingleProcess(device='cpu')
@@ -75,7 +87,7 @@ def make_runner(folder, max_iters=20, hooks=(), nan_at=(), guard=None, interval=
     ema = ExponentialMovingAverageHook(momentum_policy='karras', start_iter=2)
     runner = Runner(
         model,
-        build_optimizers(model, {'diffusion': {'type': 'AdamW', 'lr': 1e-2}}),
+        build_optimizers(model, {'diffusion': {'type': optimizer, 'lr': 1e-2}}),
         LearningRateSchedule(max_iters=40, policy='CosineAnnealing', min_lr=0.0, warmup='linear', warmup_iters=4),
         data,
         lambda start_iter: build_dataloader(data, 4, shuffle=True, seed=1, start_iter=start_iter),
@@ -84,7 +96,8 @@ def make_runner(folder, max_iters=20, hooks=(), nan_at=(), guard=None, interval=
         work_dir=work_dir,
         strategy=strategy,
         hooks=[ema, checkpoint, *hooks] if checkpoint else [ema, *hooks],
-        seed=1,
+        seed=seed,
+        cfg=cfg,
         settings=log_settings({'interval': interval, 'hooks': []}, work_dir),
         guard=guard,
     )

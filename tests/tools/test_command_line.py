@@ -115,6 +115,10 @@ def test_missing_weights_stop_a_run_before_it_writes(in_tmp, capsys):
         ({'cfg_options': ['total_iters']}, 'key=value'),
         ({'resume_from': 'checkpoints/absent/iter_3'}, 'checkpoints/absent/iter_3'),
         ({'config': 'absent.py'}, 'absent.py'),
+        ({'work_dir': 's3://bucket/run'}, 'work_dir: only local directories can be written'),
+        ({'cfg_options': ['checkpoint_config.out_dir=s3://bucket']}, 'checkpoint_config.out_dir: only local'),
+        ({'cfg_options': ['evaluation.0.viz_dir=s3://bucket']}, 'evaluation[0].viz_dir: only local'),
+        ({'resume_from': 's3://bucket/run/latest'}, '--resume-from: only local directories can be read'),
         ({'cfg_options': ['model.diffusion.denoising.patch_size=3']}, 'patch_size'),
     ],
 )
@@ -125,12 +129,14 @@ def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
     error = capsys.readouterr().err
     assert message in error
     assert 'Traceback' not in error
+    assert not (in_tmp / 's3:').exists()
 
 
 @pytest.mark.parametrize(
     ('values', 'message'),
     [
         ({'ckpt': 'checkpoints/absent/latest'}, 'checkpoints/absent/latest'),
+        ({'ckpt': 'gs://bucket/run'}, '--ckpt: only local directories can be read'),
         ({'data': ['vla']}, "did you mean 'val'"),
         ({'reuse_viz': True}, '--reuse-viz'),
     ],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
+from lakonlab.runner.paths import require_local
 from lakonlab.storage.background import BackgroundWriter
 from lakonlab.storage.checkpoint import write_checkpoint
 from lakonlab.storage.local import remove_stale_temporaries
@@ -26,7 +27,12 @@ def run_directory(out_dir: str | None, work_dir: str) -> Path:
     Args:
         out_dir: ``checkpoint_config.out_dir``; None for ``checkpoints``.
         work_dir: Directory of the logs.
+
+    Raises:
+        ConfigError: One of them is no local directory.
     """
+    require_local(out_dir, 'checkpoint_config.out_dir')
+    require_local(work_dir, 'work_dir')
     out = Path('checkpoints' if out_dir is None else out_dir).expanduser()
     work = Path(work_dir).expanduser()
     return out if out.absolute() == work.absolute() else out / work.absolute().name
