@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.images import ImageFolder
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.references import ReferenceSamples
@@ -31,6 +32,7 @@ def evaluate(
     images: ImageFolder | None = None,
     feed_batch_size: int = 512,
     generate: bool = True,
+    seed: int = 0,
     name: str = 'evaluation',
 ) -> dict[str, Any]:
     """Generate every sample of a data split once and measure them.
@@ -47,18 +49,20 @@ def evaluate(
         images: Where to write samples.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured.
+        seed: Seed of what the sampler draws beyond the data set's noise.
         name: Title of the progress bar.
 
     Returns:
         ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol), ``num_samples``, ``nfe``
-        (network evaluations per sample), ``seconds``, and the sampling arguments.
+        (network evaluations per sample), ``seconds``, and the sampling arguments with ``sampling_seed``, which every
+        protocol repeats; None for real images.
 
     Raises:
-        ValueError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
+        ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
     """
     needs_reference = any(metric.needs_reference for metric in metrics)
     if needs_reference and reference_kwargs is None:
-        raise ValueError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
+        raise ConfigError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
     references = references if references is not None else ReferenceSamples()
     for metric in metrics:
         metric.reset()
@@ -71,7 +75,7 @@ def evaluate(
         with tqdm(total=total, desc=name, unit='sample', leave=False, disable=None) as progress:
             for batch in dataloader:
                 if generate:
-                    pixels, seconds, nfe = sample(model, batch, sample_kwargs or {})
+                    pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
                 else:
                     pixels, seconds = real_images(batch), None
                 reference = None
@@ -90,18 +94,20 @@ def evaluate(
         if model is not None:
             model.train(was_training)
     if count == 0:
-        raise ValueError(f'{name}: the data split {data!r} has no samples')
+        raise ConfigError(f'{name}: the data split {data!r} has no samples')
     numbers: dict[str, float] = {}
     for metric in metrics:
         numbers.update(metric.compute())
+    sampling_seed = seed if generate else None
     return dict(
         metrics=numbers,
-        protocol={type(metric).__name__: metric.protocol() for metric in metrics},
+        protocol={type(metric).__name__: {**metric.protocol(), 'sampling_seed': sampling_seed} for metric in metrics},
         num_samples=count,
         nfe=nfe,
         seconds=time.perf_counter() - start,
         generated=generate,
         sample_kwargs=dict(sample_kwargs or {}),
+        sampling_seed=sampling_seed,
         reference_kwargs=dict(reference_kwargs) if needs_reference else None,
     )
 
@@ -118,14 +124,14 @@ def build_evaluation_loader(data: Mapping[str, Any], split: str, loader: str = '
         A loader that reads every item once, in order.
 
     Raises:
-        ValueError: There is no such data set.
+        ConfigError: There is no such data set.
     """
     from lakonlab.datasets.loader import build_dataloader
     from lakonlab.registry import DATASETS
 
     if split not in data or 'type' not in data[split]:
         splits = [key for key, value in data.items() if isinstance(value, Mapping) and 'type' in value]
-        raise ValueError(f'an evaluation names data={split!r}, but data has only {", ".join(splits)}')
+        raise ConfigError(f'an evaluation names data={split!r}, but data has only {", ".join(splits)}')
     options = {key: value for key, value in data.items() if not re.fullmatch(r'(train|val|test)\d*(_.*)?', key)}
     options.update(data.get(loader) or data.get('val_dataloader') or {})
     options.setdefault('samples_per_gpu', 1)

@@ -123,6 +123,7 @@ class GenerativeEvalHook(Hook):
         run_name: str,
         tag: str,
         loader: str = 'val_dataloader',
+        seed: int = 0,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now.
 
@@ -132,6 +133,7 @@ class GenerativeEvalHook(Hook):
             run_name: Name of the run, for the default folder of images.
             tag: Name of the weights that are evaluated: the iteration, or the checkpoint.
             loader: Key of the loader arguments in ``data``.
+            seed: Seed of what the sampler draws beyond the data set's noise.
 
         Returns:
             The results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``, ``prefix`` and
@@ -156,6 +158,7 @@ class GenerativeEvalHook(Hook):
             images=folder,
             feed_batch_size=self.feed_batch_size,
             generate=self.generate,
+            seed=seed,
             name=self.name,
         )
         grid = folder.finish() if folder else None
@@ -173,7 +176,7 @@ class GenerativeEvalHook(Hook):
         if not self.is_due(iteration):
             return
         run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
-        results, grid = self.run(runner.model, runner.cfg.data, run_name, str(iteration))
+        results, grid = self.run(runner.model, runner.cfg.data, run_name, str(iteration), seed=runner.seed)
         scalars = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
         if scalars:
             runner.visualizer.add_scalars(scalars, step=iteration, file_path=f'{runner.timestamp}.json')

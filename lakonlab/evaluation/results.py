@@ -22,7 +22,12 @@ RESULTS_FILE = 'results.json'
 
 
 def run_evaluations(
-    model: nn.Module, cfg: Mapping[str, Any], *, tag: str = 'default', splits: Sequence[str] | None = None
+    model: nn.Module,
+    cfg: Mapping[str, Any],
+    *,
+    tag: str = 'default',
+    splits: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Run every entry of the section ``evaluation`` once.
 
@@ -31,6 +36,7 @@ def run_evaluations(
         cfg: The config; ``evaluation``, ``data`` and ``name`` are read.
         tag: Name of the weights, e.g. of the checkpoint; part of the folder names of images.
         splits: Only entries of these data splits; None for all.
+        seed: Seed of what the samplers draw beyond the data set's noise.
 
     Returns:
         The results of each entry, in their order.
@@ -49,7 +55,7 @@ def run_evaluations(
     for number, hook in enumerate(hooks, start=1):
         logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
         hook.share(hooks)
-        results.append(hook.run(model, cfg['data'], cfg.get('name', 'run'), tag, 'test_dataloader')[0])
+        results.append(hook.run(model, cfg['data'], cfg.get('name', 'run'), tag, 'test_dataloader', seed)[0])
     return results
 
 

@@ -88,7 +88,9 @@ def train(args: Namespace) -> int:
                 validate=not args.no_validate,
                 deterministic=args.deterministic,
             )
-    runner.train()
+    # later errors are not about values of the config: these were all in use for an iteration
+    with _impossible_values(lambda: runner.iter == runner.first_iter):
+        runner.train()
     return 0
 
 
@@ -121,16 +123,17 @@ def test(args: Namespace) -> int:
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO')
     try:
-        evaluate_checkpoint(
-            cfg,
-            checkpoint=args.ckpt,
-            splits=args.data,
-            seed=cfg.seed,
-            deterministic=args.deterministic,
-            skip_existing=args.skip_existing,
-            timer=args.timer,
-            command=shlex.join([Path(sys.executable).name, *sys.argv]),
-        )
+        with _impossible_values():
+            evaluate_checkpoint(
+                cfg,
+                checkpoint=args.ckpt,
+                splits=args.data,
+                seed=cfg.seed,
+                deterministic=args.deterministic,
+                skip_existing=args.skip_existing,
+                timer=args.timer,
+                command=shlex.join([Path(sys.executable).name, *sys.argv]),
+            )
     finally:
         detach_log_handlers(handlers)
     return 0
@@ -168,6 +171,11 @@ def _prepare(args: Namespace, training: bool) -> Config:
 
 def _check_splits(cfg: Config, splits: Sequence[str] | None) -> None:
     known = [entry.get('data', 'val') for entry in cfg.get('evaluation') or ()]
+    if not known:
+        raise ConfigError(
+            f'evaluation={cfg.get("evaluation")!r}: nothing to evaluate; expected a list of '
+            "dict(type='GenerativeEvalHook', data=..., metrics=[...])"
+        )
     for split in splits or ():
         if split not in known:
             raise ConfigError(
@@ -185,13 +193,16 @@ def _note_deprecated(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _impossible_values() -> Iterator[None]:
-    """Report a value that a constructor refuses as what it is, an error in the config."""
+def _impossible_values(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Report a value that is refused as what it is, an error in the config; ``log_level='DEBUG'`` shows where."""
     try:
         yield
     except ConfigError:
         raise
     except ValueError as error:
+        if not applies():
+            raise
+        logger.debug('refused here:', exc_info=True)
         raise ConfigError(str(error)) from error
 
 

@@ -14,31 +14,43 @@ from mmengine.config import Config
 from torch import nn
 
 from lakonlab import __version__
+from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
 from lakonlab.registry import MODELS, STRATEGIES
+from lakonlab.runner.dry_run import MISSING, pretrained_files
 from lakonlab.runner.hooks.checkpoint import run_directory
 from lakonlab.runner.resume import StartingPoint
 from lakonlab.runner.seeding import make_deterministic, seed_globals
-from lakonlab.storage.checkpoint import LATEST_NAMES, find_checkpoint, read_manifest, require_checkpoint
+from lakonlab.storage.checkpoint import (
+    LATEST_NAMES,
+    CheckpointError,
+    content_digest,
+    find_checkpoint,
+    read_manifest,
+    require_checkpoint,
+)
+from lakonlab.storage.local import sha256_of
 
 logger = logging.getLogger('lakonlab.evaluation')
 
 VERSIONED_PACKAGES = ('torch', 'torchvision', 'numpy', 'mmengine', 'diffusers')
 
 
-def find_weights(cfg: Mapping[str, Any], checkpoint: str | None) -> StartingPoint:
+def find_weights(cfg: Mapping[str, Any], checkpoint: str | None, required: bool = True) -> StartingPoint:
     """Choose the weights to evaluate.
 
     Args:
         cfg: The config.
         checkpoint: Named on the command line; it must exist.
+        required: Whether anything is sampled, so that there must be weights.
 
     Returns:
         The named checkpoint; else the newest of the run itself; else ``resume_from``, else ``load_from`` of the config;
-        else none, which leaves the weights that the model is built with.
+        else none, which leaves the weights that the model is built with: those of ``pretrained``, or of a model that is
+        ``inference_only``.
 
     Raises:
-        CheckpointError: What must exist does not, or is damaged.
+        CheckpointError: What must exist does not, or is damaged; or there are no weights at all.
     """
     if checkpoint is not None:
         return StartingPoint(require_checkpoint(checkpoint), 'weights', 'named by --ckpt')
@@ -54,7 +66,24 @@ def find_weights(cfg: Mapping[str, Any], checkpoint: str | None) -> StartingPoin
         parent = path.parent if path.name in LATEST_NAMES else path
         if parent.absolute() != run_dir.absolute():
             return StartingPoint(require_checkpoint(named), 'weights', f'{key} of the config')
-    return StartingPoint(None, 'fresh', f'none is named, and {run_dir} holds none')
+    looked = (
+        f'none is named with --ckpt, {run_dir} holds none, and resume_from and load_from of the config name no other'
+    )
+    built_with = _built_with(cfg['model'])
+    if required and built_with is None:
+        raise CheckpointError(
+            f'there is no checkpoint to evaluate: {looked}. Train first, name a checkpoint with --ckpt, or set '
+            'model.diffusion.denoising.pretrained, or model.inference_only=True for a model that needs none.'
+        )
+    return StartingPoint(None, 'fresh', looked if built_with is None else f'{looked}; {built_with}')
+
+
+def _built_with(model: Mapping[str, Any]) -> str | None:
+    """Why a model can be evaluated without a checkpoint; None if it cannot."""
+    if model.get('inference_only'):
+        return 'model.inference_only=True'
+    pretrained = ((model.get('diffusion') or {}).get('denoising') or {}).get('pretrained')
+    return f'model.diffusion.denoising.pretrained={pretrained!r}' if pretrained else None
 
 
 def evaluate_checkpoint(
@@ -73,19 +102,29 @@ def evaluate_checkpoint(
     Args:
         cfg: The config, with ``work_dir``.
         checkpoint: See :func:`find_weights`.
-        splits: Only entries of these data splits; None for all.
-        seed: Seed of the initial weights, where none are loaded, and of the global random state.
+        splits: Only entries of these data splits; results of others stay in the file if they are of the same weights.
+            None for all.
+        seed: Seed of the initial weights, where none are loaded, of what samplers draw beyond the noise that a data set
+            gives each sample, and of the global random state.
         deterministic: Whether to allow deterministic algorithms only.
-        skip_existing: Keep results of the same entries, checkpoint and seed from the present file.
+        skip_existing: Keep results of the same entries, weights and seed from the present file.
         timer: Measure sampling speed in every entry.
         command: Command line, for the file.
 
     Returns:
         What was written.
+
+    Raises:
+        ConfigError: There is nothing to evaluate.
+        CheckpointError: See :func:`find_weights`.
     """
     if deterministic:
         make_deterministic()
-    weights = find_weights(cfg, checkpoint)
+    entries = _entries(cfg, splits, timer)
+    if not entries:
+        where = '' if splits is None else f' for data {", ".join(splits)}'
+        raise ConfigError(f'evaluation has no entry{where}: nothing to evaluate; add a GenerativeEvalHook')
+    weights = find_weights(cfg, checkpoint, required=any(entry.get('generate', True) for entry in entries))
     if weights.checkpoint is None:
         logger.warning(
             'no checkpoint is loaded (%s): evaluating the weights that the model is built with', weights.reason
@@ -95,12 +134,14 @@ def evaluate_checkpoint(
     iteration = None if weights.checkpoint is None else int(read_manifest(weights.checkpoint)['step'])
     origin = {
         'checkpoint': None if weights.checkpoint is None else str(weights.checkpoint),
+        'model_sha256': None if weights.checkpoint is None else content_digest(weights.checkpoint, 'model'),
+        'pretrained': _pretrained_digests(cfg),
         'seed': seed,
         'fingerprint': _fingerprint(cfg),
     }
-    entries = _entries(cfg, splits, timer)
     path = Path(cfg.work_dir) / RESULTS_FILE
-    finished = _finished(path, origin) if skip_existing else {}
+    present = _finished(path, origin)
+    finished = present if skip_existing else {}
     pending = [entry for entry in entries if _identity(entry) not in finished]
     if len(pending) < len(entries):
         logger.info('%d of %d evaluations are finished in %s and kept', len(entries) - len(pending), len(entries), path)
@@ -109,13 +150,18 @@ def evaluate_checkpoint(
         model = _build(cfg, weights.checkpoint, seed)
         seed_globals(seed)
         tag = 'default' if weights.checkpoint is None else weights.checkpoint.name
-        results = run_evaluations(model, {**cfg.to_dict(), 'evaluation': pending}, tag=tag)
+        results = run_evaluations(model, {**cfg.to_dict(), 'evaluation': pending}, tag=tag, seed=seed)
         for entry, result in zip(pending, results, strict=True):
             fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
-    kept = {**finished, **fresh}
+    results_by_entry = {**finished, **fresh}
+    kept = {_identity(entry): results_by_entry[_identity(entry)] for entry in entries}
+    if splits is not None:
+        kept.update({key: result for key, result in present.items() if result['data'] not in splits})
+    order = [_identity(entry) for entry in _entries(cfg, None, timer)]
+    position = {key: number for number, key in enumerate(order)}
     content = write_results(
         path,
-        [kept[_identity(entry)] for entry in entries],
+        [kept[key] for key in sorted(kept, key=lambda key: position.get(key, len(order)))],
         name=cfg.name,
         config=cfg.filename,
         iteration=iteration,
@@ -166,8 +212,20 @@ def _fingerprint(cfg: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _pretrained_digests(cfg: Config) -> dict[str, str | None]:
+    """Dotted key of each ``pretrained`` -> digest of what it names; None if it cannot be found."""
+    digests: dict[str, str | None] = {}
+    for key, found in pretrained_files(cfg).items():
+        path = None if found.startswith(MISSING) else Path(found)
+        if path is None:
+            digests[key] = None
+        else:
+            digests[key] = content_digest(path, 'model') if path.is_dir() else sha256_of(path)
+    return digests
+
+
 def _finished(path: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Results in a present file of the same checkpoint, seed and config, by the entry that asked for them."""
+    """Results in a present file of the same weights, seed and config, by the entry that asked for them."""
     if not path.exists():
         return {}
     try:

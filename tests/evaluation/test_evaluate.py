@@ -24,12 +24,14 @@ class Model(nn.Module):
         super().__init__()
         self.offset = nn.Parameter(torch.zeros(()))
         self.calls = []
+        self.draws = []
 
     def val_step(self, data, role=None, test_cfg_override=None, source=None):
         assert not self.training
         assert not torch.is_grad_enabled()
         steps = (test_cfg_override or {}).get('num_timesteps', 1)
         self.calls.append((role, steps, list(data['ids'])))
+        self.draws.append(source.normal('probe', (len(data['ids']), 1)))
         images = torch.full_like(data['noise'], 1 / steps) + self.offset
         return dict(num_samples=len(images), pred_imgs=images)
 
@@ -57,6 +59,17 @@ def test_results_of_a_model():
     assert results['metrics']['reference_rmse'] == pytest.approx(1.0)
     assert results['protocol']['ClassAccuracy']['num_images'] == 25
     assert results['reference_kwargs'] == RMSE['reference_kwargs']
+
+
+def test_seed_reaches_the_sampler():
+    cfg = config(metrics=[dict(type='ClassAccuracy', extractor=DIGIT_FEATURES)])
+    drawn = {}
+    for seed in (0, 5):
+        model = Model()
+        (results,) = run_evaluations(model, cfg, seed=seed)
+        drawn[seed] = torch.cat(model.draws)
+        assert results['sampling_seed'] == results['protocol']['ClassAccuracy']['sampling_seed'] == seed
+    assert not torch.equal(drawn[0], drawn[5])
 
 
 def test_references_are_made_once_per_split_and_version():
@@ -157,7 +170,7 @@ def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
     hook = GenerativeEvalHook(**{key: value for key, value in cfg['evaluation'][0].items() if key != 'type'})
     runner = SimpleNamespace(
         hooks=[hook], iter=0, cfg=SimpleNamespace(data=cfg['data'], get=cfg.get), model=Model(),
-        visualizer=visualizer, work_dir='work_dirs/run', timestamp='now',
+        visualizer=visualizer, work_dir='work_dirs/run', timestamp='now', seed=5,
     )  # fmt: skip
     hook.before_train(runner)
     for runner.iter in range(9):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -139,11 +140,20 @@ def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
         ({'ckpt': 'gs://bucket/run'}, '--ckpt: only local directories can be read'),
         ({'data': ['vla']}, "did you mean 'val'"),
         ({'reuse_viz': True}, '--reuse-viz'),
+        ({}, 'checkpoints/dit_digits_teacher holds none'),
+        ({'cfg_options': ['evaluation=[]']}, 'evaluation=[]: nothing to evaluate'),
+        (
+            {'cfg_options': [*SMALL, 'model.inference_only=True', 'evaluation.0.reference_kwargs=None']},
+            'set reference_kwargs in this entry',
+        ),
     ],
 )
 def test_errors_of_testing_are_plain(in_tmp, capsys, values, message):
     assert launch.run_command(launch.test, arguments(TEACHER, **values)) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert 'Traceback' not in error
+    assert not list(in_tmp.rglob('results.json'))
 
 
 def test_a_work_dir_without_permission(in_tmp, capsys):
@@ -198,6 +208,22 @@ def test_train_then_test(in_tmp, capsys):
     assert launch.run_command(launch.test, args) == 0
     assert '5 of 5 evaluations are finished' in capsys.readouterr().out
     assert json.loads(path.read_text())['evaluations'] == results['evaluations']
+
+    args.data = ['val2']
+    assert launch.run_command(launch.test, args) == 0
+    both = json.loads(path.read_text())['evaluations']
+    assert both[:5] == results['evaluations']
+    assert [entry['data'] for entry in both[5:]] == ['val2']
+
+    shutil.rmtree(in_tmp / 'checkpoints' / 'here')
+    assert launch.run_command(launch.train, arguments(TEACHER, work_dir='work_dirs/here', seed=3)) == 0
+    capsys.readouterr()
+    assert launch.run_command(launch.test, args) == 0
+    assert 'are finished' not in capsys.readouterr().out, 'other weights of the same name'
+    again = json.loads(path.read_text())
+    assert again['checkpoint'] == results['checkpoint']
+    assert again['model_sha256'] != results['model_sha256']
+    assert [entry['data'] for entry in again['evaluations']] == ['val2']
 
 
 def test_dry_run_counts():
