@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lakonlab.config.shared_sections import sampling_sections
 from lakonlab.config.signature import arguments_of
 
 SEGMENT_TOLERANCE = 1e-3
@@ -13,7 +14,11 @@ SEGMENT_TOLERANCE = 1e-3
 
 
 def check_consistency(
-    cfg: Mapping[str, Any], classes: Mapping[str, type], problems: list[str], notes: list[str]
+    cfg: Mapping[str, Any],
+    classes: Mapping[str, type],
+    problems: list[str],
+    notes: list[str],
+    training: bool = True,
 ) -> None:
     """Append what contradicts itself to ``problems``, and what is unusual to ``notes``.
 
@@ -22,6 +27,7 @@ def check_consistency(
         classes: Dotted key -> class of every dict with a ``type``.
         problems: Extended in place.
         notes: Extended in place.
+        training: Whether the config is to be trained.
     """
     student, teacher = (_Part(cfg, classes, f'model.{name}') for name in ('diffusion', 'teacher'))
     if student.exists and teacher.exists and student.num_timesteps != teacher.num_timesteps:
@@ -29,10 +35,15 @@ def check_consistency(
             f'model.diffusion.num_timesteps: {student.num_timesteps} differs from model.teacher.num_timesteps, '
             f'{teacher.num_timesteps}; student and teacher must measure time in the same unit'
         )
-    for path, section, role in _sampling_sections(cfg):
+    if training and student.exists:
+        problems.extend(_training_problems(cfg, student))
+    for path, section, role in sampling_sections(cfg):
         part = teacher if role == 'teacher' else student
         if part.exists:
             problems.extend(_guidance_problems(path, section, part))
+    if teacher.exists:
+        scale = (cfg.get('train_cfg') or {}).get('teacher_guidance_scale')
+        problems.extend(_scale_problems('train_cfg.teacher_guidance_scale', scale, teacher))
     if student.node.get('policy_type') == 'DX':
         problems.extend(_grid_problems(cfg, student))
     train_nfe, test_nfe = ((cfg.get(key) or {}).get('nfe') for key in ('train_cfg', 'test_cfg'))
@@ -61,35 +72,36 @@ class _Part:
 
     @property
     def mixes_probabilities(self) -> bool:
-        """Whether guidance is GMFlow's, whose scale lies in (0, 1)."""
-        return any(kind.__name__ == 'GMFlow' for kind in self.kind.__mro__)
+        """Whether guidance mixes probabilities, as GMFlow's, whose scale lies in (0, 1)."""
+        return getattr(self.kind, 'guidance_is_probabilistic', False)
 
     @property
     def shift(self) -> float:
         return (self.node.get('timestep_sampler') or {}).get('shift', 1.0)
 
 
-def _sampling_sections(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
-    """Every section of sampling options, with the role that samples by it."""
-    yield 'test_cfg', cfg.get('test_cfg') or {}, None
-    yield 'train_cfg.teacher_test_cfg', (cfg.get('train_cfg') or {}).get('teacher_test_cfg') or {}, 'teacher'
-    for index, entry in enumerate(cfg.get('evaluation') or ()):
-        for key in ('sample_kwargs', 'reference_kwargs'):
-            kwargs = entry.get(key) or {}
-            yield (
-                f'evaluation.{index}.{key}.test_cfg_override',
-                kwargs.get('test_cfg_override') or {},
-                kwargs.get('role'),
-            )
+def _training_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
+    """What training of a diffusion needs and inference does not."""
+    from lakonlab.models.diffusions.gaussian_flow import GaussianFlow
+    from lakonlab.models.diffusions.piflow import PiFlow
+
+    name = student.kind.__name__
+    if issubclass(student.kind, GaussianFlow) and student.node.get('flow_loss') is None:
+        yield f"model.diffusion.flow_loss: missing; training of {name} needs a loss, dict(type='DiffusionMSELoss', ...)"
+    if issubclass(student.kind, PiFlow) and cfg['model'].get('teacher') is None:
+        yield f"model.teacher: missing; {name} is trained by a teacher, dict(type='GaussianFlow', ...)"
+
+
+def _scale_problems(path: str, scale: Any, part: _Part) -> Iterator[str]:
+    if isinstance(scale, (int, float)) and not part.mixes_probabilities and (scale < 0 or 0 < scale < 1):
+        yield (
+            f'{path}: found {scale}; {part.kind.__name__} needs 0 or 1 (no guidance) or more than 1; '
+            'scales between 0 and 1 belong to guidance that mixes probabilities'
+        )
 
 
 def _guidance_problems(path: str, section: Mapping[str, Any], part: _Part) -> Iterator[str]:
-    scale = section.get('guidance_scale')
-    if isinstance(scale, (int, float)) and not part.mixes_probabilities and (scale < 0 or 0 < scale < 1):
-        yield (
-            f'{path}.guidance_scale: found {scale}; {part.kind.__name__} needs 0 or 1 (no guidance) or more than 1; '
-            'scales between 0 and 1 belong to GMFlow'
-        )
+    yield from _scale_problems(f'{path}.guidance_scale', section.get('guidance_scale'), part)
     interval, end = section.get('guidance_interval'), part.num_timesteps
     if interval is not None and end is not None:
         low, high = interval if len(interval) == 2 else (math.nan, math.nan)
@@ -114,7 +126,7 @@ def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
     segment = policy.get('segment_size', 1.0)
     test_cfg = cfg.get('test_cfg') or {}
     sections = [('train_cfg', cfg.get('train_cfg') or {}), ('test_cfg', test_cfg)]
-    for path, override, role in _sampling_sections(cfg):
+    for path, override, role in sampling_sections(cfg):
         if path.startswith('evaluation') and role != 'teacher' and {'nfe', 'final_step_size_scale'} & set(override):
             sections.append((path, {**test_cfg, **override}))
     for path, section in sections:

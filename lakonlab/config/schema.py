@@ -171,6 +171,18 @@ HELPER_NAMES = frozenset(
 )
 """Usual helper variables; never taken for misspelt sections."""
 
+MODULE_WRAPPERS = ('ddp', 'fsdp', 'fsdp2')
+LOG_LEVELS = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL')
+FROZEN_PARTS = ('teacher', 'vae')
+"""Children of the model that no optimiser may name."""
+PARAMWISE_KEYS = ('custom_keys',)
+MULTIPLIERS = ('lr_mult', 'decay_mult')
+"""What ``paramwise_cfg.custom_keys.<pattern>`` may hold."""
+
+LEAST_OF_LOADER = {'samples_per_gpu': 1, 'workers_per_gpu': 0, 'prefetch_factor': 1}
+LEAST_OF_CHECKPOINTS = {'interval': 1, 'must_save_interval': 1}
+LEAST_OF_LOOP = {'gc_interval': 0, 'max_skipped_iters': 0}
+
 LOOP_TYPES = ('DynamicIterBasedRunner', 'DynamicIterBasedRunnerMod', 'IterBasedRunner')
 LOGGER_TYPES = ('TextLoggerHook', 'TensorboardLoggerHook', 'WandbLoggerHook')
 
@@ -199,6 +211,25 @@ LEGACY_KEYS: dict[str, str] = {
     'lr_config.warmup_by_epoch': 'schedules count iterations',
 }
 """Dotted keys of the published schema that are accepted and have no effect here -> why."""
+
+LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
+    'GenerativeEvalHook': {
+        'best_metric': 'no best checkpoint is kept',
+        'clear_reals': 'features of real images are kept in files',
+        'metric_cpu_offload': 'networks of metrics are moved as needed',
+        'dist': 'whether several processes evaluate follows from how many there are',
+    },
+}
+"""Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
+
+RENAMED_TYPES: dict[str, str] = {'ExponentialMovingAverageHookMod': 'ExponentialMovingAverageHook'}
+"""Published name of a hook -> its name here."""
+
+OLDER_TRAIN_KEYS: dict[str, str] = {
+    'teacher_guidance_scale': 'teacher_test_cfg.guidance_scale',
+    'teacher_distilled_guidance_scale': 'teacher_test_cfg.distilled_guidance_scale',
+}
+"""Older key of ``train_cfg`` that is still read -> its present place there."""
 
 REFUSED_KEYS: dict[str, str] = {
     'fp16': "choose precision by the network's torch_dtype and autocast_dtype",

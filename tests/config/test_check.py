@@ -13,10 +13,21 @@ from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import load_config
 from lakonlab.config.signature import arguments_of, fits
+from lakonlab.registry import MODULES
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED_STYLE = ROOT / 'tests' / 'data' / 'published_style_digits.py'
 SHIPPED = sorted((ROOT / 'configs').glob('[!_]*/*.py'))
+
+
+MY_LOSS = {'type': 'MyLoss', 'data_info': {'a': 'b'}, 'rescale_cfg': {'c': 1}, 'log_cfgs': {'type': 'mine'}}
+
+
+class MyLoss:
+    """A loss of a user's own, which does not say what is in its dicts."""
+
+    def __init__(self, data_info, rescale_cfg, log_cfgs):
+        pass
 
 
 def changed(**options) -> Config:
@@ -48,16 +59,25 @@ MISSPELT = {
     'model.diffusion.policy_typ': ('GMFlow', 'policy_type'),
     'model.diffusion_use_em': (True, 'diffusion_use_ema'),
     'model.diffusion.flow_loss.rescale_mod': ('constant', 'rescale_mode'),
+    'model.diffusion.flow_loss.rescale_cfg.sclae': (3.0, 'scale'),
+    'model.diffusion.flow_loss.log_cfgs.typ': ('quartile', 'type'),
+    'model.diffusion.flow_loss.data_info.prd': ('u_t_pred', 'pred'),
     'model.diffusion.timestep_sampler.shft': (1.0, 'shift'),
+    'model.teacher.timestep_sampler.shft': (1.0, 'shift'),
     'model.teacher.denoising.freze': (True, 'freeze'),
     'train_cfg.policy_dropuot': (0.1, 'policy_dropout'),
     'train_cfg.diffusion_grad_clp': (1.0, 'diffusion_grad_clip'),
     'train_cfg.teacher_test_cfg.guidance_scal': (1.5, 'guidance_scale'),
+    'train_cfg.teacher_test_cfg.sampler_kwargs.terminal_sigm': (0.1, 'terminal_sigma'),
     'test_cfg.total_substep': (3, 'total_substeps'),
+    'test_cfg.sampler_kwargs.use_fp65': (True, 'use_fp64'),
+    'evaluation.0.sample_kwargs.test_cfg_override.sampler_kwargs.use_fp65': (True, 'use_fp64'),
     'evaluation.0.sample_kwargs.test_cfg_override.temprature': (0.3, 'temperature'),
     'evaluation.0.sample_kwargs.test_cfg_overide': ({}, 'test_cfg_override'),
     'evaluation.0.feed_batchsize': (8, 'feed_batch_size'),
     'optimizer.diffusion.weigth_decay': (0.1, 'weight_decay'),
+    'optimizer.diffusion.paramwise_cfg.custom_key': ({}, 'custom_keys'),
+    'optimizer.diffusion.paramwise_cfg.custom_keys.proj_out.lr_mul': (0.1, 'lr_mult'),
     'lr_config.warmup_iter': (3, 'warmup_iters'),
     'data.worker_per_gpu': (1, 'workers_per_gpu'),
     'data.train.splitt': ('train', 'split'),
@@ -93,6 +113,9 @@ def test_misspelt_keys(key, value, suggestion):
         ('log_config.hooks.1.type', 'TensorBoardLoggerHook', 'TensorboardLoggerHook'),
         ('lr_config.policy', 'CosineAnealing', 'CosineAnnealing'),
         ('runner.type', 'DynamicIterBasedRuner', 'DynamicIterBasedRunner'),
+        ('module_wrapper', 'fdsp2', 'fsdp2'),
+        ('log_level', 'INFOS', 'INFO'),
+        ('test_cfg.sampler', 'FlowMapSD', 'FlowMapSDE'),
     ],
 )
 def test_misspelt_values(key, value, suggestion):
@@ -145,20 +168,177 @@ def test_all_problems_are_listed():
     [
         ('train_cfg.nfe', 'two', 'int'),
         ('total_iters', 'many', 'int'),
-        ('total_iters', 0, 'positive'),
+        ('total_iters', 0, 'at least 1'),
         ('train_cfg.policy_dropout', [0.1], 'float'),
         ('lr_config.warmup_ratio', 'small', 'float'),
         ('evaluation', {'type': 'GenerativeEvalHook'}, 'list'),
         ('data.train', 'digits', 'dict'),
         ('optimizer.diffusion', 'AdamW', 'dict'),
-        ('data.train_dataloader.samples_per_gpu', 0, 'positive'),
+        ('data.train_dataloader.samples_per_gpu', 0, 'at least 1'),
+        ('data.samples_per_gpu', 0, 'at least 1'),
+        ('data.workers_per_gpu', -1, 'at least 0'),
+        ('data.val_dataloader.workers_per_gpu', -1, 'at least 0'),
+        ('checkpoint_config.interval', 0, 'at least 1'),
+        ('checkpoint_config.interval', 'often', 'at least 1'),
+        ('checkpoint_config.must_save_interval', 0, 'at least 1'),
+        ('checkpoint_config.max_keep_ckpts', 0, 'at least 1, or -1'),
+        ('checkpoint_config.max_keep_ckpts', -2, 'at least 1, or -1'),
+        ('evaluation.0.interval', 0, 'at least 1'),
+        ('evaluation.0.interval', 2.5, 'at least 1'),
+        ('evaluation.0.save_best_ckpt', True, 'set it to False'),
+        ('evaluation.0.metrics', 'fid', 'list'),
+        ('evaluation.0.metrics', ['fid'], 'dict'),
+        ('log_config.interval', 0, 'at least 1'),
+        ('runner.gc_interval', -1, 'at least 0'),
+        ('optimizer.diffusion.lr', 0, 'positive'),
+        ('optimizer.diffusion.lr', '2e-3', 'positive'),
+        ('optimizer.diffusion.lr', True, 'positive'),
+        ('optimizer.diffusion.paramwise_cfg', [], 'dict'),
+        ('optimizer.diffusion.paramwise_cfg.custom_keys', ['proj_out'], 'dict'),
+        ('optimizer.diffusion.paramwise_cfg.custom_keys.proj_out.decay_mult', 'none', 'number'),
+        ('optimizer.teacher', {'type': 'AdamW', 'lr': 1e-3}, 'never trained'),
+        ('model.diffusion.flow_loss.rescale_cfg', 3.0, 'dict'),
+        ('train_cfg.nfe', 0, 'at least 1'),
+        ('train_cfg.max_raw_t', 1.5, 'from 0 to 1'),
+        ('train_cfg.diffusion_grad_clip', -1.0, 'at least 0'),
+        ('train_cfg.teacher_test_cfg.num_timesteps', 0, 'at least 1'),
+        ('test_cfg.total_substeps', 0, 'at least 1'),
+        ('evaluation.0.sample_kwargs.test_cfg_override.total_substeps', 0, 'at least 1'),
+        ('evaluation.0.reference_kwargs.test_cfg_override.shift', 0, 'positive'),
     ],
 )
 def test_values_of_the_wrong_kind(key, value, expected):
     with pytest.raises(ConfigError) as error:
         check_config(load_config(PUBLISHED_STYLE, {key: value}))
-    assert f'{key}: found' in str(error.value)
-    assert expected in str(error.value)
+    message = str(error.value)
+    assert message.count(f'{key}: found') == message.count('\n') or 'evaluation.0.metrics' in message
+    assert expected in message
+
+
+def test_an_interval_of_evaluation_that_changes():
+    check_config(changed(evaluation__0__interval={'milestones': [100], 'interval': [10, 50]}))
+    with pytest.raises(ConfigError, match=r'evaluation\.0\.interval\.interval: found 1 intervals'):
+        check_config(changed(evaluation__0__interval={'milestones': [100], 'interval': [10]}))
+    with pytest.raises(ConfigError, match=r"evaluation\.0\.interval\.milestone: .*did you mean 'milestones'"):
+        check_config(changed(evaluation__0__interval={'milestone': [100], 'interval': [10]}))
+    with pytest.raises(ConfigError, match=r'evaluation\.0\.interval\.interval\.1: found 0'):
+        check_config(changed(evaluation__0__interval={'milestones': [100], 'interval': [10, 0]}))
+
+
+@pytest.mark.parametrize('metric', [{'tpye': 'SamplingSpeed'}, {}])
+def test_metrics_without_a_type(metric):
+    with pytest.raises(ConfigError, match=r"evaluation\.0\.metrics\.1: 'type' is missing"):
+        check_config(changed(evaluation__0__metrics=[{'type': 'SamplingSpeed'}, metric]))
+    with pytest.raises(ConfigError, match=r"evaluation\.0\.metrics: 'type' is missing"):
+        check_config(changed(evaluation__0__metrics={'tpye': 'SamplingSpeed'}))
+    with pytest.raises(ConfigError, match=r"evaluation\.0\.metrics\.0\.extractor: 'type' is missing"):
+        check_config(changed(evaluation__0__metrics=[{'type': 'ClassAccuracy', 'extractor': metric}]))
+
+
+def test_parts_of_the_model_without_a_type():
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    network = values['model']['diffusion']['denoising']
+    network['tpye'] = network.pop('type')
+    with pytest.raises(ConfigError, match=r"model\.diffusion\.denoising: 'type' is missing .is 'tpye' a misspelling"):
+        check_config(Config(values))
+
+
+def test_rescaling_that_would_have_no_effect():
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    del values['model']['diffusion']['flow_loss']['rescale_mode']
+    with pytest.raises(ConfigError, match=r"flow_loss\.rescale_cfg: found .*rescale_mode='constant'"):
+        check_config(Config(values))
+
+
+def test_a_loss_that_declares_nothing_is_left_alone(monkeypatch):
+    monkeypatch.setitem(MODULES.module_dict, 'MyLoss', MyLoss)
+    check_config(changed(model__diffusion__flow_loss=MY_LOSS))
+
+
+def test_the_solver_is_the_default_of_who_samples():
+    check_config(changed(test_cfg__sampler_kwargs={'h': 1.0}))
+    check_config(changed(test_cfg__sampler='FlowSDE', test_cfg__sampler_kwargs={'terminal_sigma': 0.1}))
+    with pytest.raises(ConfigError, match=r'sampler_kwargs\.terminal_sigma: .*argument of FlowMapSDEScheduler'):
+        check_config(changed(test_cfg__sampler_kwargs={'terminal_sigma': 0.1}))
+    reference = {'role': 'teacher', 'test_cfg_override': {'num_timesteps': 4, 'sampler_kwargs': {'h': 1.0}}}
+    with pytest.raises(ConfigError, match=r'sampler_kwargs\.h: .*argument of FlowEulerODEScheduler'):
+        check_config(changed(evaluation__0__reference_kwargs=reference))
+
+
+@pytest.mark.parametrize(
+    ('section', 'key'),
+    [('train_cfg.teacher_test_cfg', 'temperature'), ('evaluation.0.reference_kwargs.test_cfg_override', 'nfe')],
+)
+def test_keys_that_only_the_student_reads(section, key):
+    options = {'evaluation.0.reference_kwargs.role': 'teacher', f'{section}.{key}': 1}
+    with pytest.raises(ConfigError, match=rf'{section}\.{key}: .* is no key that this model reads'):
+        check_config(load_config(PUBLISHED_STYLE, options))
+
+
+@pytest.mark.parametrize('key', ['nfe'])
+def test_required_keys_of_training(key):
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    del values['train_cfg'][key]
+    check_config(Config(copy.deepcopy(values)), training=False)
+    with pytest.raises(ConfigError, match=rf'train_cfg\.{key}: missing; PiFlowImitation needs it'):
+        check_config(Config(values))
+
+
+@pytest.mark.parametrize('key', ['model.teacher', 'model.diffusion.flow_loss'])
+def test_parts_that_training_needs(key):
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    *path, last = key.split('.')
+    node = values
+    for name in path:
+        node = node[name]
+    del node[last]
+    check_config(Config(copy.deepcopy(values)), training=False)
+    with pytest.raises(ConfigError, match=rf'{key}: missing; .*PiFlowImitation'):
+        check_config(Config(values))
+
+
+def test_what_an_optimizer_may_train():
+    options = {'type': 'AdamW', 'lr': 1e-3}
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    values['optimizer'] = {'diffusion.denoising': options}
+    check_config(Config(copy.deepcopy(values)))
+    for key, message in {
+        'teacher': "found 'teacher', but model.teacher is never trained",
+        'teacher.denoising': "found 'teacher.denoising', but model.teacher is never trained",
+        'difusion': "did you mean 'diffusion'",
+    }.items():
+        values['optimizer'] = {key: options}
+        with pytest.raises(ConfigError, match=rf'optimizer\.{key}: .*{message}'):
+            check_config(Config(copy.deepcopy(values)))
+
+
+def test_older_places_of_the_teacher_guidance(caplog):
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    del values['train_cfg']['teacher_test_cfg']['guidance_scale']
+    values['train_cfg'].update(teacher_guidance_scale=1.5, teacher_distilled_guidance_scale=2.0)
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        check_config(Config(copy.deepcopy(values)))
+    for key in ('guidance_scale', 'distilled_guidance_scale'):
+        expected = f'train_cfg.teacher_{key} is the older name of train_cfg.teacher_test_cfg.{key}'
+        assert [expected in record.getMessage() for record in caplog.records].count(True) == 1
+    values['train_cfg']['teacher_guidance_scale'] = 0.5
+    with pytest.raises(ConfigError, match=r'train_cfg\.teacher_guidance_scale: found 0\.5'):
+        check_config(Config(values))
+
+
+def test_published_names_and_options_of_hooks(caplog):
+    options = {'best_metric': 'fid', 'clear_reals': False, 'metric_cpu_offload': True, 'dist': True}
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    values['custom_hooks'][0]['type'] = 'ExponentialMovingAverageHookMod'
+    values['evaluation'] = [{**entry, **options} for entry in values['evaluation'] * 2]
+    cfg = Config(values)
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        check_config(cfg)
+    assert cfg.custom_hooks[0].type == 'ExponentialMovingAverageHook'
+    assert not set(options) & set(cfg.evaluation[1])
+    assert caplog.text.count('ExponentialMovingAverageHookMod') == 1
+    for key in options:
+        assert caplog.text.count(f'evaluation.{key} ') == 1
 
 
 @pytest.mark.parametrize('key', ['fp16', 'apex_amp'])
