@@ -169,11 +169,11 @@ class _Checker(Walker):
     def _policy(self, node: Mapping[str, Any], path: str) -> None:
         from lakonlab.models.diffusions.piflow_policies import POLICY_CLASSES
 
-        if node.get('policy_type') not in POLICY_CLASSES:
-            found = str(node.get('policy_type'))
+        found = str(node.get('policy_type'))
+        if found not in POLICY_CLASSES:
             self.problems.append(describe_unknown(f'{path}.policy_type', 'policy', found, POLICY_CLASSES))
             return
-        policy = POLICY_CLASSES[node['policy_type']]
+        policy = POLICY_CLASSES[found]
         arguments = arguments_of(policy, positional=3)
         self.check_arguments(node['policy_kwargs'], f'{path}.policy_kwargs', policy.__name__, arguments)
 
@@ -295,9 +295,9 @@ class _Checker(Walker):
     def _momentum(self, entry: Mapping[str, Any], path: str) -> None:
         from lakonlab.runner.hooks.ema import MOMENTUM_POLICIES
 
-        policy = entry.get('momentum_policy', 'fixed')
+        policy = str(entry.get('momentum_policy', 'fixed'))
         if policy not in MOMENTUM_POLICIES:
-            message = describe_unknown(f'{path}.momentum_policy', 'momentum policy', str(policy), MOMENTUM_POLICIES)
+            message = describe_unknown(f'{path}.momentum_policy', 'momentum policy', policy, MOMENTUM_POLICIES)
             self.problems.append(message)
             return
         arguments = arguments_of(MOMENTUM_POLICIES[policy], positional=2)
@@ -395,7 +395,8 @@ class _Checker(Walker):
         before = len(self.problems)
         self.check_plain('log_config', section, schema.Log)
         self._ranges('log_config', section, {'interval': 1})
-        for index, entry in enumerate(section.get('hooks') or ()):
+        hooks = section.get('hooks')
+        for index, entry in enumerate(hooks if isinstance(hooks, (list, tuple)) else ()):
             kind = entry.get('type') if isinstance(entry, Mapping) else None
             if kind not in schema.LOGGER_TYPES:
                 path = f'log_config.hooks.{index}.type'

@@ -103,8 +103,9 @@ def _scale_problems(path: str, scale: Any, part: _Part) -> Iterator[str]:
 def _guidance_problems(path: str, section: Mapping[str, Any], part: _Part) -> Iterator[str]:
     yield from _scale_problems(f'{path}.guidance_scale', section.get('guidance_scale'), part)
     interval, end = section.get('guidance_interval'), part.num_timesteps
-    if interval is not None and end is not None:
-        low, high = interval if len(interval) == 2 else (math.nan, math.nan)
+    if interval is not None and isinstance(end, (int, float)):
+        is_pair = len(interval) == 2 and all(isinstance(bound, (int, float)) for bound in interval)
+        low, high = interval if is_pair else (math.nan, math.nan)
         if not 0 <= low <= high <= end:
             yield (
                 f'{path}.guidance_interval: found {list(interval)}, expected [low, high] with '

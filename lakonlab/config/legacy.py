@@ -56,7 +56,7 @@ def _drop_legacy_arguments(cfg: Config) -> list[str]:
     """Remove arguments of hooks; every key is reported once, however many entries have it."""
     dropped = {}
     for section, entry in _entries(cfg):
-        for key, reason in schema.LEGACY_ARGUMENTS.get(entry.get('type'), {}).items():
+        for key, reason in schema.LEGACY_ARGUMENTS.get(str(entry.get('type')), {}).items():
             if key in entry:
                 entry.pop(key)
                 dropped[f'{section}.{key}'] = reason

@@ -114,7 +114,7 @@ class Log:
 
     interval: int = 50
     """Iterations between log lines; also the window of averages."""
-    hooks: Sequence[Any] | None = None
+    hooks: Sequence[Any] = ({'type': 'TensorboardLoggerHook'},)
     """``dict(type='TextLoggerHook')``, ``'TensorboardLoggerHook'`` or ``'WandbLoggerHook'``."""
 
 

@@ -148,7 +148,10 @@ class Walker:
     def check_arguments(
         self, node: Mapping[str, Any], path: str, owner: str, arguments: Arguments, extra: Sequence[str] = ()
     ) -> None:
-        """Check that a dict holds arguments of ``owner`` only."""
+        """Check that a value is a dict of arguments of ``owner``."""
+        if not isinstance(node, Mapping):
+            self.problems.append(f'{path}: found {node!r}, expected a dict')
+            return
         if arguments.is_open:
             return
         for key, value in node.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from pathlib import Path
@@ -213,6 +214,38 @@ def test_values_of_the_wrong_kind(key, value, expected):
     message = str(error.value)
     assert message.count(f'{key}: found') == message.count('\n') or 'evaluation.0.metrics' in message
     assert expected in message
+
+
+@pytest.mark.parametrize('value', [None, 'x', [], {'a': 1}, float('inf')], ids=repr)
+@pytest.mark.parametrize(
+    'key',
+    [
+        'log_config.hooks',
+        'total_iters',
+        'module_wrapper',
+        'model.diffusion.policy_type',
+        'model.diffusion.policy_kwargs',
+        'model.diffusion.flow_loss',
+        'model.teacher.num_timesteps',
+        'model.diffusion.timestep_sampler',
+        'train_cfg.teacher_test_cfg.guidance_interval',
+        'custom_hooks.0.type',
+        'custom_hooks.0.momentum_policy',
+        'evaluation.0.metrics',
+        'evaluation.0.interval',
+        'evaluation.0.sample_kwargs',
+        'optimizer.diffusion.paramwise_cfg',
+        'test_cfg.sampler_kwargs',
+    ],
+)
+def test_strange_values_are_accepted_or_refused_as_errors_of_the_config(key, value):
+    *path, last = key.split('.')
+    values = node = load_config(PUBLISHED_STYLE).to_dict()
+    for name in path:
+        node = node[int(name) if name.isdigit() else name]
+    node[last] = value
+    with contextlib.suppress(ConfigError):
+        check_config(Config(values))
 
 
 def test_an_interval_of_evaluation_that_changes():
