@@ -406,6 +406,11 @@ def test_values_that_contradict_each_other(options, key):
     assert f'{key}: found' in str(error.value) or f'{key}: 1 differs' in str(error.value)
 
 
+def test_scales_of_guidance_that_mixes_probabilities(monkeypatch):
+    monkeypatch.setattr(MODULES.get('GaussianFlow'), 'guidance_is_probabilistic', True, raising=False)
+    check_config(changed(train_cfg__teacher_test_cfg__guidance_scale=0.5))
+
+
 def dx_config(segment_size: float, shift: float, nfe: int, final_step_size_scale: float) -> Config:
     values = load_config(PUBLISHED_STYLE).to_dict()
     student = values['model']['diffusion']
