@@ -289,3 +289,40 @@ def test_training_and_testing_import_neither_diffusers_models_nor_transformers(t
     )
     assert done.returncode == 0, done.stderr
     assert 'HEAVY []' in done.stdout
+
+
+def test_values_refused_in_use_are_plain(in_tmp, capsys, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ValueError('train_cfg.some_key=3: expected 4')
+
+    monkeypatch.setattr('lakonlab.models.losses.diffusion_mse.DiffusionMSELoss.per_sample', refuse)
+    assert launch.run_command(launch.train, arguments(TEACHER)) == 1
+    assert capsys.readouterr().err.endswith('error: train_cfg.some_key=3: expected 4\n')
+
+
+def test_errors_after_the_first_iteration_keep_their_traceback(in_tmp, monkeypatch):
+    def refuse(self, runner, batch_idx, **kwargs):
+        if batch_idx == 1:
+            raise ValueError('a defect')
+
+    monkeypatch.setattr('lakonlab.runner.log.ThroughputHook.after_train_iter', refuse)
+    with pytest.raises(ValueError, match='a defect') as error:
+        launch.run_command(launch.train, arguments(TEACHER))
+    assert not isinstance(error.value, ConfigError)
+
+
+@pytest.mark.parametrize(
+    'options', [['model.inference_only=True'], ['model.diffusion.denoising.pretrained=checkpoints/dit_digits_teacher']]
+)
+def test_weights_without_a_checkpoint_of_the_run(in_tmp, capsys, options):
+    if 'pretrained' in options[0]:
+        assert launch.run_command(launch.train, arguments(TEACHER)) == 0
+    args = arguments(TEACHER, work_dir='work_dirs/other', data=['val2'], cfg_options=[*SMALL, *options])
+    capsys.readouterr()
+    assert launch.run_command(launch.test, args) == 0
+    output = capsys.readouterr().out
+    assert 'no checkpoint is loaded' in output
+    assert options[0].split('=')[0] in output
+    results = json.loads((in_tmp / 'work_dirs' / 'other' / 'results.json').read_text())
+    assert len(results['pretrained']) == ('pretrained' in options[0])
+    assert all(results['pretrained'].values())
