@@ -128,8 +128,8 @@ class Loop:
     """The iteration is always passed to the model."""
     ckpt_trainable_only: bool = True
     """Save only what is trained (and its averages)."""
-    gc_interval: int = 0
-    """Collect garbage by hand every so many iterations; 0 leaves it to Python."""
+    gc_interval: int = 20
+    """Collect garbage by hand every so many iterations; 0 or less leaves it to Python."""
     max_skipped_iters: int = 20
     """Iterations in a row without a step (loss or gradient not finite) that end the run."""
     auto_resume: bool = True
