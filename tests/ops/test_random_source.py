@@ -11,7 +11,7 @@ from scipy import stats
 from lakonlab.ops.random_source import RecordedSource, SeededSource, TorchSource
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**32),
     step=st.integers(0, 2**40),

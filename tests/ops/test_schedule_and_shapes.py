@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lakonlab.ops.rollout_schedule import rollout_schedule
@@ -21,7 +21,6 @@ def test_warp_is_a_bijection_of_the_unit_interval(raw, shift):
     assert float(unwarp(sigma, shift)) == pytest.approx(raw, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(
     starts=st.lists(unit, min_size=1, max_size=5),
     shares=st.lists(unit, min_size=5, max_size=5),
