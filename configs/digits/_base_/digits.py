@@ -1,5 +1,18 @@
 # Handwritten digits: data, logging, and how samples are measured. Times are in the unit of the models, [0, 1].
 
+# the network that teacher and students share
+transformer = dict(
+    num_attention_heads=4,
+    attention_head_dim=16,
+    in_channels=1,
+    num_layers=3,
+    sample_size=8,
+    patch_size=2,
+    num_embeds_ada_norm=10,
+    torch_dtype='float32',
+    checkpointing=False,
+)
+
 data = dict(
     workers_per_gpu=0,
     train=dict(type='Digits', split='train', negative_label=10),

@@ -2,17 +2,6 @@
 _base_ = ['./digits.py']
 
 teacher_weights = 'checkpoints/dit_digits_teacher/latest'
-transformer = dict(
-    num_attention_heads=4,
-    attention_head_dim=16,
-    in_channels=1,
-    num_layers=3,
-    sample_size=8,
-    patch_size=2,
-    num_embeds_ada_norm=10,
-    torch_dtype='float32',
-    checkpointing=False,
-)
 
 model = dict(
     type='LatentDiffusionClassImage',
@@ -31,7 +20,7 @@ model = dict(
     diffusion_use_ema=True,
     teacher=dict(
         type='GaussianFlow',
-        denoising=dict(type='DiTTransformer2DModelMod', freeze=True, pretrained=teacher_weights, **transformer),
+        denoising=dict(type='DiTTransformer2DModelMod', freeze=True, pretrained=teacher_weights, **_base_.transformer),
         num_timesteps=1,
         denoising_mean_mode='U',
     ),
