@@ -6,7 +6,6 @@ name = 'gmdit_k8_digits_piid_1step'
 model = dict(
     diffusion=dict(
         policy_type='GMFlow',
-        policy_kwargs=dict(checkpointing=False),  # recomputing the rollout pays for large latents only
         denoising=dict(
             type='GMDiTTransformer2DModelV2',
             pretrained=_base_.teacher_weights,

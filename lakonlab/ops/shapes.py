@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def expand_like(per_sample: Tensor, x: Tensor) -> Tensor:
-    """Give a per-sample quantity (B,) the singleton dimensions and the dtype and device of ``x`` (B, ...)."""
-    return per_sample.to(device=x.device, dtype=x.dtype).reshape(-1, *([1] * (x.dim() - 1)))
+def expand_like(per_sample: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Give a per-sample quantity (B,) the singleton dimensions, device and dtype of ``x``, or another dtype."""
+    return per_sample.to(device=x.device, dtype=dtype or x.dtype).reshape(-1, *([1] * (x.dim() - 1)))
 
 
 def map_batch(function: Callable[[Any], Any], data: Any) -> Any:
@@ -64,3 +64,22 @@ def concatenate_rows(first: Any, second: Any) -> Any:
     if isinstance(first, (list, tuple)):
         return [*first, *second]
     return first
+
+
+def repeat_groups(data: Any, group_size: int, times: int) -> Any:
+    """Repeat each group of rows of a batch, so that a batch of [negative; positive] conditions stays in this order.
+
+    Args:
+        data: Dict of batched values (nested dicts too) whose lengths are multiples of ``group_size``.
+        group_size: Rows of a group.
+        times: How often a group is to appear, one copy after the other.
+    """
+    if times == 1:
+        return data
+
+    def repeat(value):
+        groups = [value[start : start + group_size] for start in range(0, len(value), group_size)]
+        copies = [group for group in groups for _ in range(times)]
+        return torch.cat(copies) if isinstance(value, Tensor) else [row for copy in copies for row in copy]
+
+    return map_batch(repeat, data)

@@ -48,6 +48,7 @@ def imitate_segment(
     shift: float,
     window_substeps: int = 0,
     teacher_ratio: float = 0.0,
+    batch_teacher: bool = True,
     rounding: str = 'round',
     eps: float = 1e-4,
     source: RandomSource,
@@ -57,7 +58,7 @@ def imitate_segment(
     Args:
         policy: The live policy, whose velocity is compared.
         explorer: The detached policy (with components dropped) that moves the state.
-        teacher: Gives the velocity at a state (B, C, *) and noise levels (B,).
+        teacher: Gives the velocity at states (n * B, C, *) and noise levels (n * B,), n copies of the batch in a row.
         x_src: State at the start of the segment, (B, C, *).
         raw_src: Its schedule time in (0, 1], (B,), on the host.
         segment_size: Length of the segment in schedule time, (B,), on the host.
@@ -66,6 +67,8 @@ def imitate_segment(
         shift: Shift of the schedule.
         window_substeps: Length of the window of the averaged velocity beyond the stretch that follows the teacher.
         teacher_ratio: Share in [0, 1] of the segment that follows the teacher.
+        batch_teacher: Ask the teacher at all states in one call where they do not depend on its answers, that is, where
+            ``teacher_ratio`` is 0.
         rounding: See :func:`rollout_schedule`.
         eps: Floor of the interval of noise levels in an averaged velocity.
         source: Source of the draws ``student_intervals`` (B, M) and ``teacher_intervals`` (B, M - 1).
@@ -87,20 +90,24 @@ def imitate_segment(
         teacher_marks.diff(dim=1, prepend=torch.zeros_like(free), append=torch.ones_like(free)) * teacher_ratio * free
     )
 
+    ask_later = batch_teacher and teacher_ratio == 0
     x_t, raw_t = x_src, raw_src
-    u_pred, u_teacher, sigmas = [], [], []
+    u_pred, u_teacher, states, sigmas = [], [], [], []
     for student_interval, teacher_interval in zip(student_intervals.unbind(1), teacher_intervals.unbind(1)):
         raw_a = (raw_t - student_interval).clamp(min=0)
         raw_b = (raw_a - teacher_interval).clamp(min=0)
+        sigma_a, sigma_b = warp(raw_a, shift), warp(raw_b, shift)
         with torch.no_grad():
             x_t = explorer.rollout(x_t, rollout_schedule(raw_t, raw_a, total_substeps, shift, rounding))
-            sigma_a, sigma_b = warp(raw_a, shift), warp(raw_b, shift)
-            u_t = teacher(x_t, sigma_a)
         u_pred.append(
             policy.average_velocity(x_t, raw_a, (raw_b - window).clamp(min=0), total_substeps, shift, rounding, eps)
         )
-        u_teacher.append(u_t)
+        states.append(x_t)
         sigmas.append(sigma_a)
-        x_t = x_t + u_t * expand_like(sigma_b - sigma_a, x_t)
+        if not ask_later:
+            u_teacher.append(teacher(x_t, sigma_a))
+            x_t = x_t + u_teacher[-1] * expand_like(sigma_b - sigma_a, x_t)
         raw_t = raw_b
+    if ask_later:
+        u_teacher.append(teacher(torch.cat(states), torch.cat(sigmas)))
     return ImitationPairs(torch.cat(u_pred), torch.cat(u_teacher), torch.cat(sigmas), x_t, raw_t)

@@ -21,7 +21,7 @@ from lakonlab.models.diffusions.piflow_policies import POLICY_CLASSES, Policy
 from lakonlab.models.section import at_least, in_range, one_of
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.ops.rollout_schedule import rollout_schedule
-from lakonlab.ops.shapes import expand_like
+from lakonlab.ops.shapes import expand_like, repeat_groups
 from lakonlab.ops.time_shift import unwarp, warp
 from lakonlab.registry import MODULES
 
@@ -44,6 +44,8 @@ class PiFlowTrainConfig:
     """Probability of dropping a component of the policy that explores."""
     num_decay_iters: int = 0
     """Iterations over which the share of the trajectory that follows the teacher decays from 1 to 0; 0 for none."""
+    batch_teacher: bool = True
+    """Ask the teacher at all states of a segment in one call where its answers do not move the state."""
     substep_rounding: str = 'round'
     """``'round'``, or ``'ceil'`` as published in 0.2.0."""
     eps: float = 1e-4
@@ -226,15 +228,18 @@ class PiFlow(GaussianFlow):
             x_t = scheduler.step(x_t, t, return_dict=False, **step_kwargs)[0]
         return x_t
 
-    def _teacher_velocity(self, teacher: nn.Module, teacher_kwargs: Mapping[str, Any]):
-        """The teacher as a function of state and noise level, without gradient and in evaluation mode."""
+    def _teacher_velocity(self, teacher: nn.Module, teacher_kwargs: Mapping[str, Any], batch_size: int):
+        """The teacher as a function of states and noise levels, without gradient and in evaluation mode."""
+        settings = {key: value for key, value in teacher_kwargs.items() if key in ('guidance_scale', 'test_cfg')}
+        conditions = {key: value for key, value in teacher_kwargs.items() if key not in settings}
 
         @torch.no_grad()
         def velocity(x_t: Tensor, sigma_t: Tensor) -> Tensor:
             was_training = teacher.training
             teacher.eval()
             t = (sigma_t * self.num_timesteps).to(x_t.dtype)
-            u = teacher(return_u=True, x_t=x_t, t=t, **teacher_kwargs)
+            repeated = repeat_groups(conditions, batch_size, len(x_t) // batch_size)
+            u = teacher(return_u=True, x_t=x_t, t=t, **repeated, **settings)
             teacher.train(was_training)
             return u.to(x_t.dtype)
 
@@ -288,7 +293,7 @@ class PiFlow(GaussianFlow):
         pairs = imitate_segment(
             policy,
             explorer,
-            self._teacher_velocity(teacher, teacher_kwargs or {}),
+            self._teacher_velocity(teacher, teacher_kwargs or {}, len(x_t_src)),
             x_t_src,
             raw_t_src,
             segment_size,
@@ -297,6 +302,7 @@ class PiFlow(GaussianFlow):
             shift=self.timestep_sampler.get_shift(num_latent_pixels(x_t_src) if seq_len is None else seq_len),
             window_substeps=cfg.window_substeps,
             teacher_ratio=teacher_ratio,
+            batch_teacher=cfg.batch_teacher,
             rounding=cfg.substep_rounding,
             eps=cfg.eps,
             source=source,

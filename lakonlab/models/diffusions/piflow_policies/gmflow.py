@@ -6,12 +6,13 @@ import copy
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lakonlab.models.diffusions.piflow_policies.base import Policy
 from lakonlab.ops.mixture import PosteriorCoefficients, drop_components, posterior_coefficients, posterior_velocity
+from lakonlab.ops.mixture_rollout import mixture_rollout, substep_coefficients
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.ops.rollout_schedule import RolloutSchedule
+from lakonlab.ops.shapes import expand_like
 
 
 class GMFlowPolicy(Policy):
@@ -22,8 +23,9 @@ class GMFlowPolicy(Policy):
             ``logstds`` (B, 1, 1, *1).
         x_t_src: State that the network saw, (B, C, *).
         sigma_t_src: Its noise level in (0, 1], (B,) or (B, 1, *1).
-        checkpointing: Recompute each substep in the backward pass instead of keeping its intermediate results.
+        checkpointing: Of published configs; has no effect, since a rollout's gradient never keeps more than its inputs.
         eps: Floor of the noise levels and of the temperature.
+        rollout_backend: What computes rollouts, see :func:`lakonlab.ops.mixture_rollout.mixture_rollout`.
 
     Raises:
         ValueError: A tensor of the output is missing or of the wrong shape.
@@ -36,6 +38,7 @@ class GMFlowPolicy(Policy):
         sigma_t_src: Tensor,
         checkpointing: bool = True,
         eps: float = 1e-6,
+        rollout_backend: str = 'auto',
     ):
         super().__init__(x_t_src, sigma_t_src, eps)
         missing = {'means', 'logweights', 'logstds'} - set(denoising_output)
@@ -51,7 +54,7 @@ class GMFlowPolicy(Policy):
             )
         self.variance = (2 * logstds.reshape(-1)).exp()
         self.squared_norms = self.means.square().sum(dim=2, keepdim=True)  # constant along the whole segment
-        self.checkpointing = checkpointing
+        self.rollout_backend = rollout_backend
 
     def x_0_mixture(self) -> dict[str, Tensor]:
         """The mixture over clean latents: ``means`` (B, K, C, *), ``logweights``, and ``variances`` (B, 1, 1, *1)."""
@@ -62,64 +65,35 @@ class GMFlowPolicy(Policy):
             'variances': sigma.square() * self.variance.reshape(sigma.shape),
         }
 
-    def _coefficients(self, sigmas: Tensor) -> list[PosteriorCoefficients]:
-        """Coefficients at noise levels (B, n), one entry per noise level, each of shape (B, 1, *1)."""
-        x = self.x_t_src
-        # These are a few numbers per sample: double precision costs nothing and keeps 1 - sigma_t / sigma_src exact.
-        wide = torch.float32 if x.device.type == 'mps' else torch.float64
-        sigma_src, sigma_t = (
-            sigma.to(device=x.device, dtype=wide).clamp(min=self.eps) for sigma in (self.sigma_t_src[:, None], sigmas)
-        )
-        coefficients = posterior_coefficients(sigma_src, sigma_t, self.variance[:, None].to(wide))
-        columns = [_per_sample(c.to(x.dtype), x).unbind(1) for c in coefficients]
-        return [PosteriorCoefficients(*column) for column in zip(*columns)]
-
-    def _velocity(self, offset: Tensor, coefficients: PosteriorCoefficients) -> Tensor:
-        return posterior_velocity(self.means, self.logweights, self.squared_norms, self.x_t_src, offset, coefficients)
+    def _wide(self, *values: Tensor) -> list[Tensor]:
+        """Noise levels and variances are a few numbers per sample: double precision costs nothing there and keeps
+        differences such as ``1 - sigma_t / sigma_src`` exact."""
+        device = self.x_t_src.device
+        return [
+            value.to(device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64) for value in values
+        ]
 
     def pi(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
-        return self._velocity(x_t - self.x_t_src, self._coefficients(sigma_t.reshape(-1, 1))[0])
+        x = self.x_t_src
+        wide = self._wide(self.sigma_t_src, sigma_t.reshape(-1), self.variance)
+        sigma_src, sigma_t, variance = (expand_like(value, x, dtype=value.dtype) for value in wide)
+        coefficients = posterior_coefficients(sigma_src.clamp(min=self.eps), sigma_t.clamp(min=self.eps), variance)
+        coefficients = PosteriorCoefficients(*(c.to(x.dtype) for c in coefficients))
+        return posterior_velocity(self.means, self.logweights, self.squared_norms, x, x_t - x, coefficients)
 
     def rollout(self, x_start: Tensor, schedule: RolloutSchedule) -> Tensor:
-        """Euler substeps of the offset from the source, which is what the coefficients multiply."""
-        if not torch.is_grad_enabled():
-            return self._rollout_longest_first(x_start, schedule)
-        offset = x_start - self.x_t_src
-        recompute = self.checkpointing and self.means.requires_grad
-        steps = _per_sample(schedule.sigmas.diff(dim=1).to(offset), offset).unbind(1)
-        for coefficients, step in zip(self._coefficients(schedule.sigmas[:, :-1]), steps):
-            if recompute:
-                u = checkpoint(self._velocity, offset, coefficients, use_reentrant=False)
-            else:
-                u = self._velocity(offset, coefficients)
-            offset = torch.addcmul(offset, u, step)
+        """Euler substeps of the offset from the source, which is what the coefficients multiply, in one operation."""
+        sigma_src, sigmas, variance = self._wide(self.sigma_t_src, schedule.sigmas, self.variance)
+        offset = mixture_rollout(
+            self.means,
+            self.logweights,
+            self.x_t_src,
+            x_start - self.x_t_src,
+            substep_coefficients(sigmas, sigma_src, variance, self.eps),
+            schedule.counts.clamp(min=1),
+            self.rollout_backend,
+        )
         return self.x_t_src + offset
-
-    def _rollout_longest_first(self, x_start: Tensor, schedule: RolloutSchedule) -> Tensor:
-        """The same without gradient: samples in the order of their number of substeps, so that finished ones drop out.
-
-        When lengths are drawn at random, half of the evaluations of the plain loop are of finished samples.
-        """
-        order = schedule.counts.argsort(descending=True)
-        lengths = schedule.counts[order].clamp(min=1).tolist()
-        policy = self._rows(order.to(x_start.device))
-        offset = x_start[order.to(x_start.device)] - policy.x_t_src
-        steps = _per_sample(schedule.sigmas[order].diff(dim=1).to(offset), offset).unbind(1)
-        num_active = len(lengths)
-        for i, coefficients in enumerate(policy._coefficients(schedule.sigmas[order, :-1])):
-            while lengths[num_active - 1] <= i:
-                num_active -= 1
-            if num_active < len(policy.means):
-                policy = policy._rows(slice(num_active))
-            active = offset[:num_active]
-            u = policy._velocity(active, PosteriorCoefficients(*(c[:num_active] for c in coefficients)))
-            active.addcmul_(u, steps[i][:num_active])
-        return self.x_t_src + torch.empty_like(offset).index_copy_(0, order.to(offset.device), offset)
-
-    def _rows(self, rows: Tensor | slice) -> GMFlowPolicy:
-        names = ('x_t_src', 'means', 'logweights', 'variance', 'squared_norms')
-        sigma_t_src = self.sigma_t_src[rows if isinstance(rows, slice) else rows.to(self.sigma_t_src.device)]
-        return self._replaced(sigma_t_src=sigma_t_src, **{name: getattr(self, name)[rows] for name in names})
 
     def _replaced(self, **changes) -> GMFlowPolicy:
         policy = copy.copy(self)
@@ -151,8 +125,3 @@ class GMFlowPolicy(Policy):
         shape = (*self.means.shape[:2], *([1] * (self.means.dim() - 2)))
         uniform = source.uniform('dropout', shape, device=self.means.device)
         return self._replaced(logweights=drop_components(self.logweights, uniform, probability))
-
-
-def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """Give numbers (B, n) the singleton dimensions that let a column broadcast against ``x`` (B, C, *)."""
-    return values.reshape(*values.shape, *([1] * (x.dim() - 1)))
