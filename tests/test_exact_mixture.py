@@ -22,7 +22,7 @@ def test_velocity_follows_from_the_score(sigma):
     (score,) = torch.autograd.grad(marginal(sigma, std).log_prob(x).sum(), x)
     noise = -sigma * score  # Tweedie: E[noise | x_t] = -sigma * score
     expected = noise - (x - sigma * noise) / (1 - sigma)
-    actual = ExactMixture(MEANS, WEIGHTS, std).velocity(x.detach(), torch.full((6,), sigma))
+    actual = ExactMixture(MEANS, WEIGHTS, std).velocity(x.detach(), torch.full((6,), sigma, dtype=x.dtype))
     torch.testing.assert_close(actual, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
