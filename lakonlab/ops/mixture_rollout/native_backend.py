@@ -9,7 +9,11 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,12 +38,14 @@ def unavailable(device: torch.device) -> str | None:
     return _library_or_reason()[1]
 
 
+@torch.compiler.disable
 def forward(inputs: RolloutInputs, lengths: tuple[int, ...]) -> Tensor:
     result = torch.empty_like(inputs.offset)
     _call('forward', inputs, lengths, result)
     return result
 
 
+@torch.compiler.disable
 def backward(inputs: RolloutInputs, lengths: tuple[int, ...], grad: Tensor) -> RolloutInputs:
     grads = RolloutInputs(*(torch.empty_like(tensor) for tensor in inputs))
     batch_size, num_substeps, num_factors = inputs.coefficients.shape
@@ -64,7 +70,7 @@ def _call(name: str, inputs: RolloutInputs, lengths: tuple[int, ...], *arrays: T
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = ctypes.CDLL(str(library_path()))
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         logger.warning('Rollouts of Gaussian mixtures run in plain torch, about 5 times slower: %s', reason)
         return None, reason
@@ -97,7 +103,7 @@ def library_path() -> Path:
     from torch.utils import cpp_extension
 
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with tempfile.TemporaryDirectory(dir=cache) as folder, _ninja_on_the_path():
         logger.info('Compiling the rollout kernel (once)')
         openmp = [] if platform.system() == 'Darwin' else ['-fopenmp']
         cpp_extension.load(
@@ -110,3 +116,14 @@ def library_path() -> Path:
         )
         os.replace(Path(folder) / f'mixture_rollout_{key}.so', path)
     return path
+
+
+@contextmanager
+def _ninja_on_the_path() -> Iterator[None]:
+    """cpp_extension looks for the program ninja, which pip puts beside the interpreter of the environment."""
+    before = os.environ.get('PATH', '')
+    os.environ['PATH'] = os.pathsep.join([before, str(Path(sys.executable).parent)])
+    try:
+        yield
+    finally:
+        os.environ['PATH'] = before

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lakonlab.ops.mixture_rollout import RolloutInputs
 
-CACHE_BYTES = 256 * 1024  # of the means of a tile; a core's second-level cache holds this and the temporaries
+CACHE_BYTES = 2 * 1024 * 1024  # of the means of a tile: smaller ones spend their time in calling operators
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -31,6 +31,12 @@ class DXPolicy(Policy):
         ValueError: ``mode`` is neither of the two, or the output has the wrong shape.
     """
 
+    variants = {
+        'grid': {},
+        'grid of a short segment': {'segment_size': 0.3, 'shift': 3.2},
+        'polynomial': {'mode': 'polynomial', 'shift': 3.2},
+    }
+
     def __init__(
         self,
         denoising_output: Tensor,
@@ -58,6 +64,10 @@ class DXPolicy(Policy):
         self.output = denoising_output.to(x_t_src.dtype)
         self.segment_size, self.shift, self.mode = segment_size, shift, mode
 
+    @classmethod
+    def output_shapes(cls, state_shape: tuple[int, ...], num_components: int) -> tuple[int, ...]:
+        return (state_shape[0], num_components, *state_shape[1:])
+
     def _basis(self, sigmas: Tensor) -> Tensor:
         """Weights of the N values of ``x_0`` at noise levels (B, n), shape (B, n, N)."""
         num_points = self.output.shape[1]
@@ -71,16 +81,17 @@ class DXPolicy(Policy):
         position = ((raw_t - raw_dst) / segment).clamp(0, 1) * (num_points - 1)
         return (1 - (position[..., None] - index).abs()).clamp(min=0)
 
-    def _x_0(self, weights: Tensor) -> Tensor:
-        """``sum_n weights_n X_n`` for weights (B, N)."""
-        weights = weights.to(self.output)
-        output = torch.bmm(weights[:, None], self.output.flatten(2)).reshape(self.x_t_src.shape)
-        return expand_like(weights.sum(dim=1), output) * self.x_t_src - expand_like(self.sigma_t_src, output) * output
+    def _plus_x_0(self, x: Tensor, weights: Tensor) -> Tensor:
+        """``x + sum_n weights_n X_n`` for weights (B, N), reading the output once."""
+        source = torch.addcmul(x, expand_like(weights.sum(dim=1), x), self.x_t_src)
+        factors = (-weights * self.sigma_t_src.to(weights)[:, None]).to(x)
+        output = self.output.flatten(2)
+        return torch.baddbmm(source.flatten(1)[:, None], factors[:, None], output).reshape(x.shape)
 
     def pi(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
         sigma_t = sigma_t.reshape(-1)
-        x_0 = self._x_0(self._basis(sigma_t[:, None])[:, 0])
-        return (x_t - x_0) / expand_like(sigma_t, x_t).clamp(min=self.eps)
+        difference = self._plus_x_0(x_t, -self._basis(sigma_t[:, None])[:, 0])
+        return difference / expand_like(sigma_t, x_t).clamp(min=self.eps)
 
     def rollout(self, x_start: Tensor, schedule: RolloutSchedule) -> Tensor:
         """Explicit Euler in one contraction: the velocity is linear in the state and in the output.
@@ -94,7 +105,7 @@ class DXPolicy(Policy):
         decay = (1 + kappa).flip(1).cumprod(1).flip(1)
         after = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
         weights = torch.bmm((-kappa * after)[:, None], self._basis(sigmas[:, :-1]))[:, 0]
-        return expand_like(decay[:, 0], x_start) * x_start + self._x_0(weights)
+        return self._plus_x_0(expand_like(decay[:, 0], x_start) * x_start, weights)
 
     def detach(self) -> DXPolicy:
         policy = copy.copy(self)
