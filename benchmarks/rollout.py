@@ -172,10 +172,10 @@ class TinyFlux(nn.Module):
         self.transformer = FluxTransformer2DModel(
             in_channels=tokens,
             out_channels=tokens if components is None else components * (tokens + 4),
-            num_layers=3,
-            num_single_layers=6,
+            num_layers=2,
+            num_single_layers=4,
             attention_head_dim=64,
-            num_attention_heads=6,
+            num_attention_heads=4,
             joint_attention_dim=64,
             pooled_projection_dim=64,
             axes_dims_rope=(16, 24, 24),
@@ -215,10 +215,10 @@ def tiny_dit(components: int | None) -> nn.Module:
     return MODULES.build(
         dict(
             **head,
-            num_attention_heads=6,
+            num_attention_heads=4,
             attention_head_dim=64,
             in_channels=4,
-            num_layers=6,
+            num_layers=4,
             sample_size=32,
             patch_size=2,
             num_embeds_ada_norm=10,
@@ -316,7 +316,9 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--json', type=Path, help='write the figures to this file too')
+    parser.add_argument(
+        '--json', type=Path, help='write the figures, which are printed as JSON below the table, to this file too'
+    )
     parser.add_argument('--repeats', type=int, default=5, help='repetitions of each measurement')
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -336,6 +338,7 @@ def main() -> None:
         f'one thread of {torch.backends.cpu.get_cpu_capability()}, {machine.bandwidth / 1e9:.1f} GB/s copied, '
         f'{machine.operations / 1e9:.0f} GFLOP/s in a matrix product, {time.perf_counter() - start:.0f} s in all'
     )
+    print(json.dumps(rows))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

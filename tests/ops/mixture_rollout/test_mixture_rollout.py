@@ -108,7 +108,7 @@ def test_single_precision_is_as_accurate_as_the_plain_loop(backend):
             leaves = problem.leaves_as(torch.float32)
             end = run(leaves)
             results = [end, *problem.gradients(end, leaves)]
-            errors.append([float((a.double() - b).square().mean()) for a, b in zip(results, truths)])
+            errors.append([float((a.detach().double() - b.detach()).square().mean()) for a, b in zip(results, truths)])
     ours, plain = (torch.tensor(errors).mean(dim=0).sqrt() for errors in (ours, plain))
     assert (ours <= 2 * plain).all(), (ours / plain).tolist()
 
