@@ -6,6 +6,8 @@ A policy is a value. ``detach``, ``temperature`` and ``dropout`` return new poli
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from lakonlab.ops.shapes import expand_like
 class Policy(ABC):
     """A velocity field ``pi(x_t, sigma_t)`` that an ODE solver follows without calling the network again.
 
-    A subclass implements :meth:`pi` and :meth:`detach`, and overrides :meth:`rollout` where its algebra allows a faster
-    way than the plain loop. It is listed in :data:`lakonlab.models.diffusions.piflow_policies.POLICY_CLASSES`.
+    A subclass implements :meth:`pi`, :meth:`detach` and :meth:`output_shapes`, and overrides :meth:`rollout` where its
+    algebra allows a faster way than the plain loop. It is listed in
+    :data:`lakonlab.models.diffusions.piflow_policies.POLICY_CLASSES`.
 
     Args:
         x_t_src: State that the network saw, (B, C, *).
@@ -27,10 +30,30 @@ class Policy(ABC):
         eps: Noise levels are floored at this value wherever they divide.
     """
 
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {'default': {}}
+    """Name -> ``policy_kwargs``: the settings between which the arithmetic differs. The tests of the interface run over
+    all of them."""
+
     def __init__(self, x_t_src: Tensor, sigma_t_src: Tensor, eps: float):
         self.x_t_src = x_t_src
         self.sigma_t_src = sigma_t_src.reshape(-1)
         self.eps = eps
+
+    @classmethod
+    @abstractmethod
+    def output_shapes(
+        cls, state_shape: tuple[int, ...], num_components: int
+    ) -> dict[str, tuple[int, ...]] | tuple[int, ...]:
+        """Shapes of the network output that the policy is made from.
+
+        Args:
+            state_shape: Shape (B, C, *) of the state.
+            num_components: What there may be several of: components K of a mixture, values N of ``x_0``.
+
+        Returns:
+            Name -> shape for an output that is a dict of tensors, or the one shape. Every real value is allowed; in a
+            tensor called ``logweights`` also ``-inf``, though not for all components of a pixel.
+        """
 
     @abstractmethod
     def pi(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
@@ -47,6 +70,14 @@ class Policy(ABC):
     @abstractmethod
     def detach(self) -> Policy:
         """The same policy without gradients."""
+
+    def _wide(self, *values: Tensor) -> list[Tensor]:
+        """Noise levels and other numbers per sample, on the device of the state: double precision costs nothing there
+        and keeps differences such as ``1 - sigma_t / sigma_src`` exact."""
+        device = self.x_t_src.device
+        return [
+            value.to(device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64) for value in values
+        ]
 
     def temperature(self, temperature: float) -> Policy:
         """A policy that samples more conservatively, for ``temperature`` in (0, 1).

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor
 
 from lakonlab.models.diffusions.piflow_policies.base import Policy
@@ -56,6 +55,15 @@ class GMFlowPolicy(Policy):
         self.squared_norms = self.means.square().sum(dim=2, keepdim=True)  # constant along the whole segment
         self.rollout_backend = rollout_backend
 
+    @classmethod
+    def output_shapes(cls, state_shape: tuple[int, ...], num_components: int) -> dict[str, tuple[int, ...]]:
+        batch_size, _, *size = state_shape
+        return {
+            'means': (batch_size, num_components, *state_shape[1:]),
+            'logweights': (batch_size, num_components, 1, *size),
+            'logstds': (batch_size, 1, 1, *[1] * len(size)),
+        }
+
     def x_0_mixture(self) -> dict[str, Tensor]:
         """The mixture over clean latents: ``means`` (B, K, C, *), ``logweights``, and ``variances`` (B, 1, 1, *1)."""
         sigma = self.sigma_t_src.to(self.means).reshape(-1, *([1] * (self.means.dim() - 1)))
@@ -64,14 +72,6 @@ class GMFlowPolicy(Policy):
             'logweights': self.logweights,
             'variances': sigma.square() * self.variance.reshape(sigma.shape),
         }
-
-    def _wide(self, *values: Tensor) -> list[Tensor]:
-        """Noise levels and variances are a few numbers per sample: double precision costs nothing there and keeps
-        differences such as ``1 - sigma_t / sigma_src`` exact."""
-        device = self.x_t_src.device
-        return [
-            value.to(device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64) for value in values
-        ]
 
     def pi(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
         x = self.x_t_src
