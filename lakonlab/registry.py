@@ -42,6 +42,7 @@ MODELS = LazyRegistry(
     'model',
     {
         'lakonlab.models.latent_diffusion_class_image': ('LatentDiffusionClassImage',),
+        'lakonlab.models.diffusion_2d': ('Diffusion2D',),
     },
     mmengine_registry.MODELS,
 )
@@ -66,6 +67,7 @@ MODULES = LazyRegistry(
 DATASETS = LazyRegistry(
     'dataset',
     {
+        'lakonlab.datasets.checkerboard': ('CheckerboardData',),
         'lakonlab.datasets.digits': ('Digits',),
     },
     mmengine_registry.DATASETS,

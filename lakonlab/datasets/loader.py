@@ -33,7 +33,8 @@ def build_dataloader(
         dataset: Data set of known length; its items are mappings.
         samples_per_gpu: Batch size of this process.
         workers_per_gpu: Worker processes; 0 loads in this process.
-        shuffle: Permute every epoch; only for endless loaders.
+        shuffle: Permute every epoch; only for endless loaders. Items that are independent draws (a data set with
+            ``independent_items = True``) are read in order all the same.
         infinite: Whether the loader never ends; None for the value of ``shuffle``.
         seed: Seed of the data order.
         start_iter: Iteration of the first batch of an endless loader.
@@ -54,7 +55,8 @@ def build_dataloader(
         batch_sampler = StreamBatchSampler(
             len(dataset),
             samples_per_gpu,
-            shuffle=shuffle,
+            # a permutation of the items would be the same data at the price of an array as long as the data set
+            shuffle=shuffle and not getattr(dataset, 'independent_items', False),
             seed=seed,
             start_iter=start_iter,
             rank=rank,

@@ -76,8 +76,7 @@ class StreamBatchSampler(Sampler[list[int]]):
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._order_of_epoch is None or self._order_of_epoch[0] != epoch:
-            order = permutation(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
-            self._order_of_epoch = (epoch, order)
+            self._order_of_epoch = (epoch, permutation(self.size, self.seed, epoch))
         return self._order_of_epoch[1]
 
     def batch(self, iteration: int) -> list[int]:
@@ -91,6 +90,8 @@ class StreamBatchSampler(Sampler[list[int]]):
         """
         start = (iteration * self.world_size + self.rank) * self.samples_per_gpu
         positions = range(start, start + self.samples_per_gpu)
+        if not self.shuffle:
+            return [position % self.size for position in positions]
         return [int(self._order(position // self.size)[position % self.size]) for position in positions]
 
     def epoch(self, iteration: int) -> int:
