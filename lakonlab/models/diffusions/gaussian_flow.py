@@ -71,7 +71,7 @@ class GaussianFlowTestConfig:
     max_raw_t: float = 1.0
     """Schedule time at which sampling begins."""
     min_raw_t: float = 0.0
-    """Schedule time at which sampling ends."""
+    """Lower end of the uniform grid of schedule times; the last step goes on to clean data."""
     clamp_denoised: bool = False
     """Clamp the predicted ``x_0`` of every step to the range of images."""
 
@@ -338,11 +338,11 @@ class GaussianFlow(nn.Module):
                 axis = x_t - expand_like(t / self.num_timesteps, x_t) * u_positive
         return classifier_free_guidance(u_positive, u_negative, scale, float(cfg.orthogonal_guidance), axis)
 
-    def num_function_evaluations(self, test_cfg_override: Mapping[str, Any] | None = None) -> int:
-        """Number of network evaluations (NFE) of one sample; guidance counts as part of an evaluation.
+    def num_solver_steps(self, test_cfg_override: Mapping[str, Any] | None = None) -> int:
+        """Number of steps of the solver that samples.
 
         Raises:
-            ValueError: The number of solver steps is not configured.
+            ValueError: It is not configured.
         """
         cfg = self.test_section(test_cfg_override)
         if cfg.sigmas is not None:
@@ -352,6 +352,15 @@ class GaussianFlow(nn.Module):
         if self.num_timesteps <= 1:
             raise ValueError('test_cfg.num_timesteps, the number of solver steps, is needed for num_timesteps=1 models')
         return int(self.num_timesteps)
+
+    def num_function_evaluations(self, test_cfg_override: Mapping[str, Any] | None = None) -> int:
+        """Number of network evaluations (NFE) of one sample; guidance counts as part of an evaluation.
+
+        Raises:
+            ValueError: The number of solver steps is not configured.
+        """
+        solver = scheduler_class(self.test_section(test_cfg_override).sampler)
+        return solver.num_function_evaluations(self.num_solver_steps(test_cfg_override))
 
     def build_scheduler(self, cfg: Any, num_steps: int, x: Tensor, **kwargs):
         """The solver that a sampling section asks for, with its grid laid out for latents like ``x``."""
@@ -390,14 +399,12 @@ class GaussianFlow(nn.Module):
         source = source or TorchSource()
         cfg = self.test_section(test_cfg_override)
         x_t = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        scheduler = self.build_scheduler(cfg, self.num_function_evaluations(test_cfg_override), x_t)
+        scheduler = self.build_scheduler(cfg, self.num_solver_steps(test_cfg_override), x_t)
         for i, t in enumerate(tqdm(scheduler.timesteps, desc='sampling', disable=not show_pbar, leave=False)):
             time = t.expand(len(x_t))
             u = self.forward_u(x_t, time, guidance_scale, test_cfg=test_cfg_override, **kwargs)
             if clamp_denoised is not None:
                 u = (x_t - clamp_denoised(x_t - scheduler.levels[i] * u)) / scheduler.levels[i]
-            step_kwargs = {}
-            if scheduler.noise_scale(i) > 0:
-                step_kwargs['noise'] = source.normal('step_noise', x_t.shape, x_t.dtype, x_t.device)
-            x_t = scheduler.step(u, t, x_t, return_dict=False, **step_kwargs)[0]
+            randomness = scheduler.random_arguments(i, source, x_t)
+            x_t = scheduler.step(u, t, x_t, return_dict=False, **randomness)[0]
         return x_t

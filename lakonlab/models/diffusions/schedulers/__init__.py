@@ -6,6 +6,7 @@ import importlib
 
 SCHEDULER_MODULES: dict[str, str] = {
     'FlowEulerODE': 'flow_euler_ode',
+    'FlowHeunODE': 'flow_heun_ode',
     'FlowSDE': 'flow_sde',
     'FlowMapSDE': 'flow_map_sde',
     'FlowAdapter': 'flow_adapter',

@@ -1,7 +1,8 @@
-"""Solvers of diffusers that know flows, driven on the noise levels of our shifted schedule."""
+"""Solvers of diffusers driven on the noise levels of our shifted schedule."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -9,30 +10,57 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from lakonlab.models.diffusions.schedulers.base import FlowScheduler, FlowSchedulerOutput, velocity_from
+from lakonlab.models.diffusions.schedulers.base import FlowScheduler
+from lakonlab.ops.random_source import RandomSource
 
-# Largest noise level given to a solver: they take the logarithm of 1 - sigma.
-LARGEST_SIGMA = {'UniPCMultistep': 1 - 1e-6}
+
+@dataclass(frozen=True)
+class BaseSolver:
+    """How a solver of diffusers is driven.
+
+    Args:
+        knows_flows: It takes velocities and states of a flow; the others take noise predictions and states
+            ``x / alpha`` at noise levels ``sigma / alpha``.
+        largest_sigma: Noise level that stands for pure noise: they divide by alpha or take its logarithm.
+        moves_state: The state at pure noise is moved there along the velocity, rather than taken to be there.
+        last_sigma: Noise level at which the last step ends.
+        arguments: Arguments of its constructor.
+        is_random: It draws noise in every step.
+    """
+
+    knows_flows: bool = True
+    largest_sigma: float = 1 - 1e-4
+    moves_state: bool = True
+    last_sigma: float = 0.0
+    arguments: tuple[tuple[str, Any], ...] = ()
+    is_random: bool = False
+
+
+# In states x / alpha the rounding error of the first step grows as 1 / alpha, hence the larger alpha there.
+BASE_SOLVERS: dict[str, BaseSolver] = {
+    'UniPCMultistep': BaseSolver(moves_state=False),  # as published
+    'DPMSolverMultistep': BaseSolver(),
+    'DPMSolverSinglestep': BaseSolver(arguments=(('lower_order_final', True),)),
+    'DEISMultistep': BaseSolver(last_sigma=1e-4),
+    'SASolver': BaseSolver(last_sigma=1e-4, is_random=True),
+    'EulerDiscrete': BaseSolver(knows_flows=False, largest_sigma=1 - 1e-3),
+    'EulerAncestralDiscrete': BaseSolver(knows_flows=False, largest_sigma=1 - 1e-3, is_random=True),
+}
+
+# Unit of the timesteps that the solvers are given; the default of SASolver's tau_func is written for it.
+BASE_TIMESTEPS = 1000
 
 
 class FlowAdapterScheduler(FlowScheduler):
-    """A multistep solver of diffusers on a shifted uniform grid.
+    """A solver of diffusers on our grid of noise levels.
 
     Args:
-        num_train_timesteps: Unit of the timesteps given to the model.
-        base_scheduler: Class name in diffusers without the ending ``Scheduler``, one of :data:`LARGEST_SIGMA`.
+        base_scheduler: Class name in diffusers without the ending ``Scheduler``, one of :data:`BASE_SOLVERS`.
         base_scheduler_kwargs: Further arguments of that class.
-        shift: Shift of the schedule.
-        use_dynamic_shifting: Take the shift from the length of the latent.
-        dynamic_shifting_type: ``'exp'`` or ``'sqrt'``.
-        base_seq_len: See :func:`lakonlab.ops.time_shift.dynamic_shift`, as the next three.
-        max_seq_len: See ``base_seq_len``.
-        base_logshift: See ``base_seq_len``.
-        max_logshift: See ``base_seq_len``.
-        terminal_sigma: Stretch the grid so that its last step begins at this noise level.
-        max_raw_t: Schedule time of the first step.
-        min_raw_t: Schedule time at which the last step ends.
-        use_fp64: Keep ``sigmas`` and ``timesteps`` in double precision.
+        use_first_prediction: Use the model's prediction at pure noise. False replaces it by ``x_0 = 0``, as published
+            for all base schedulers but ``UniPCMultistep``; that wastes an evaluation and biases the samples where the
+            mean of the data is not 0.
+        **kwargs: Arguments of the base class.
 
     Raises:
         ValueError: ``base_scheduler`` is unknown.
@@ -41,57 +69,54 @@ class FlowAdapterScheduler(FlowScheduler):
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
+        *,
         base_scheduler: str = 'UniPCMultistep',
         base_scheduler_kwargs: dict[str, Any] | None = None,
-        shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        dynamic_shifting_type: str = 'exp',
-        base_seq_len: int = 256,
-        max_seq_len: int = 4096,
-        base_logshift: float = 0.5,
-        max_logshift: float = 1.15,
-        terminal_sigma: float | None = None,
-        max_raw_t: float = 1.0,
-        min_raw_t: float = 0.0,
-        use_fp64: bool = False,
+        use_first_prediction: bool = True,
+        **kwargs,
     ):
-        if base_scheduler not in LARGEST_SIGMA:
-            raise ValueError(f'base_scheduler={base_scheduler!r}: expected one of {", ".join(LARGEST_SIGMA)}')
-        self._reset()
-        arguments = {'prediction_type': 'flow_prediction', 'use_flow_sigmas': True, 'lower_order_final': True}
-        base_class = getattr(diffusers, f'{base_scheduler}Scheduler')
-        self.base = base_class(**arguments, **(base_scheduler_kwargs or {}))
+        super().__init__(**kwargs)
+        if base_scheduler not in BASE_SOLVERS:
+            raise ValueError(f'base_scheduler={base_scheduler!r}: expected one of {", ".join(BASE_SOLVERS)}')
+        self.solver = BASE_SOLVERS[base_scheduler]
+        arguments = {'num_train_timesteps': BASE_TIMESTEPS, **dict(self.solver.arguments)}
+        if self.solver.knows_flows:
+            arguments |= {'prediction_type': 'flow_prediction', 'use_flow_sigmas': True}
+        self.base = getattr(diffusers, f'{base_scheduler}Scheduler')(**{**arguments, **(base_scheduler_kwargs or {})})
+        self.order = self.base.order
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the solver draws noise."""
+        return self.solver.is_random or self.base.config.get('algorithm_type', '').startswith('sde')
 
     def _set_levels(self, levels: Tensor, device: torch.device | str | None) -> None:
+        levels = torch.cat([levels[:-1], levels.new_tensor([self.solver.last_sigma])])
         super()._set_levels(levels, device)
-        self.base.set_timesteps(len(levels) - 1, device=device)
-        inner = levels[:-1].clamp(max=LARGEST_SIGMA[self.config.base_scheduler])
-        self.base.sigmas = torch.cat([inner, levels[-1:]]).float()
-        self.base.timesteps = self.timesteps
-        self.base.set_begin_index(0)
+        self.base.set_timesteps(len(levels) - 1)
+        inner = levels.clamp(max=self.solver.largest_sigma)
+        self._inner_levels: list[float] = inner.tolist()
+        self.base.sigmas = inner if self.solver.knows_flows else inner / (1 - inner)
+        self.base.timesteps = (levels[:-1] * BASE_TIMESTEPS).float()
+        self.base.is_scale_input_called = True  # the state is scaled here
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator=None,
-        return_dict: bool = True,
-        prediction_type: str = 'u',
-    ) -> FlowSchedulerOutput | tuple[Tensor]:
-        """Take one step.
+    def random_arguments(self, step_index: int, source: RandomSource, sample: Tensor) -> dict[str, Any]:
+        """Generators for a solver that draws its own noise, one per sample, seeded by the draw ``step_noise`` (B,)."""
+        if not self.is_random:
+            return {}
+        seeds = source.uniform('step_noise', (len(sample),), torch.float64).tolist()
+        return {'generator': [torch.Generator().manual_seed(int(seed * 2**53)) for seed in seeds]}
 
-        Args:
-            model_output: Prediction at ``sample``, same shape.
-            timestep: Where the step begins.
-            sample: State, (B, C, *).
-            generator: Passed on to solvers that draw noise.
-            return_dict: Return an output object instead of a tuple.
-            prediction_type: What ``model_output`` is: ``'u'`` or ``'x0'``.
-        """
-        index = self._next_step(timestep)
-        u = velocity_from(model_output, sample, self.levels[index], prediction_type)
+    def _advance(self, index: int, u: Tensor, sample: Tensor, generator) -> Tensor:
+        if self.base.step_index is None:
+            self.base.set_begin_index(index)
+        sigma, inner, inner_to = self.levels[index], *self._inner_levels[index : index + 2]
+        if inner < sigma and not self.config.use_first_prediction:
+            u = sample / sigma
+        output, state = u, sample + (inner - sigma) * u if self.solver.moves_state else sample
+        if not self.solver.knows_flows:
+            output, state = sample + (1 - sigma) * u, state / (1 - inner)
         kwargs = {} if generator is None else {'generator': generator}
-        prev_sample = self.base.step(u, timestep, sample, return_dict=False, **kwargs)[0]
-        return FlowSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+        timestep = sigma * BASE_TIMESTEPS
+        state = self.base.step(output, timestep, state, return_dict=False, **kwargs)[0]
+        return state if self.solver.knows_flows else state * (1 - inner_to)

@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from lakonlab.models.diffusions.schedulers.base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio
+from lakonlab.models.diffusions.schedulers.h_expression import noise_amount
 
 # Relative length of the last segment below which it would not be a segment; training has the same floor.
 SHORTEST_STEP = 1e-4
@@ -20,41 +21,19 @@ class FlowMapSDEScheduler(FlowScheduler):
     ``sigma_dst = sigma_to m / (alpha_to + sigma_to m)``, and fresh noise makes up for the difference.
 
     Args:
-        num_train_timesteps: Unit of the timesteps given to the model.
-        h: Amount of noise: 0 none, 1 the SDE of the forward process, ``'inf'`` re-noising.
-        use_fp64: Keep ``sigmas`` and ``timesteps`` in double precision.
-        shift: Shift of the schedule.
-        use_dynamic_shifting: Take the shift from the length of the latent.
-        dynamic_shifting_type: ``'exp'`` or ``'sqrt'``.
-        base_seq_len: See :func:`lakonlab.ops.time_shift.dynamic_shift`, as the next three.
-        max_seq_len: See ``base_seq_len``.
-        base_logshift: See ``base_seq_len``.
-        max_logshift: See ``base_seq_len``.
+        h: Amount of noise at the start of a segment: 0 none, 1 the SDE of the forward process, ``'inf'`` re-noising, or
+            an expression in ``sigma``, see :func:`~lakonlab.models.diffusions.schedulers.h_expression.noise_amount`.
         final_step_size_scale: Length of the last segment relative to the others.
-        max_raw_t: Schedule time at which the first segment begins.
-        min_raw_t: Schedule time at which the last segment ends.
+        **kwargs: Arguments of the base class.
+
+    Raises:
+        ValueError: ``h`` is not understood.
     """
 
     @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        h: float | str = 0.0,
-        use_fp64: bool = False,
-        shift: float = 1.0,
-        use_dynamic_shifting: bool = False,
-        dynamic_shifting_type: str = 'exp',
-        base_seq_len: int = 256,
-        max_seq_len: int = 4096,
-        base_logshift: float = 0.5,
-        max_logshift: float = 1.15,
-        final_step_size_scale: float = 1.0,
-        max_raw_t: float = 1.0,
-        min_raw_t: float = 0.0,
-    ):
-        if float(h) < 0:
-            raise ValueError(f"h={h!r}: expected a non-negative number or 'inf'")
-        self._reset()
+    def __init__(self, *, h: float | str = 0.0, final_step_size_scale: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.noise_amount = noise_amount(h)
         self.destinations: list[float] = [0.0]
         self.ratios: list[float] = [1.0]
 
@@ -67,7 +46,7 @@ class FlowMapSDEScheduler(FlowScheduler):
     def _set_levels(self, levels: Tensor, device: torch.device | str | None) -> None:
         super()._set_levels(levels, device)
         pairs = list(zip(self.levels, self.levels[1:]))
-        self.ratios = [remaining_noise_ratio(sigma, sigma_to, self.config.h) for sigma, sigma_to in pairs]
+        self.ratios = [remaining_noise_ratio(sigma, sigma_to, self.noise_amount(sigma)) for sigma, sigma_to in pairs]
         self.destinations = [
             sigma_to * ratio / (1 - sigma_to + sigma_to * ratio) for (_, sigma_to), ratio in zip(pairs, self.ratios)
         ]
@@ -86,7 +65,7 @@ class FlowMapSDEScheduler(FlowScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor | None = None,
-        generator=None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         noise: Tensor | None = None,
     ) -> FlowSchedulerOutput | tuple[Tensor]:
@@ -96,14 +75,15 @@ class FlowMapSDEScheduler(FlowScheduler):
             model_output: State at the destination ``timesteps_dst`` of the segment, (B, C, *).
             timestep: Where the segment began.
             sample: Unused; accepted as by every scheduler.
-            generator: ``torch.Generator`` of the fresh noise, or one per sample.
+            generator: Generator of the fresh noise, or one per sample; torch's global one if left out.
             return_dict: Return an output object instead of a tuple.
             noise: The fresh noise itself, same shape as the state; drawn if left out.
+
+        Returns:
+            The state at the next noise level, in the dtype of ``model_output``.
         """
         index = self._next_step(timestep)
         sigma_to = self.levels[index + 1]
-        prev_sample = (1 - sigma_to + sigma_to * self.ratios[index]) * model_output
-        scale = self.noise_scale(index)
-        if scale > 0:
-            prev_sample = prev_sample + scale * self._fresh_noise(model_output, noise, generator)
-        return FlowSchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+        state = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
+        state = (1 - sigma_to + sigma_to * self.ratios[index]) * state
+        return self._finish(index, state, model_output.dtype, noise, generator, return_dict)
