@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -226,45 +227,60 @@ def tiny_dit(components: int | None) -> nn.Module:
     )
 
 
+class NetworkClock:
+    """Processor time of a step spent in forward calls of networks, and when the backward pass reached the student's."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module):
+        self.seconds = self.backward_start = self._start = 0.0
+        for network in (student, teacher):
+            network.register_forward_pre_hook(self._before)
+            network.register_forward_hook(self._after)
+
+    def _before(self, network, arguments):
+        self._start = time.process_time()
+
+    def _after(self, network, arguments, output):
+        self.seconds += time.process_time() - self._start
+        for value in output.values() if isinstance(output, dict) else ():
+            value.register_hook(self._gradient_arrived)
+
+    def _gradient_arrived(self, gradient):
+        self.backward_start = time.process_time()
+
+
 def step_rows(repeats: int) -> list[dict]:
     """Share of forward and backward of pi-ID that is not spent in the networks."""
     rows = []
     train_cfg = dict(nfe=4, num_intermediate_states=2, window_substeps=3, policy_dropout=0.1)
-    loss = dict(type='DiffusionMSELoss')
+    flow_loss = dict(type='DiffusionMSELoss')
     cases = {
         'tiny DiT, B8 K32 C4 32x32': (tiny_dit(32), tiny_dit(None), (8, 4, 32, 32)),
         'tiny FLUX, B1 K8 C16 64x64': (TinyFlux(16, 8), TinyFlux(16), (1, 16, 64, 64)),
     }
     for title, (student_net, teacher_net, shape) in cases.items():
         student = PiFlowImitation(
-            student_net, policy_type='GMFlow', flow_loss=loss, num_timesteps=1, train_cfg=train_cfg
+            student_net, policy_type='GMFlow', flow_loss=flow_loss, num_timesteps=1, train_cfg=train_cfg
         )
         teacher = GaussianFlow(teacher_net.requires_grad_(False), num_timesteps=1)
         x_0 = torch.randn(shape)
         with_labels = title.startswith('tiny DiT')
         conditions = {'class_labels': torch.zeros(len(x_0), dtype=torch.long)} if with_labels else {}
 
-        def whole():
+        clock = NetworkClock(student_net, teacher_net)
+        shares, totals = [], []
+        for _ in range(repeats + 1):
             student.zero_grad()
+            clock.seconds = 0.0
+            start = time.process_time()
             loss, _ = student.forward_train(
                 x_0, teacher=teacher, teacher_kwargs=conditions, source=SeededSource(0), **conditions
             )
             loss.backward()
-
-        def networks():
-            student.zero_grad()
-            t = torch.full((len(x_0),), 0.5)
-            output = student.pred(x_0, t, **conditions)
-            sum(value.mean() for value in output.values()).backward()
-            twice = {key: value.repeat(2) for key, value in conditions.items()}
-            with torch.no_grad():
-                teacher(return_u=True, x_t=x_0.repeat(2, 1, 1, 1), t=t.repeat(2), **twice)
-
-        seconds = cpu_seconds({'whole': whole, 'networks': networks}, repeats)
-        share = 1 - seconds['networks'] / seconds['whole']
-        rows.append(
-            dict(case=f'pi-ID step, {title}', name='outside the networks', seconds=seconds['whole'], share=share)
-        )
+            end = time.process_time()
+            totals.append(end - start)
+            shares.append(1 - (clock.seconds + end - clock.backward_start) / totals[-1])
+        seconds, share = statistics.median(totals[1:]), statistics.median(shares[1:])
+        rows.append(dict(case=f'pi-ID step, {title}', name='outside the networks', seconds=seconds, share=share))
     return rows
 
 
