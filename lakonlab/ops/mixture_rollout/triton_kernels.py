@@ -4,6 +4,9 @@ A program takes one sample and a block of pixels through all substeps. Its means
 from memory once per rollout. K, C and the block are padded to powers of two: the weight of a padded component is 0,
 and everything else that is padded is 0, so that sums over it add nothing.
 
+The tile of means is (channels, components, pixels) where COMPONENT_AXIS is 1, else (components, channels, pixels).
+Threads that are not needed for pixels share the middle axis; sums over the first axis need no exchange between them.
+
 Layout of the arguments: means (batch, components, channels, pixels), logweights (batch, components, pixels), source,
 offset and grad (batch, channels, pixels), coefficients (batch, substeps, 6), lengths (batch,). Arithmetic is in the
 dtype of the arguments.
@@ -70,7 +73,9 @@ def _substep(means, logweights, squared_norms, source, offset, coefficient, COMP
     return offset + velocity
 
 
-@triton.jit(do_not_specialize=['num_programs', 'num_substeps'])
+# Sizes are not specialised: there is one compilation for all image sizes, and a thread's pixels are not adjacent.
+# Vectorised loads of adjacent pixels would leave more threads to the middle axis and triple the exchange between them.
+@triton.jit(do_not_specialize=['num_programs', 'num_pixels', 'num_substeps'])
 def forward_kernel(
     means,
     logweights,
@@ -90,7 +95,15 @@ def forward_kernel(
     COMPONENT_AXIS: tl.constexpr,
 ):
     row, length, flat_places, flat_mask, image_places, image_mask, places, mask = _block(
-        lengths, num_programs, num_pixels, NUM_COMPONENTS, NUM_CHANNELS, PADDED_COMPONENTS, PADDED_CHANNELS, BLOCK, COMPONENT_AXIS
+        lengths,
+        num_programs,
+        num_pixels,
+        NUM_COMPONENTS,
+        NUM_CHANNELS,
+        PADDED_COMPONENTS,
+        PADDED_CHANNELS,
+        BLOCK,
+        COMPONENT_AXIS,
     )
     image = row * NUM_CHANNELS * num_pixels
     m = tl.load(means + image * NUM_COMPONENTS + places, mask=mask, other=0)
@@ -105,7 +118,7 @@ def forward_kernel(
     tl.store(result + image + image_places, d, mask=image_mask)
 
 
-@triton.jit(do_not_specialize=['num_programs', 'num_substeps'])
+@triton.jit(do_not_specialize=['num_programs', 'num_pixels', 'num_substeps'])
 def backward_kernel(
     means,
     logweights,
@@ -131,7 +144,15 @@ def backward_kernel(
     COMPONENT_AXIS: tl.constexpr,
 ):
     row, length, flat_places, flat_mask, image_places, image_mask, places, mask = _block(
-        lengths, num_programs, num_pixels, NUM_COMPONENTS, NUM_CHANNELS, PADDED_COMPONENTS, PADDED_CHANNELS, BLOCK, COMPONENT_AXIS
+        lengths,
+        num_programs,
+        num_pixels,
+        NUM_COMPONENTS,
+        NUM_CHANNELS,
+        PADDED_COMPONENTS,
+        PADDED_CHANNELS,
+        BLOCK,
+        COMPONENT_AXIS,
     )
     image = row * NUM_CHANNELS * num_pixels
     flat = row * NUM_COMPONENTS * num_pixels
