@@ -29,11 +29,20 @@ class FlowSchedulerOutput(BaseOutput):
     prev_sample: Tensor
 
 
+def _signature_with_inherited(kind: type) -> inspect.Signature:
+    """Signature of a constructor in which ``**kwargs`` is replaced by the arguments of the base's constructor."""
+    own = inspect.signature(vars(kind)['__init__'])
+    inherited = inspect.signature(super(kind, kind).__init__).parameters
+    parameters = [p if name == 'self' else p.replace(kind=p.KEYWORD_ONLY) for name, p in inherited.items()]
+    parameters += [p for name, p in own.parameters.items() if name != 'self' and p.kind is not p.VAR_KEYWORD]
+    return own.replace(parameters=parameters)
+
+
 class FlowScheduler(SchedulerMixin, ConfigMixin):
     """Base of the flow schedulers: a grid of noise levels, uniform in schedule time, shifted, ending at 0.
 
-    A subclass implements ``_advance``, and ``noise_scale`` if it draws noise. Arguments of its own are keyword-only
-    and registered; it hands the rest to this constructor, and its signature shows all of them.
+    A subclass implements ``step``, and ``noise_scale`` if it draws noise. Arguments of its own are keyword-only and
+    registered; it hands the rest to this constructor, and its signature shows all of them.
 
     Args:
         num_train_timesteps: Unit of the timesteps given to the model, 1000 or 1.
@@ -44,7 +53,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         max_seq_len: Latent pixels at which it is ``max_logshift``.
         base_logshift: See ``base_seq_len``.
         max_logshift: See ``max_seq_len``.
-        terminal_sigma: Stretch the grid so that its last step begins at this noise level.
         max_raw_t: Schedule time of the first step.
         min_raw_t: Lower end of the uniform grid in schedule time. The last step begins one grid step above it and goes
             all the way to 0.
@@ -74,7 +82,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         max_seq_len: int = 4096,
         base_logshift: float = 0.5,
         max_logshift: float = 1.15,
-        terminal_sigma: float | None = None,
         max_raw_t: float = 1.0,
         min_raw_t: float = 0.0,
         use_fp64: bool = False,
@@ -84,8 +91,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f'{name}={value}: expected a positive number')
         if dynamic_shifting_type not in ('exp', 'sqrt'):
             raise ValueError(f"dynamic_shifting_type={dynamic_shifting_type!r}: expected 'exp' or 'sqrt'")
-        if terminal_sigma is not None and not 0 <= terminal_sigma < 1:
-            raise ValueError(f'terminal_sigma={terminal_sigma}: expected None or a number from 0 up to, but not, 1')
         if not 0 <= min_raw_t < max_raw_t <= 1:
             raise ValueError(f'min_raw_t={min_raw_t}, max_raw_t={max_raw_t}: expected 0 <= min_raw_t < max_raw_t <= 1')
         self.num_inference_steps: int | None = None
@@ -133,6 +138,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         c = self.config
         return torch.linspace(c.max_raw_t, c.min_raw_t, num_inference_steps + 1, dtype=torch.float64)[:-1]
 
+    def _noise_levels(self, raw: Tensor, shift: float) -> Tensor:
+        """Noise levels at which the steps begin."""
+        return warp(raw, shift)
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -167,9 +176,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f'sigmas={raw.tolist()}: expected decreasing schedule times in (0, 1]')
         self.num_inference_steps = len(raw)
         by_mu = self.config.use_dynamic_shifting and mu is not None
-        levels = warp(raw, math.exp(mu) if by_mu else self.get_shift(seq_len))
-        if self.config.terminal_sigma and len(levels) > 1:
-            levels = stretch_to_terminal(levels, self.config.terminal_sigma)
+        levels = self._noise_levels(raw, math.exp(mu) if by_mu else self.get_shift(seq_len))
         self._set_levels(torch.cat([levels, levels.new_zeros(1)]), device)
 
     def _set_levels(self, levels: Tensor, device: torch.device | str | None) -> None:
@@ -210,6 +217,53 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         if self.noise_scale(step_index) == 0:
             return {}
         return {'noise': source.normal('step_noise', sample.shape, sample.dtype, sample.device)}
+
+    def _finish(self, index, state, dtype, noise, generator, return_dict) -> FlowSchedulerOutput | tuple[Tensor]:
+        """Add the fresh noise of a step and return its result."""
+        scale = self.noise_scale(index)
+        if scale > 0:
+            if noise is None:
+                noise = randn_tensor(state.shape, generator=generator, device=state.device, dtype=state.dtype)
+            state = state + scale * noise
+        state = state.to(dtype)
+        return FlowSchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """What the model is given: the state as it is."""
+        return sample
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """Diffuse clean latents to a timestep: ``(1 - sigma) * sample + sigma * noise``."""
+        sigma = torch.as_tensor(timestep, dtype=sample.dtype, device=sample.device) / self.config.num_train_timesteps
+        sigma = sigma.reshape(-1, *([1] * (sample.dim() - 1)))
+        return (1 - sigma) * sample + sigma * noise
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+class VelocityScheduler(FlowScheduler):
+    """A flow scheduler whose steps follow a model's velocity; a subclass implements ``_advance``.
+
+    Args:
+        terminal_sigma: Stretch the grid so that its last step begins at this noise level.
+        **kwargs: Arguments of :class:`FlowScheduler`.
+
+    Raises:
+        ValueError: ``terminal_sigma`` is out of range.
+    """
+
+    @register_to_config
+    def __init__(self, *, terminal_sigma: float | None = None, **kwargs):
+        super().__init__(**kwargs)
+        if terminal_sigma is not None and not 0 <= terminal_sigma < 1:
+            raise ValueError(f'terminal_sigma={terminal_sigma}: expected None or a number from 0 up to, but not, 1')
+
+    def _noise_levels(self, raw: Tensor, shift: float) -> Tensor:
+        levels = super()._noise_levels(raw, shift)
+        if self.config.terminal_sigma and len(levels) > 1:
+            return stretch_to_terminal(levels, self.config.terminal_sigma)
+        return levels
 
     def _advance(self, index: int, u: Tensor, sample: Tensor, generator) -> Tensor:
         """State after a step without its fresh noise.
@@ -253,38 +307,6 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         u = velocity_from(model_output.to(x.dtype), x, self.levels[index], prediction_type)
         return self._finish(index, self._advance(index, u, x, generator), sample.dtype, noise, generator, return_dict)
-
-    def _finish(self, index, state, dtype, noise, generator, return_dict) -> FlowSchedulerOutput | tuple[Tensor]:
-        """Add the fresh noise of a step and return its result."""
-        scale = self.noise_scale(index)
-        if scale > 0:
-            if noise is None:
-                noise = randn_tensor(state.shape, generator=generator, device=state.device, dtype=state.dtype)
-            state = state + scale * noise
-        state = state.to(dtype)
-        return FlowSchedulerOutput(prev_sample=state) if return_dict else (state,)
-
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """What the model is given: the state as it is."""
-        return sample
-
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
-        """Diffuse clean latents to a timestep: ``(1 - sigma) * sample + sigma * noise``."""
-        sigma = torch.as_tensor(timestep, dtype=sample.dtype, device=sample.device) / self.config.num_train_timesteps
-        sigma = sigma.reshape(-1, *([1] * (sample.dim() - 1)))
-        return (1 - sigma) * sample + sigma * noise
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-
-def _signature_with_inherited(kind: type[FlowScheduler]) -> inspect.Signature:
-    """Signature of a constructor in which ``**kwargs`` is replaced by the arguments of the base's constructor."""
-    own = inspect.signature(vars(kind)['__init__'])
-    inherited = inspect.signature(super(kind, kind).__init__).parameters
-    parameters = [p if name == 'self' else p.replace(kind=p.KEYWORD_ONLY) for name, p in inherited.items()]
-    parameters += [p for name, p in own.parameters.items() if name != 'self' and p.kind is not p.VAR_KEYWORD]
-    return own.replace(parameters=parameters)
 
 
 def velocity_from(model_output: Tensor, sample: Tensor, sigma: float, prediction_type: str) -> Tensor:

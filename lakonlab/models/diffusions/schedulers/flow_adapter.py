@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from lakonlab.models.diffusions.schedulers.base import FlowScheduler
+from lakonlab.models.diffusions.schedulers.base import VelocityScheduler
 from lakonlab.ops.random_source import RandomSource
 
 
@@ -51,7 +51,7 @@ BASE_SOLVERS: dict[str, BaseSolver] = {
 BASE_TIMESTEPS = 1000
 
 
-class FlowAdapterScheduler(FlowScheduler):
+class FlowAdapterScheduler(VelocityScheduler):
     """A solver of diffusers on our grid of noise levels.
 
     Args:
@@ -60,7 +60,7 @@ class FlowAdapterScheduler(FlowScheduler):
         use_first_prediction: Use the model's prediction at pure noise. False replaces it by ``x_0 = 0``, as published
             for all base schedulers but ``UniPCMultistep``; that wastes an evaluation and biases the samples where the
             mean of the data is not 0.
-        **kwargs: Arguments of the base class.
+        **kwargs: Arguments of :class:`~lakonlab.models.diffusions.schedulers.base.VelocityScheduler`.
 
     Raises:
         ValueError: ``base_scheduler`` is unknown.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lakonlab.models.diffusions.schedulers.base import FlowScheduler
+from lakonlab.models.diffusions.schedulers.base import VelocityScheduler
 
 
-class FlowHeunODEScheduler(FlowScheduler):
+class FlowHeunODEScheduler(VelocityScheduler):
     """Euler predictor and trapezoidal corrector, of second order; the arguments are those of the base class.
 
     A step evaluates the model at both of its ends, except that the last one is an Euler step, so that the model is

@@ -24,7 +24,7 @@ class FlowMapSDEScheduler(FlowScheduler):
         h: Amount of noise at the start of a segment: 0 none, 1 the SDE of the forward process, ``'inf'`` re-noising, or
             an expression in ``sigma``, see :func:`~lakonlab.models.diffusions.schedulers.h_expression.noise_amount`.
         final_step_size_scale: Length of the last segment relative to the others.
-        **kwargs: Arguments of the base class.
+        **kwargs: Arguments of :class:`~lakonlab.models.diffusions.schedulers.base.FlowScheduler`.
 
     Raises:
         ValueError: ``h`` is not understood.

@@ -7,16 +7,18 @@ import math
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from lakonlab.models.diffusions.schedulers.base import FlowScheduler, remaining_noise_ratio
+from lakonlab.models.diffusions.schedulers.base import VelocityScheduler, remaining_noise_ratio
 from lakonlab.models.diffusions.schedulers.h_expression import noise_amount
 
 
-class FlowSDEScheduler(FlowScheduler):
+class FlowSDEScheduler(VelocityScheduler):
     """Steps of the SDE that shares its marginals with the flow and replaces noise by fresh noise at a rate given by h.
 
     ``'canonical'``: predict ``x_0`` and the noise, keep a share ``m`` of the noise and replace the rest:
     ``x_to = alpha_to * x_0 + sigma_to * (m * noise + sqrt(1 - m^2) * fresh)``, with ``m`` of
-    :func:`~lakonlab.models.diffusions.schedulers.base.remaining_noise_ratio`; exact where the prediction is.
+    :func:`~lakonlab.models.diffusions.schedulers.base.remaining_noise_ratio`. For finite ``h`` the samples converge to
+    the data as the steps grow; with ``'inf'`` they do not, because the predicted ``x_0`` is a mean (a flow map, which
+    predicts a sample, can be re-noised: :class:`~lakonlab.models.diffusions.schedulers.FlowMapSDEScheduler`).
 
     ``'euler-maruyama'``: the same to first order in the step, ``dx = (u + r * noise) dsigma + sqrt(2 r sigma) dw`` with
     ``r = h^2 / alpha``. At pure noise, where that rate is infinite, it is taken as 1 (any rate keeps the marginal). It
@@ -26,7 +28,7 @@ class FlowSDEScheduler(FlowScheduler):
         h: Amount of noise at the start of a step: 0 the ODE, 1 the SDE of the forward process, ``'inf'`` re-noising,
             or an expression in ``sigma``, see :func:`~lakonlab.models.diffusions.schedulers.h_expression.noise_amount`.
         solver_type: ``'canonical'`` or ``'euler-maruyama'``.
-        **kwargs: Arguments of the base class.
+        **kwargs: Arguments of :class:`~lakonlab.models.diffusions.schedulers.base.VelocityScheduler`.
 
     Raises:
         ValueError: ``solver_type`` is unknown, ``h`` is not understood or, for Euler-Maruyama, infinite.
