@@ -69,6 +69,7 @@ DATASETS = LazyRegistry(
     {
         'lakonlab.datasets.checkerboard': ('CheckerboardData',),
         'lakonlab.datasets.digits': ('Digits',),
+        'lakonlab.datasets.imagenet': ('ImageNet',),
     },
     mmengine_registry.DATASETS,
 )

@@ -23,7 +23,7 @@ class CheckerboardData(Dataset):
     Args:
         n_rc: Rows and columns of the board, at least 1.
         n_samples: Number of items; an integer, or a float of integral value such as ``1e8``.
-        thickness: In (0, 1]; below 1 a square is hollow, without the centred square of ``1 - thickness`` times its side.
+        thickness: In (0, 1]; below 1 a square lacks the centred square of ``1 - thickness`` times its side.
         scale: Half the side of the board.
         shift: Centre of the board, (x, y).
         rotation: Angle of the board in degrees, counter-clockwise.

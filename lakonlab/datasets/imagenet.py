@@ -1,0 +1,212 @@
+"""ImageNet from local files: images, or latents that were computed from them before; or labelled noise for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lakonlab.registry import DATASETS
+
+NUM_CLASSES = 1000
+LATENT_SUFFIXES = ('.pth', '.pt')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+LABEL_SAMPLINGS = ('random', 'equal')
+
+
+@DATASETS.register_module()
+class ImageNet(Dataset):
+    """ImageNet for training, or labelled noise for sampling.
+
+    Args:
+        data_root: Directory of the images or latents; not read in test mode.
+        datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
+            ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
+        label2name_path: File with a line ``label: 'names',`` per class.
+        random_flip: Show every image both ways in an epoch: the data set is twice as long, and its second half holds
+            the mirror images. Latents are never mirrored.
+        negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
+        image_size: Side of the square that images are brought to, in pixels.
+        latent_size: Shape (C, H, W) of the noise in test mode.
+        test_label_repeat: Number of consecutive samples that share a label in test mode.
+        test_label_sampling: ``'random'``, labels drawn uniformly, or ``'equal'``, in turn.
+        test_mode: Items hold noise to start sampling from instead of images or latents.
+        num_test_images: Number of items in test mode.
+
+    Raises:
+        ValueError: An argument is out of range, or a line of a file cannot be understood.
+        FileNotFoundError: A file is missing.
+    """
+
+    def __init__(
+        self,
+        data_root: str = 'data/imagenet/train',
+        datalist_path: str = 'data/imagenet/train.txt',
+        label2name_path: str = 'data/imagenet/imagenet1000_clsidx_to_labels.txt',
+        random_flip: bool = True,
+        negative_label: int | None = NUM_CLASSES,
+        image_size: int = 256,
+        latent_size: Sequence[int] = (4, 32, 32),
+        test_label_repeat: int = 1,
+        test_label_sampling: str = 'random',
+        test_mode: bool = False,
+        num_test_images: int = 50000,
+    ):
+        if test_label_sampling not in LABEL_SAMPLINGS:
+            raise ValueError(
+                f'test_label_sampling={test_label_sampling!r}: expected one of {", ".join(map(repr, LABEL_SAMPLINGS))}'
+            )
+        sizes = dict(image_size=image_size, test_label_repeat=test_label_repeat, num_test_images=num_test_images)
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f'{name}={value}: expected a positive number')
+        self.data_root = Path(data_root)
+        self.random_flip = random_flip
+        self.negative_label = negative_label
+        self.image_size = image_size
+        self.latent_size = tuple(latent_size)
+        self.test_label_repeat = test_label_repeat
+        self.test_label_sampling = test_label_sampling
+        self.test_mode = test_mode
+        self.num_test_images = num_test_images
+        self.label_names = read_label_names(label2name_path)
+        self.paths, self.labels = ([], []) if test_mode else read_datalist(datalist_path)
+
+    @property
+    def _mirrors(self) -> bool:
+        return self.random_flip and Path(self.paths[0]).suffix.lower() in IMAGE_SUFFIXES
+
+    def __len__(self) -> int:
+        if self.test_mode:
+            return self.num_test_images
+        return len(self.paths) * (2 if self._mirrors else 1)
+
+    def __getitem__(self, index: int) -> dict:
+        """Return one item.
+
+        Args:
+            index: Number of the item, ``0 <= index < len(self)``.
+
+        Returns:
+            ``ids`` int, ``name`` str, ``labels`` and ``negative_labels`` int64 scalars, and ``latents`` (C, H, W),
+            ``images`` (3, S, S) in [0, 1] or, in test mode, ``noise`` (C, H, W); float32. For training also ``paths``.
+
+        Raises:
+            IndexError: ``index`` is out of range.
+            ValueError: A file holds something else than expected.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
+        item = self._test_item(index) if self.test_mode else self._training_item(index)
+        label = int(item['labels'])
+        item.update(ids=index, name=self.label_names.get(label, str(label)))
+        if self.negative_label is not None:
+            item['negative_labels'] = torch.tensor(self.negative_label)
+        return item
+
+    def _test_item(self, index: int) -> dict:
+        group = index // self.test_label_repeat
+        if self.test_label_sampling == 'equal':
+            label = torch.tensor(group % NUM_CLASSES)
+        else:
+            label = torch.randint(0, NUM_CLASSES, (), generator=torch.Generator().manual_seed(group))
+        # one generator per item: a sample depends neither on batch size nor on the number of processes
+        noise = torch.randn(self.latent_size, generator=torch.Generator().manual_seed(index + 1000))
+        return dict(labels=label, noise=noise)
+
+    def _training_item(self, index: int) -> dict:
+        mirrored, number = divmod(index, len(self.paths))
+        path, label = self.data_root / self.paths[number], self.labels[number]
+        item = dict(paths=str(path))
+        if path.suffix.lower() in LATENT_SUFFIXES:
+            record = torch.load(path, map_location='cpu', weights_only=True)
+            if not isinstance(record, dict) or not {'x', 'y'} <= record.keys():
+                raise ValueError(f"{path}: expected a dict with 'x', the latents, and 'y', the label")
+            return dict(item, latents=record['x'].float(), labels=torch.as_tensor(record['y']).long().reshape(()))
+        if label is None:
+            raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
+        images = read_image(path, self.image_size)
+        return dict(item, images=images.flip(-1) if mirrored else images, labels=torch.tensor(label))
+
+
+def read_label_names(path: str | Path) -> dict[int, str]:
+    """Read lines ``label: 'names',``; braces around the whole are allowed.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line has another form.
+    """
+    names = {}
+    for number, line in enumerate(_lines(path, 'label2name_path'), 1):
+        text = line.strip().strip('{}').strip().removesuffix(',')
+        if not text:
+            continue
+        label, colon, name = text.partition(':')
+        if not colon or not label.strip().isdecimal():
+            raise ValueError(f"{path}, line {number}: expected label: 'names', found {line.strip()!r}")
+        names[int(label)] = name.strip().strip('\'"')
+    return names
+
+
+def read_datalist(path: str | Path) -> tuple[list[str], list[int | None]]:
+    """Read lines ``relative/path [label]``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line has another form, or there is none.
+    """
+    paths, labels = [], []
+    for number, line in enumerate(_lines(path, 'datalist_path'), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) > 2 or (len(words) == 2 and not words[1].isdecimal()):
+            raise ValueError(
+                f'{path}, line {number}: expected a path without spaces and a label, found {line.strip()!r}'
+            )
+        if Path(words[0]).suffix.lower() not in LATENT_SUFFIXES + IMAGE_SUFFIXES:
+            known = ', '.join(LATENT_SUFFIXES + IMAGE_SUFFIXES)
+            raise ValueError(f'{path}, line {number}: {words[0]!r} ends in none of {known}')
+        paths.append(words[0])
+        labels.append(int(words[1]) if len(words) == 2 else None)
+    if not paths:
+        raise ValueError(f'{path}: the data list is empty')
+    return paths, labels
+
+
+def _lines(path: str | Path, argument: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding='utf-8').splitlines()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{argument}={str(path)!r}: there is no such file') from error
+
+
+def read_image(path: str | Path, size: int) -> Tensor:
+    """Read an image and bring it to a square, as ADM does (Dhariwal & Nichol, 2021).
+
+    Halved by box averages while the shorter side is at least twice ``size``, resized bicubically to a shorter side of
+    ``size``, and cropped around the centre.
+
+    Args:
+        path: The file; grey, palette, CMYK and transparent images become RGB.
+        size: Side of the square in pixels.
+
+    Returns:
+        (3, size, size), float32 in [0, 1].
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        # transparency is dropped, not blended
+        image = file.convert('RGBA').convert('RGB') if file.mode == 'P' else file.convert('RGB')
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
