@@ -116,7 +116,7 @@ class FlowAdapterScheduler(VelocityScheduler):
         output, state = u, sample + (inner - sigma) * u if self.solver.moves_state else sample
         if not self.solver.knows_flows:
             output, state = sample + (1 - sigma) * u, state / (1 - inner)
-        kwargs = {} if generator is None else {'generator': generator}
+        kwargs = {'generator': generator} if self.is_random else {}
         timestep = sigma * BASE_TIMESTEPS
         state = self.base.step(output, timestep, state, return_dict=False, **kwargs)[0]
         return state if self.solver.knows_flows else state * (1 - inner_to)
