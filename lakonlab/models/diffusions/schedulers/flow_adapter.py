@@ -24,6 +24,8 @@ class BaseSolver:
         largest_sigma: Noise level that stands for pure noise: they divide by alpha or take its logarithm.
         moves_state: The state at pure noise is moved there along the velocity, rather than taken to be there.
         last_sigma: Noise level at which the last step ends.
+        in_double: It is given tensors in double precision, because it subtracts numbers 1 / alpha times as large as
+            their difference in the first step.
         arguments: Arguments of its constructor.
         is_random: It draws noise in every step.
     """
@@ -32,16 +34,18 @@ class BaseSolver:
     largest_sigma: float = 1 - 1e-4
     moves_state: bool = True
     last_sigma: float = 0.0
+    in_double: bool = False
     arguments: tuple[tuple[str, Any], ...] = ()
     is_random: bool = False
 
 
-# In states x / alpha the rounding error of the first step grows as 1 / alpha, hence the larger alpha there.
+# The Euler solvers compute in single precision whatever they are given, and subtract such numbers too; the larger alpha
+# keeps the rounding error of their first step at 1e-5.
 BASE_SOLVERS: dict[str, BaseSolver] = {
     'UniPCMultistep': BaseSolver(moves_state=False),  # as published
     'DPMSolverMultistep': BaseSolver(),
     'DPMSolverSinglestep': BaseSolver(arguments=(('lower_order_final', True),)),
-    'DEISMultistep': BaseSolver(last_sigma=1e-4),
+    'DEISMultistep': BaseSolver(last_sigma=1e-4, in_double=True),
     'SASolver': BaseSolver(last_sigma=1e-4, is_random=True),
     'EulerDiscrete': BaseSolver(knows_flows=False, largest_sigma=1 - 1e-3),
     'EulerAncestralDiscrete': BaseSolver(knows_flows=False, largest_sigma=1 - 1e-3, is_random=True),
@@ -58,8 +62,8 @@ class FlowAdapterScheduler(VelocityScheduler):
         base_scheduler: Class name in diffusers without the ending ``Scheduler``, one of :data:`BASE_SOLVERS`.
         base_scheduler_kwargs: Further arguments of that class.
         use_first_prediction: Use the model's prediction at pure noise. False replaces it by ``x_0 = 0``, as published
-            for all base schedulers but ``UniPCMultistep``; that wastes an evaluation and biases the samples where the
-            mean of the data is not 0.
+            for all base schedulers but ``UniPCMultistep``: an evaluation is lost, and the first step begins in a wrong
+            direction where the mean of the data is not 0.
         **kwargs: Arguments of :class:`~lakonlab.models.diffusions.schedulers.base.VelocityScheduler`.
 
     Raises:
@@ -116,6 +120,8 @@ class FlowAdapterScheduler(VelocityScheduler):
         output, state = u, sample + (inner - sigma) * u if self.solver.moves_state else sample
         if not self.solver.knows_flows:
             output, state = sample + (1 - sigma) * u, state / (1 - inner)
+        if self.solver.in_double:
+            output, state = output.double(), state.double()
         kwargs = {'generator': generator} if self.is_random else {}
         timestep = sigma * BASE_TIMESTEPS
         state = self.base.step(output, timestep, state, return_dict=False, **kwargs)[0]

@@ -17,6 +17,8 @@ FIRST_STEP = {'adapter.euler5': 1}
 # Recorded with that rounding error as well, but within the tolerance of whole trajectories.
 TOLERANCE = {'adapter.deis6': 2e-4}
 
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # numpy warns about diffusers' solvers
+
 
 def velocity(x, sigma):
     return torch.sin(1.3 * x + 0.7 * sigma) * (0.5 + sigma)
