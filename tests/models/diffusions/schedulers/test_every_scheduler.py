@@ -11,6 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lakonlab.config.signature import arguments_of
 from lakonlab.models.diffusions.schedulers import SCHEDULER_MODULES, scheduler_class
 from lakonlab.models.diffusions.schedulers.base import VelocityScheduler
 from lakonlab.models.diffusions.schedulers.flow_adapter import BASE_SOLVERS
@@ -72,6 +73,14 @@ def test_config_survives_a_round_trip(name, options, tmp_path):
         for one in (scheduler, again):
             one.set_timesteps(5)
         assert again.levels == scheduler.levels
+
+
+@each_variant
+def test_arguments_are_known_to_the_config_check(name, options):
+    arguments = arguments_of(scheduler_class(name), positional=1)
+    assert not arguments.is_open
+    assert {'shift', 'use_dynamic_shifting', 'max_raw_t', *options} <= arguments.names
+    assert not {'num_train_timesteps', 'kwargs'} & arguments.names
 
 
 @each_variant
