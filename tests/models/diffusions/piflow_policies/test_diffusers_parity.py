@@ -53,7 +53,6 @@ def test_sampling_equals_a_loop_over_their_scheduler(num_steps, shift, final_ste
     scheduler = PiflowScheduler(
         shift=shift,
         n_grid=NUM_POINTS,
-        eps=1e-7,
         final_step_size_scale=final_step_size_scale,
         num_policy_substeps=total_substeps,
     )
@@ -79,7 +78,7 @@ def test_sampling_equals_a_loop_over_their_scheduler(num_steps, shift, final_ste
             'nfe': num_steps,
             'final_step_size_scale': final_step_size_scale,
             'total_substeps': total_substeps,
-            'eps': 1e-7,
+            'eps': scheduler.config.eps,
         },
     )
     samples = model.forward_test(noise)
