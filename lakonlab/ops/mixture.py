@@ -109,4 +109,6 @@ def drop_components(logweights: Tensor, uniform: Tensor, probability: float) -> 
     """
     dropped = uniform < probability
     dropped = dropped & ~dropped.all(dim=1, keepdim=True)
-    return logweights.masked_fill(dropped, -torch.inf)
+    remaining = logweights.masked_fill(dropped, -torch.inf)
+    nothing_left = remaining.isneginf().all(dim=1, keepdim=True)  # where components had been dropped before
+    return torch.where(nothing_left, logweights, remaining)

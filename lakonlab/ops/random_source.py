@@ -34,6 +34,24 @@ class RandomSource(ABC):
     ) -> Tensor:
         """Draw from N(0, 1)."""
 
+    def categorical(self, name: str, probabilities: Tensor, num_samples: int) -> Tensor:
+        """Draw indices with given probabilities, by the inverse of their cumulative sum.
+
+        Args:
+            name: Name of the draw.
+            probabilities: (B, ..., K), summing to 1 over the last dimension.
+            num_samples: S.
+
+        Returns:
+            Indices, (B, ..., S), int64.
+        """
+        shape = (*probabilities.shape[:-1], num_samples)
+        uniform = self.uniform(name, shape, torch.float32, probabilities.device).to(probabilities.dtype)
+        cumulative = probabilities.cumsum(dim=-1)
+        # scaled by the total, which rounding may leave below 1; the last index is never exceeded
+        target = uniform * cumulative[..., -1:]
+        return torch.searchsorted(cumulative, target, right=True).clamp(max=probabilities.shape[-1] - 1)
+
     def rows(self, start: int, count: int) -> RandomSource:
         """The source of a micro-batch made of rows ``start`` to ``start + count`` of this source's batch."""
         return self
@@ -88,6 +106,10 @@ class RecordedSource(RandomSource):
 
     def normal(self, name, shape, dtype=torch.float32, device='cpu'):
         return self._replay(name, shape, dtype, device)
+
+    def categorical(self, name, probabilities, num_samples):
+        shape = (*probabilities.shape[:-1], num_samples)
+        return self._replay(name, shape, torch.int64, probabilities.device)
 
 
 class SeededSource(RandomSource):
