@@ -51,6 +51,7 @@ MODULES = LazyRegistry(
     'module',
     {
         'lakonlab.models.diffusions.gaussian_flow': ('GaussianFlow',),
+        'lakonlab.models.diffusions.gmflow': ('GMFlow',),
         'lakonlab.models.diffusions.piflow': ('PiFlowImitation', 'PiFlowImitationDataFree'),
         'lakonlab.models.diffusions.sampler': ('ContinuousTimeStepSampler',),
         'lakonlab.models.losses.diffusion_mse': ('DiffusionMSELoss',),

@@ -20,7 +20,12 @@ def classifier_free_guidance(
     """
     bias = (scale - 1) * (u_positive - u_negative)
     if orthogonal and axis is not None:
-        dims = tuple(range(1, axis.dim()))
-        along = (bias * axis).sum(dims, keepdim=True) / axis.square().sum(dims, keepdim=True).clamp(min=1e-6)
-        bias = bias - orthogonal * along * axis
+        bias = remove_parallel(bias, axis, orthogonal)
     return u_positive + bias
+
+
+def remove_parallel(bias: Tensor, axis: Tensor, share: float) -> Tensor:
+    """Remove a share of the component of each sample's ``bias`` along ``axis``, both (B, ...)."""
+    dims = tuple(range(1, axis.dim()))
+    along = (bias * axis).sum(dims, keepdim=True) / axis.square().sum(dims, keepdim=True).clamp(min=1e-6)
+    return bias - share * along * axis
