@@ -140,7 +140,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _noise_levels(self, raw: Tensor, shift: float) -> Tensor:
         """Noise levels at which the steps begin."""
-        return warp(raw, shift)
+        return warp(raw, shift).clamp(max=1)  # rounding may exceed pure noise, where 1 - sigma has roots and logarithms
 
     def set_timesteps(
         self,

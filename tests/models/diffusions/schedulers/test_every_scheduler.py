@@ -276,6 +276,15 @@ def test_values_out_of_range(name, options, message):
         build(name, options)
 
 
+@each_variant
+def test_rounding_of_the_shift_does_not_exceed_pure_noise(name, options):
+    scheduler = build(name, options, shift=0.39999999999999997)
+    scheduler.set_timesteps(2)
+    assert scheduler.levels[0] == 1
+    x, generator = noise(1, 2, 2), torch.Generator().manual_seed(0)
+    assert scheduler.step(x, scheduler.timesteps[0], x, generator=generator).prev_sample.isfinite().all()
+
+
 @pytest.mark.parametrize('name', SCHEDULER_MODULES)
 def test_bad_grids_are_refused(name):
     scheduler = build(name, {})
