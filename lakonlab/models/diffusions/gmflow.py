@@ -196,8 +196,8 @@ class GMFlow(GaussianFlow):
         scale = 0.0 if guidance_scale is None or guidance_scale == 1 else float(guidance_scale)
         if not 0 <= scale < 1:
             raise ValueError(
-                f'guidance_scale={guidance_scale}: the guidance of GMFlow is probabilistic; expected None, or at least 0 '
-                'and less than 1'
+                f'guidance_scale={guidance_scale}: the guidance of GMFlow is probabilistic; expected None, or 0 up to '
+                '1 (exclusive)'
             )
         weight = torch.full(t.shape, scale, dtype=torch.float64)
         if cfg.guidance_interval is not None:

@@ -21,6 +21,7 @@ from lakonlab.ops.isotropic_mixture import (
 )
 
 FLOOR = 1e-6
+TINY = 1e-30  # where 0 divided by 0 is to be 0, and the unit of length must not matter
 
 
 def x_0_mixture(mixture: GaussianMixture, x_t: Tensor, sigma_t: Tensor) -> GaussianMixture:
@@ -141,7 +142,7 @@ def guide(
     shift = gaussian.mean - mixture_mean(negative)
     if orthogonal:
         shift = remove_parallel(shift, gaussian.mean if axis is None else axis, orthogonal)
-    shift = shift * (weight * (gaussian.variance / _power(shift).clamp(min=FLOOR)).sqrt())
+    shift = shift * (weight * (gaussian.variance / _power(shift).clamp(min=TINY)).sqrt())
     mixture = reshape_gaussian(conditional, gaussian, shift, weight.square())
     return GuidedMixture(conditional, gaussian, mixture, shift, weight)
 
@@ -175,15 +176,15 @@ def correct_second_order(
 
     def reshaped(shift: Tensor) -> tuple[Tensor, GaussianMixture]:
         power = _power(shift)
-        shift = shift * (variance / power.clamp(min=FLOOR)).clamp(max=1).sqrt()
-        shrinkage = (power / variance.clamp(min=FLOOR)).clamp(max=1 - FLOOR)
+        shift = shift * (variance / power.clamp(min=TINY)).clamp(max=1).sqrt()
+        shrinkage = (power / variance.clamp(min=TINY)).clamp(max=1 - FLOOR)
         return shift, reshape_gaussian(guided.conditional, guided.gaussian, shift, shrinkage)
 
     shift, mixture = reshaped(gain + guided.shift)
     for _ in range(correction_steps):
         moved = mixture_mean(mixture) - mean
         error = moved - (gain + target - mean)
-        relative = shift.norm(dim=-3, keepdim=True) / moved.norm(dim=-3, keepdim=True).clamp(min=FLOOR)
+        relative = shift.norm(dim=-3, keepdim=True) / moved.norm(dim=-3, keepdim=True).clamp(min=TINY)
         shift, mixture = reshaped(shift - error * relative.clamp(max=1))
     return mixture
 
