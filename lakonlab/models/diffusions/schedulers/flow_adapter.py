@@ -28,6 +28,7 @@ class BaseSolver:
             their difference in the first step.
         arguments: Arguments of its constructor.
         is_random: It draws noise in every step.
+        uses_first_prediction: The published choice, see :class:`FlowAdapterScheduler`.
     """
 
     knows_flows: bool = True
@@ -37,12 +38,13 @@ class BaseSolver:
     in_double: bool = False
     arguments: tuple[tuple[str, Any], ...] = ()
     is_random: bool = False
+    uses_first_prediction: bool = False
 
 
 # The Euler solvers compute in single precision whatever they are given, and subtract such numbers too; the larger alpha
 # keeps the rounding error of their first step at 1e-5.
 BASE_SOLVERS: dict[str, BaseSolver] = {
-    'UniPCMultistep': BaseSolver(moves_state=False),  # as published
+    'UniPCMultistep': BaseSolver(moves_state=False, uses_first_prediction=True),  # as published
     'DPMSolverMultistep': BaseSolver(),
     'DPMSolverSinglestep': BaseSolver(arguments=(('lower_order_final', True),)),
     'DEISMultistep': BaseSolver(last_sigma=1e-4, in_double=True),
@@ -61,9 +63,9 @@ class FlowAdapterScheduler(VelocityScheduler):
     Args:
         base_scheduler: Class name in diffusers without the ending ``Scheduler``, one of :data:`BASE_SOLVERS`.
         base_scheduler_kwargs: Further arguments of that class.
-        use_first_prediction: Use the model's prediction at pure noise. False replaces it by ``x_0 = 0``, as published
-            for all base schedulers but ``UniPCMultistep``: an evaluation is lost, and the first step begins in a wrong
-            direction where the mean of the data is not 0.
+        use_first_prediction: Use the model's prediction at pure noise, or take ``x_0 = 0`` there. Left out, it is as
+            published, so that published figures are reproduced: used by ``UniPCMultistep`` only. True is the better
+            choice: the other wastes an evaluation and biases the samples where the mean of the data is not 0.
         **kwargs: Arguments of :class:`~lakonlab.models.diffusions.schedulers.base.VelocityScheduler`.
 
     Raises:
@@ -76,7 +78,7 @@ class FlowAdapterScheduler(VelocityScheduler):
         *,
         base_scheduler: str = 'UniPCMultistep',
         base_scheduler_kwargs: dict[str, Any] | None = None,
-        use_first_prediction: bool = True,
+        use_first_prediction: bool | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -88,6 +90,12 @@ class FlowAdapterScheduler(VelocityScheduler):
             arguments |= {'prediction_type': 'flow_prediction', 'use_flow_sigmas': True}
         self.base = getattr(diffusers, f'{base_scheduler}Scheduler')(**{**arguments, **(base_scheduler_kwargs or {})})
         self.order = self.base.order
+
+    @property
+    def uses_first_prediction(self) -> bool:
+        """Whether the prediction at pure noise has an effect."""
+        choice = self.config.use_first_prediction
+        return self.solver.uses_first_prediction if choice is None else choice
 
     @property
     def is_random(self) -> bool:
@@ -115,7 +123,7 @@ class FlowAdapterScheduler(VelocityScheduler):
         if self.base.step_index is None:
             self.base.set_begin_index(index)
         sigma, inner, inner_to = self.levels[index], *self._inner_levels[index : index + 2]
-        if inner < sigma and not self.config.use_first_prediction:
+        if inner < sigma and not self.uses_first_prediction:
             u = sample / sigma
         output, state = u, sample + (inner - sigma) * u if self.solver.moves_state else sample
         if not self.solver.knows_flows:

@@ -112,7 +112,8 @@ def test_the_state_at_pure_noise_is_moved_to_where_a_solver_can_begin():
     for name in BASE_SOLVERS:
         if name in ('SASolver', 'EulerAncestralDiscrete'):
             continue
-        adapter, euler = FlowAdapterScheduler(base_scheduler=name), FlowEulerODEScheduler()
+        adapter = FlowAdapterScheduler(base_scheduler=name, use_first_prediction=True)
+        euler = FlowEulerODEScheduler()
         for scheduler in (adapter, euler):
             scheduler.set_timesteps(4)
         x = noise(2, 4, 8)
@@ -123,7 +124,7 @@ def test_the_state_at_pure_noise_is_moved_to_where_a_solver_can_begin():
 
 @pytest.mark.parametrize('name', ['DPMSolverMultistep', 'DEISMultistep', 'EulerDiscrete'])
 def test_the_published_treatment_of_the_first_prediction(name):
-    """It begins as if all data were 0; ours begins on the straight line to the predicted x_0."""
+    """It begins as if all data were 0, instead of on the straight line to the predicted x_0."""
     x, target = noise(2, 4, 8), noise(2, 4, 8, seed=1)
     for used in (True, False):
         scheduler = FlowAdapterScheduler(base_scheduler=name, use_first_prediction=used)

@@ -9,8 +9,6 @@ from tests import golden
 CASES = {**golden.load('schedulers'), **{f'v020.{k}': v for k, v in golden.load('schedulers_v020').items()}}
 TRAJECTORIES = [name for name, case in CASES.items() if 'scheduler' in case['params']]
 
-# What the published adapter did with the first prediction, see FlowAdapterScheduler.
-OPTIONS = {name: {'use_first_prediction': False} for name in ('adapter.dpm8', 'adapter.euler5', 'adapter.deis6')}
 # The recorded solver adds and subtracts numbers 1e4 times as large as its result in the first step, so that its own
 # rounding error there is 3e-4 in float32; the case is followed from the state after that step.
 FIRST_STEP = {'adapter.euler5': 1}
@@ -29,8 +27,7 @@ def test_trajectory(name):
     case = CASES[name]
     params, out = case['params'], case['out']
     kind = scheduler_class(params['scheduler'].removesuffix('Scheduler'))
-    kwargs = {**params.get('kwargs', {}), **OPTIONS.get(name, {})}
-    scheduler = kind(num_train_timesteps=params['num_train_timesteps'], **kwargs)
+    scheduler = kind(num_train_timesteps=params['num_train_timesteps'], **params.get('kwargs', {}))
     scheduler.set_timesteps(params['steps'], seq_len=params.get('seq_len'))
     golden.assert_close(scheduler.sigmas, out['sigmas'], 2e-6)
     golden.assert_close(scheduler.timesteps, out['timesteps'], 2e-6)
