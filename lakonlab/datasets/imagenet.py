@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,10 @@ class ImageNet(Dataset):
         test_mode: Items hold noise to start sampling from instead of images or latents.
         num_test_images: Number of items in test mode.
 
+    The files are read when they are first needed; what is wrong with them is said then, with the line.
+
     Raises:
-        ValueError: An argument is out of range, or a line of a file cannot be understood.
-        FileNotFoundError: A file is missing.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -73,17 +75,28 @@ class ImageNet(Dataset):
         self.test_label_sampling = test_label_sampling
         self.test_mode = test_mode
         self.num_test_images = num_test_images
-        self.label_names = read_label_names(label2name_path)
-        self.paths, self.labels = ([], []) if test_mode else read_datalist(datalist_path)
+        self.datalist_path = Path(datalist_path)
+        self.label2name_path = Path(label2name_path)
+
+    @cached_property
+    def label_names(self) -> dict[int, str]:
+        """Label -> names of the class, read when first needed."""
+        return read_label_names(self.label2name_path)
+
+    @cached_property
+    def _datalist(self) -> tuple[list[str], list[int | None]]:
+        return read_datalist(self.datalist_path)
 
     @property
     def _mirrors(self) -> bool:
-        return self.random_flip and Path(self.paths[0]).suffix.lower() in IMAGE_SUFFIXES
+        paths, _ = self._datalist
+        return self.random_flip and Path(paths[0]).suffix.lower() in IMAGE_SUFFIXES
 
     def __len__(self) -> int:
         if self.test_mode:
             return self.num_test_images
-        return len(self.paths) * (2 if self._mirrors else 1)
+        paths, _ = self._datalist
+        return len(paths) * (2 if self._mirrors else 1)
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -119,8 +132,9 @@ class ImageNet(Dataset):
         return dict(labels=label, noise=noise)
 
     def _training_item(self, index: int) -> dict:
-        mirrored, number = divmod(index, len(self.paths))
-        path, label = self.data_root / self.paths[number], self.labels[number]
+        paths, labels = self._datalist
+        mirrored, number = divmod(index, len(paths))
+        path, label = self.data_root / paths[number], labels[number]
         item = dict(paths=str(path))
         if path.suffix.lower() in LATENT_SUFFIXES:
             record = torch.load(path, map_location='cpu', weights_only=True)
