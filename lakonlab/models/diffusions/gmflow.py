@@ -20,6 +20,7 @@ from lakonlab.models.diffusions.gaussian_flow import (
     GaussianFlowTrainConfig,
     num_latent_pixels,
 )
+from lakonlab.models.diffusions.gmflow_spectrum import sample_with_spectrum, spectral_loss
 from lakonlab.models.diffusions.gmflow_steps import (
     GuidedMixture,
     ReverseTransition,
@@ -143,17 +144,14 @@ class GMFlow(GaussianFlow):
         mixture = self.predict_mixture(_frames_last(x_high, x_0.dim()), t_high, source=source, **kwargs)
 
         sigma_high, sigma_low = (expand_like(t / self.num_timesteps, frames) for t in (t_high, t_low))
-        transition = ReverseTransition.between(sigma_high, sigma_low)
-        x_low_mixture = transition.of_mixture(x_high, x_0_mixture(mixture, x_high, sigma_high))
+        x_0_prediction = x_0_mixture(mixture, x_high, sigma_high)
+        x_low_prediction = ReverseTransition.between(sigma_high, sigma_low).of_mixture(x_high, x_0_prediction)
         if self.flow_loss is None:
             raise ValueError('GMFlow was built without flow_loss and cannot be trained')
-        loss = self.flow_loss({**x_low_mixture._asdict(), 'x_t_low': x_low, 'timesteps': t_high})
+        loss = self.flow_loss({**x_low_prediction._asdict(), 'x_t_low': x_low, 'timesteps': t_high})
         log_vars = {'loss_transition': loss.detach(), **self.flow_loss.log_vars}
         if self.spectrum_net is not None:
-            from lakonlab.models.diffusions.gmflow_spectrum import spectral_loss
-
-            u = (x_high - frames) / sigma_high
-            spectral = self.spectral_loss_weight * spectral_loss(self.spectrum_net, mixture, u)
+            spectral = self.spectral_loss_weight * spectral_loss(self.spectrum_net, x_0_prediction, frames)
             log_vars['loss_spectral'] = spectral.detach()
             loss = loss + spectral
         return loss, log_vars
@@ -312,8 +310,6 @@ class GMFlow(GaussianFlow):
     def _sample_x_0(self, mixture: GaussianMixture, source: RandomSource) -> Tensor:
         if self.spectrum_net is None:
             return sample_mixture(mixture, 1, source).squeeze(-4)
-        from lakonlab.models.diffusions.gmflow_spectrum import sample_with_spectrum
-
         return sample_with_spectrum(self.spectrum_net, mixture, source)
 
 
