@@ -26,12 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lakonlab.datasets.checkerboard import CheckerboardData
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.registry import MODULES
+from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
 from lakonlab.ui.toy_histogram import PICTURE_SIZE, picture, save_picture, share_on_white_squares, writable_picture
 
 BOARD_SCALE = 4
 LOG_INTERVAL = 1000
 SAMPLES_AT_ONCE = 2**14
-QUICK = dict(batch_size=1024, num_iters=1800, lr=2e-3, lr_schedule='cosine', num_samples=200_000, cells=100)
+WARMUP_ITERS = 100
+MAX_GRADIENT_NORM = 1.0
+QUICK = dict(batch_size=512, num_iters=3600, lr=1e-3, lr_schedule='cosine', num_samples=200_000, cells=100)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -98,13 +101,16 @@ def device(text: str) -> torch.device:
 def train(flow: nn.Module, data: CheckerboardData, options: argparse.Namespace) -> None:
     """Maximise the likelihood of the true velocity under the mixture that the network answers with.
 
+    A likelihood is unbounded, so a batch may rarely have a huge gradient, or one that is no number: the first is
+    clipped, the second makes no step.
+
     Raises:
-        FloatingPointError: The loss is no number.
+        TrainingDivergedError: Many steps in a row could not be made.
     """
     nll = MODULES.build(dict(type='GMFlowNLLLoss', data_info=dict(target='u')))
     optimizer = torch.optim.AdamW(flow.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate(i, options))
-    total = torch.zeros((), device=options.device)
+    guard = SkipGuard()
+    losses = []
     for i in (bar := tqdm(range(options.num_iters), desc='training', disable=not sys.stderr.isatty())):
         source = SeededSource(options.seed, step=i)
         first = i * options.batch_size
@@ -112,29 +118,28 @@ def train(flow: nn.Module, data: CheckerboardData, options: argparse.Namespace) 
         noise = source.normal('noise', x_0.shape, device=x_0.device)
         t = flow.timestep_sampler(len(x_0), source=source, device=x_0.device)
         x_t, _, _ = flow.sample_forward_diffusion(x_0, t, noise)
-        mixture = flow.pred(x_t, t)
-        loss = nll({**mixture, 'u': noise - x_0})
+        loss = nll({**flow.pred(x_t, t), 'u': noise - x_0})
+        optimizer.param_groups[0]['lr'] = learning_rate(i, options)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.detach()
-        done = i + 1
-        if done % LOG_INTERVAL == 0 or done == options.num_iters:
-            count = (done - 1) % LOG_INTERVAL + 1
-            if not math.isfinite(total):
-                raise FloatingPointError(f'the loss is no number by iteration {done}: choose a smaller --lr')
-            bar.write(f'iteration {done}: loss {total.item() / count:.4f}', file=sys.stdout)
-            total.zero_()
+        if nn.utils.clip_grad_norm_(flow.parameters(), MAX_GRADIENT_NORM).isfinite():
+            optimizer.step()
+            losses.append(loss.detach())
+            guard.update(i, (), {}, {})
+        else:
+            guard.update(i, ('network',), {'loss': loss.item()}, {'network': learning_rate(i, options)})
+        if (i + 1) % LOG_INTERVAL == 0 or i + 1 == options.num_iters:
+            average = torch.stack(losses).mean().item() if losses else math.nan
+            bar.write(f'iteration {i + 1}: loss {average:.4f}', file=sys.stdout)
+            losses.clear()
 
 
-def rate(iteration: int, options: argparse.Namespace) -> float:
-    """Factor of the learning rate: a warm-up, and a cosine to zero if asked for."""
-    warmup = min(1.0, (iteration + 1) / 100)
-    if options.lr_schedule == 'constant':
-        return warmup
-    return warmup * (1 + math.cos(math.pi * iteration / options.num_iters)) / 2
+def learning_rate(iteration: int, options: argparse.Namespace) -> float:
+    """A warm-up, then constant or a cosine to zero."""
+    factor = min(1.0, (iteration + 1) / WARMUP_ITERS)
+    if options.lr_schedule == 'cosine':
+        factor *= (1 + math.cos(math.pi * iteration / options.num_iters)) / 2
+    return options.lr * factor
 
 
 def sample(flow: nn.Module, options: argparse.Namespace) -> Tensor:
@@ -160,8 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     try:
         train(flow, data, options)
-    except FloatingPointError as error:
-        print(f'error: {error}', file=sys.stderr)
+    except TrainingDivergedError:
+        print('error: the gradient is no number, again and again; choose a smaller --lr', file=sys.stderr)
         return 1
     trained = time.perf_counter()
     points = sample(flow.eval(), options)

@@ -93,7 +93,7 @@ def test_checkerboard_trains_and_resumes():
         assert value.isfinite().all()
         assert (value == tensors['interrupted'][key]).all(), key
     entries = [json.loads(line) for line in Path('work_dirs/whole/scalars.json').read_text().splitlines()]
-    losses = {entry['step']: entry['loss_transition'] for entry in entries if 'loss_trans' in entry}
+    losses = {entry['step']: entry['loss_transition'] for entry in entries if 'loss_transition' in entry}
     assert sorted(losses) == [4, 8, 12, 16, 20]
     assert all(math.isfinite(value) for value in losses.values())
     assert losses[20] < losses[4]
