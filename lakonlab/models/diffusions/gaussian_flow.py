@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lakonlab.models.diffusions.guidance import classifier_free_guidance
+from lakonlab.models.diffusions.guidance import check_guided_conditions, classifier_free_guidance
 from lakonlab.models.diffusions.schedulers import scheduler_class
 from lakonlab.models.section import at_least, in_range, one_of, read_section
 from lakonlab.ops.random_source import RandomSource, TorchSource
-from lakonlab.ops.shapes import batch_size_of, concatenate_rows, expand_like, select_rows
+from lakonlab.ops.shapes import concatenate_rows, expand_like, select_rows
 from lakonlab.registry import MODULES
 
 
@@ -305,12 +305,7 @@ class GaussianFlow(nn.Module):
             return self.pred(x_t, t, **kwargs)
         if 0 < guidance_scale < 1 or guidance_scale < 0:
             raise ValueError(f'guidance_scale={guidance_scale}: expected None, 0 or 1 (no guidance), or more than 1')
-        num_conditions = batch_size_of(kwargs) if kwargs else 2 * len(x_t)
-        if num_conditions != 2 * len(x_t):
-            raise ValueError(
-                f'guidance_scale={guidance_scale} needs conditions for {2 * len(x_t)} samples, the negative ones '
-                f'first; found {num_conditions} for {len(x_t)} states'
-            )
+        check_guided_conditions(kwargs, len(x_t), guidance_scale)
         negative, positive = (select_rows(kwargs, rows) for rows in (slice(0, len(x_t)), slice(len(x_t), None)))
         active = torch.ones(len(x_t), dtype=torch.bool)
         if cfg.guidance_interval is not None:

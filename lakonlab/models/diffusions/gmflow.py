@@ -29,10 +29,11 @@ from lakonlab.models.diffusions.gmflow_steps import (
     posterior_mixture,
     x_0_mixture,
 )
+from lakonlab.models.diffusions.guidance import check_guided_conditions
 from lakonlab.models.section import at_least, in_range, one_of
 from lakonlab.ops.isotropic_mixture import GaussianMixture, mixture_mean, sample_mixture
 from lakonlab.ops.random_source import RandomSource, TorchSource
-from lakonlab.ops.shapes import batch_size_of, expand_like, select_rows
+from lakonlab.ops.shapes import expand_like, select_rows
 from lakonlab.registry import MODULES
 
 
@@ -209,12 +210,7 @@ class GMFlow(GaussianFlow):
         """The mixtures under the condition and, if any sample is guided, under the negative condition."""
         if guidance_scale is None or guidance_scale in (0, 1):
             return self.predict_mixture(x_t, t, **kwargs), None
-        num_conditions = batch_size_of(kwargs) if kwargs else 2 * len(x_t)
-        if num_conditions != 2 * len(x_t):
-            raise ValueError(
-                f'guidance_scale={guidance_scale} needs conditions for {2 * len(x_t)} samples, the negative ones '
-                f'first; found {num_conditions} for {len(x_t)} states'
-            )
+        check_guided_conditions(kwargs, len(x_t), guidance_scale)
         if not weight.any():
             return self.predict_mixture(x_t, t, **select_rows(kwargs, slice(len(x_t), None))), None
         both = self.predict_mixture(torch.cat([x_t, x_t]), torch.cat([t, t]), **kwargs)

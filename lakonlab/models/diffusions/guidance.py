@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
+
+from lakonlab.ops.shapes import batch_size_of
 
 
 def classifier_free_guidance(
@@ -29,3 +34,17 @@ def remove_parallel(bias: Tensor, axis: Tensor, share: float) -> Tensor:
     dims = tuple(range(1, axis.dim()))
     along = (bias * axis).sum(dims, keepdim=True) / axis.square().sum(dims, keepdim=True).clamp(min=1e-6)
     return bias - share * along * axis
+
+
+def check_guided_conditions(conditions: Mapping[str, Any], num_states: int, guidance_scale: float | None) -> None:
+    """Make sure that conditions are for twice as many samples as there are states, the negative ones first.
+
+    Raises:
+        ValueError: They are not.
+    """
+    num_conditions = batch_size_of(conditions) if conditions else 2 * num_states
+    if num_conditions != 2 * num_states:
+        raise ValueError(
+            f'guidance_scale={guidance_scale} needs conditions for {2 * num_states} samples, the negative ones first; '
+            f'found {num_conditions} for {num_states} states'
+        )
