@@ -34,7 +34,7 @@ LOG_INTERVAL = 1000
 SAMPLES_AT_ONCE = 2**14
 WARMUP_ITERS = 100
 MAX_GRADIENT_NORM = 1.0
-QUICK = dict(batch_size=512, num_iters=3600, lr=1e-3, lr_schedule='cosine', num_samples=200_000, cells=100)
+QUICK = dict(batch_size=512, num_iters=3000, lr=1e-3, lr_schedule='cosine', num_samples=100_000, cells=100)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
