@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor
 
 from lakonlab.models.diffusions.piflow_policies.base import Policy
@@ -51,8 +52,9 @@ class GMFlowPolicy(Policy):
                 f'means have shape {tuple(self.means.shape)}, expected (B, K, C, *) for a state (B, C, *) of shape '
                 f'{tuple(x_t_src.shape)}'
             )
-        self.variance = (2 * logstds.reshape(-1)).exp()
-        self.squared_norms = self.means.square().sum(dim=2, keepdim=True)  # constant along the whole segment
+        self.variance = (2 * logstds.reshape(-1).to(self.wide_dtype)).exp()
+        # constant along the whole segment
+        self.squared_norms = self.means.to(self.wide_dtype).square().sum(dim=2, keepdim=True)
         self.rollout_backend = rollout_backend
 
     @classmethod
@@ -64,6 +66,11 @@ class GMFlowPolicy(Policy):
             'logstds': (batch_size, 1, 1, *[1] * len(size)),
         }
 
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of the arithmetic: factors and squared norms may exceed 65504, the largest half-precision number."""
+        return torch.promote_types(self.x_t_src.dtype, torch.float32)
+
     def x_0_mixture(self) -> dict[str, Tensor]:
         """The mixture over clean latents: ``means`` (B, K, C, *), ``logweights``, and ``variances`` (B, 1, 1, *1)."""
         sigma = self.sigma_t_src.to(self.means).reshape(-1, *([1] * (self.means.dim() - 1)))
@@ -74,12 +81,15 @@ class GMFlowPolicy(Policy):
         }
 
     def pi(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
-        x = self.x_t_src
+        dtype = self.wide_dtype
+        x = self.x_t_src.to(dtype)
         wide = self._wide(self.sigma_t_src, sigma_t.reshape(-1), self.variance)
         sigma_src, sigma_t, variance = (expand_like(value, x, dtype=value.dtype) for value in wide)
         coefficients = posterior_coefficients(sigma_src.clamp(min=self.eps), sigma_t.clamp(min=self.eps), variance)
-        coefficients = PosteriorCoefficients(*(c.to(x.dtype) for c in coefficients))
-        return posterior_velocity(self.means, self.logweights, self.squared_norms, x, x_t - x, coefficients)
+        coefficients = PosteriorCoefficients(*(c.to(dtype) for c in coefficients))
+        means, logweights = self.means.to(dtype), self.logweights.to(dtype)
+        u = posterior_velocity(means, logweights, self.squared_norms, x, x_t.to(dtype) - x, coefficients)
+        return u.to(x_t.dtype)
 
     def rollout(self, x_start: Tensor, schedule: RolloutSchedule) -> Tensor:
         """Euler substeps of the offset from the source, which is what the coefficients multiply, in one operation."""
