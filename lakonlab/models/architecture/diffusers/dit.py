@@ -9,6 +9,7 @@ they are loaded. Parameter names are those of the diffusers library.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -295,6 +296,20 @@ class DiTBackbone(Network):
         if not original and own is not None and own.weight.shape == state.get('proj_out_2.weight', own.weight).shape:
             return state  # weights of this very architecture
         return keep_prediction_rows(state, self.patch_size, self.out_channels)
+
+    def example_inputs(self, batch_size: int, latent_size: Sequence[int]) -> dict[str, Tensor]:
+        """Inputs of a forward pass on the device and in the dtype of the weights, for planning.
+
+        Args:
+            batch_size: ``B``.
+            latent_size: ``(C, H, W)``.
+        """
+        weight = self.proj_out_1.weight
+        return {
+            'hidden_states': torch.zeros((batch_size, *latent_size), dtype=weight.dtype, device=weight.device),
+            'timestep': torch.ones(batch_size, device=weight.device),
+            'class_labels': torch.zeros(batch_size, dtype=torch.long, device=weight.device),
+        }
 
     def encode(
         self, images: Tensor, timestep: Tensor, class_labels: Tensor, source: RandomSource | None = None
