@@ -42,6 +42,7 @@ MODELS = LazyRegistry(
     'model',
     {
         'lakonlab.models.latent_diffusion_class_image': ('LatentDiffusionClassImage',),
+        'lakonlab.models.latent_diffusion_text_image': ('LatentDiffusionTextImage',),
         'lakonlab.models.diffusion_2d': ('Diffusion2D',),
     },
     mmengine_registry.MODELS,
@@ -62,6 +63,13 @@ MODULES = LazyRegistry(
         'lakonlab.models.architecture.gmflow.gmmlp2d': ('GMFlowMLP2DDenoiser',),
         'lakonlab.models.architecture.gmflow.spectrum_mlp': ('SpectrumMLP',),
         'lakonlab.models.architecture.dxflow.dxdit': ('DXDiTTransformer2DModel',),
+        'lakonlab.models.architecture.diffusers.transformer': ('DiffusersTransformer',),
+        'lakonlab.models.architecture.diffusers.flux': ('FluxTransformer2DModel',),
+        'lakonlab.models.architecture.diffusers.qwen_image': ('QwenImageTransformer2DModel',),
+        'lakonlab.models.architecture.gmflow.gmflux': ('GMFluxTransformer2DModel',),
+        'lakonlab.models.architecture.gmflow.gmqwen': ('GMQwenImageTransformer2DModel',),
+        'lakonlab.models.architecture.dxflow.dxflux': ('DXFluxTransformer2DModel',),
+        'lakonlab.models.architecture.dxflow.dxqwen': ('DXQwenImageTransformer2DModel',),
     },
 )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lakonlab.models.architecture.roles import SharedNetwork
 from lakonlab.models.section import at_least, read_section
 from lakonlab.models.training_step import training_step
 from lakonlab.ops.patchify import patchify, unpatchify
@@ -60,7 +61,7 @@ class BaseDiffusion(nn.Module):
         diffusion_use_ema: Keep a moving average of it.
         tie_ema: Share the frozen parameters of student and EMA.
         teacher: Config of the teacher.
-        tie_teacher: Replace frozen submodules of the student by the teacher's, where both are the same.
+        tie_teacher: Let the student use the teacher's frozen tensors: one base for both.
         patch_size: Trade resolution of the latents for channels, see :func:`lakonlab.ops.patchify.patchify`.
         inference_only: Build no teacher, and let the EMA be the student itself.
         vae: Config of the autoencoder; None for pixel space.
@@ -93,16 +94,17 @@ class BaseDiffusion(nn.Module):
         self.teacher = None
         if teacher is not None and not inference_only:
             self.teacher = MODULES.build({**teacher, **sections}).requires_grad_(False).eval()
+        is_tied = tie_teacher and self.teacher is not None
+        has_roles = is_tied and isinstance(self.teacher.denoising, SharedNetwork)
+        if has_roles:
+            diffusion = {**diffusion, 'denoising': {**diffusion['denoising'], 'share_with': self.teacher.denoising}}
         self.diffusion = MODULES.build({**diffusion, **sections})
-        if tie_teacher and self.teacher is not None:
+        if is_tied and not has_roles:
             tie_frozen_modules(self.diffusion.denoising, self.teacher.denoising)
         self.diffusion_use_ema = diffusion_use_ema
         self.diffusion_ema = None
-        if diffusion_use_ema and inference_only:
-            self.diffusion_ema = self.diffusion
-        elif diffusion_use_ema:
-            frozen = {id(p): p for p in self.diffusion.parameters() if not p.requires_grad} if tie_ema else {}
-            self.diffusion_ema = copy.deepcopy(self.diffusion, frozen)
+        if diffusion_use_ema:
+            self.diffusion_ema = self.diffusion if inference_only else average_of_diffusion(self.diffusion, tie_ema)
         self.patch_size = patch_size
         self.train()
 
@@ -206,6 +208,22 @@ class BaseDiffusion(nn.Module):
         """Guidance scale of the teacher and the rest of its sampling section."""
         section = self.train_section.teacher_section()
         return section.pop('guidance_scale', None), section
+
+
+def average_of_diffusion(diffusion: nn.Module, tie_frozen: bool) -> nn.Module:
+    """A copy of a diffusion for its moving average.
+
+    Args:
+        diffusion: What is trained.
+        tie_frozen: Share what is frozen.
+    """
+    memo: dict[int, Any] = {}
+    if tie_frozen:
+        memo = {id(parameter): parameter for parameter in diffusion.parameters() if not parameter.requires_grad}
+        network = diffusion.denoising
+        if memo and isinstance(network, SharedNetwork):
+            memo[id(network)] = network.as_average()
+    return copy.deepcopy(diffusion, memo)
 
 
 def needs_negative(guidance_scale: float | None) -> bool:

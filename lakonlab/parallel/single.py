@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lakonlab.models.architecture.roles import parameter_names
 from lakonlab.parallel.state import check_fits, training_state
 from lakonlab.registry import STRATEGIES
 from lakonlab.storage.checkpoint import CheckpointError, read_tensors, tensor_info
@@ -85,7 +86,7 @@ class SingleProcess:
             nested as ``{optimizer key: {slot: {parameter name: value}}}``.
         """
         tensors, plain = {}, {}
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = parameter_names(model)
         for key, optimizer in optimizers.items():
             plain[key] = {}
             for parameter, slots in optimizer.state.items():
@@ -120,7 +121,7 @@ class SingleProcess:
                     f'{checkpoint} holds the state of an optimizer {key!r}, the config has {sorted(optimizers)}'
                 )
             restored[key].setdefault(name, {})[slot] = value
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = parameter_names(model)
         for key, optimizer in optimizers.items():
             state = optimizer.state_dict()
             order = [names[parameter] for group in optimizer.param_groups for parameter in group['params']]

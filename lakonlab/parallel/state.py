@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lakonlab.models.architecture.roles import named_state
 from lakonlab.storage.checkpoint import CheckpointError
 
 
@@ -14,7 +15,9 @@ def training_state(model: nn.Module, trainable_only: bool = True) -> dict[str, T
 
     Those are the parameters that training changes, their moving averages, and the persistent buffers of every child
     module that has such parameters. A frozen child (teacher, VAE, text encoder) belongs to no checkpoint: it is loaded
-    from where the config says. ``<child>_ema`` follows ``<child>``, whatever its own ``requires_grad`` says.
+    from where the config says. ``<child>_ema`` follows ``<child>``, whatever its own ``requires_grad`` says. Names are
+    those of :func:`~lakonlab.models.architecture.roles.named_state`, whoever shares tensors with whom; a shared tensor is
+    listed once.
 
     Args:
         model: The whole model.
@@ -23,9 +26,8 @@ def training_state(model: nn.Module, trainable_only: bool = True) -> dict[str, T
     Returns:
         Name -> tensor.
     """
-    state = model.state_dict(keep_vars=True)
-    trainable = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = dict(named_state(model))
+    trainable = {name for name, tensor in state.items() if tensor.requires_grad}
     trained_children = {name.partition('.')[0] for name in trainable}
 
     def is_saved(name: str) -> bool:
@@ -33,11 +35,15 @@ def training_state(model: nn.Module, trainable_only: bool = True) -> dict[str, T
         source = child.removesuffix('_ema')
         if source not in trained_children and child not in trained_children:
             return False
-        if name not in parameters or not trainable_only:
+        if not isinstance(state[name], nn.Parameter) or not trainable_only:
             return True
         return name in trainable or f'{source}.{rest}' in trainable
 
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and is_saved(name)}
+    saved: dict[int, str] = {}
+    for name, tensor in state.items():
+        if is_saved(name):
+            saved.setdefault(id(tensor), name)
+    return {name: state[name] for name in saved.values()}
 
 
 def check_fits(saved: Mapping[str, tuple], wanted: Mapping[str, Tensor], origin: object) -> None:

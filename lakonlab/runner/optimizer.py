@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lakonlab.models.architecture.roles import parameter_names
+
 BITSANDBYTES_SUFFIX = '8bit'
 
 
@@ -76,7 +78,7 @@ def _build(model: nn.Module, key: str, options: dict[str, Any]) -> Optimizer:
             )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     patterns = sorted(sorted(custom_keys), key=len, reverse=True)
-    for name, parameter in module.named_parameters():
+    for parameter, name in parameter_names(module).items():
         if parameter.requires_grad:
             pattern = next((pattern for pattern in patterns if pattern in f'{key}.{name}'), None)
             multipliers = custom_keys.get(pattern, {})

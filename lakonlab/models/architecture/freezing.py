@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
 
@@ -30,7 +30,8 @@ def freeze(
     exclude: Sequence[str] = (),
     exclude_fp32: bool = True,
     exclude_autocast_dtype: str | torch.dtype | None = 'float32',
-    keep_result: Sequence[str] = (),
+    keeps_result: Callable[[str], bool] = lambda name: False,
+    name_of: Callable[[str], str | None] = lambda name: name,
 ) -> list[str]:
     """Freeze a network except for the parts that are named.
 
@@ -44,42 +45,74 @@ def freeze(
         exclude_fp32: Whether trainable parts get float32 weights.
         exclude_autocast_dtype: Precision in which the float32 parts compute: ``'float32'``, or a lower one for
             autocast; None for whatever surrounds them.
-        keep_result: Names of modules whose result is not cast back to the precision of their input (output layers).
+        keeps_result: Says of the name of a module whether its result is not cast back to the precision of its input,
+            as of output layers.
+        name_of: Qualified name -> the name that the keys are compared with; None for what is not to be selected.
 
     Returns:
-        The names of the trainable parameters.
+        The qualified names of the trainable parameters.
 
     Raises:
         ValueError: A key matches nothing.
     """
-    network.requires_grad_(False)
     surrounding = next(network.parameters()).dtype
-    modules = {name: module for name, module in network.named_modules() if name}
-    parameters = dict(network.named_parameters())
-    roots: list[str] = []  # outermost selected modules: a module computes in one precision, with all it contains
-    for key in exclude:
-        found = [name for name in modules if _selects(key, name)]
-        loose = [] if found else [name for name in parameters if _selects(key, name)]
-        if not found and not loose:
-            raise ValueError(_nothing_matches(key, modules, parameters))
-        for name in found:
-            modules[name].requires_grad_(True)
-        for name in loose:
-            parameters[name].requires_grad_(True)
-            if exclude_fp32:
-                parameters[name].data = parameters[name].data.float()
-        roots += [name for name in found if not any(name.startswith(other + '.') for other in found)]
-    roots = sorted(set(roots))
-    roots = [name for name in roots if not any(name.startswith(other + '.') for other in roots)]
-    if exclude_fp32:
-        for name in roots:
-            modules[name].float()
+    network.requires_grad_(False)
+    roots, loose = select(network, exclude, name_of)
+    for name in roots:
+        module = network.get_submodule(name)
+        module.requires_grad_(True)
+        if exclude_fp32:
+            module.float()
             if exclude_autocast_dtype is not None:
                 dtype = parse_dtype(exclude_autocast_dtype, 'freeze_exclude_autocast_dtype')
-                keep = any(name == other or name.startswith(other + '.') for other in keep_result)
-                for module in _callable_parts(modules[name]):
-                    compute_in(module, dtype, None if keep else surrounding)
+                result_dtype = None if keeps_result(name_of(name)) else surrounding
+                for part in _callable_parts(module):
+                    compute_in(part, dtype, result_dtype)
+    for name in loose:
+        parameter = network.get_parameter(name).requires_grad_(True)
+        if exclude_fp32:
+            parameter.data = parameter.data.float()
     return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+
+
+def select(
+    network: nn.Module, keys: Sequence[str], name_of: Callable[[str], str | None] = lambda name: name
+) -> tuple[list[str], list[str]]:
+    """Find what keys select, see :func:`freeze`.
+
+    Returns:
+        Qualified names of the outermost selected modules, and of parameters that were selected one by one.
+
+    Raises:
+        ValueError: A key matches nothing.
+    """
+    modules = {name: seen for name, _ in network.named_modules() if name and (seen := name_of(name))}
+    parameters = {name: seen for name, _ in network.named_parameters() if (seen := name_of(name))}
+    roots: set[str] = set()
+    loose: set[str] = set()
+    for key in keys:
+        found = {name for name, seen in modules.items() if _selects(key, seen)}
+        single = set() if found else {name for name, seen in parameters.items() if _selects(key, seen)}
+        if not found and not single:
+            raise ValueError(_nothing_matches(key, modules.values(), parameters.values()))
+        roots |= found
+        loose |= single
+    # a module computes in one precision, with all it contains
+    outermost = [name for name in roots if not any(parent in roots for parent in _parents(name))]
+    return sorted(outermost), sorted(name for name in loose if not any(parent in roots for parent in _parents(name)))
+
+
+def _parents(name: str) -> list[str]:
+    """The qualified names of all modules that contain one."""
+    parts = name.split('.')
+    return ['.'.join(parts[:count]) for count in range(1, len(parts))]
+
+
+def compute_like(module: nn.Module, example: nn.Module) -> None:
+    """Make a module compute in the precision that :func:`compute_in` gave another one, if it did."""
+    overridden = vars(example).get('forward')
+    if overridden is not None:
+        compute_in(module, *overridden.args[1:])
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype, result_dtype: torch.dtype | None) -> None:

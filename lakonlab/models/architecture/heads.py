@@ -201,7 +201,8 @@ class MixtureHead:
         if f'{output_layer}.weight' not in state or any(name.startswith('proj_out_means.') for name in state):
             return dict(state)
         state = dict(state)
-        weight, bias = state.pop(f'{output_layer}.weight'), state.pop(f'{output_layer}.bias')
+        weight = state.pop(f'{output_layer}.weight')
+        bias = state.pop(f'{output_layer}.bias', weight.new_zeros(len(weight)))  # some teachers have none
         state['proj_out_means.weight'] = repeat_rows(weight, self.num_gaussians, self.patch_size, self.row_order)
         bias = repeat_rows(bias, self.num_gaussians, self.patch_size, self.row_order)
         state['proj_out_means.bias'] = bias + TEACHER_BIAS_NOISE * self._bias_noise(bias, source)

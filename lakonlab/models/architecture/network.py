@@ -110,10 +110,14 @@ class Network(nn.Module):
                 self.freeze_exclude,
                 self.freeze_exclude_fp32,
                 self.freeze_exclude_autocast_dtype,
-                self.output_modules,
+                self.is_output,
             )
         if self.compile_kwargs is not None:
             self.compile(**self.compile_kwargs)
+
+    def is_output(self, name: str) -> bool:
+        """Whether a module makes the output or is part of one that does."""
+        return any(name == output or name.startswith(f'{output}.') for output in self.output_modules)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lakonlab.mmengine_parts import Hook
+from lakonlab.models.architecture.roles import named_state
 from lakonlab.registry import HOOKS
 
 
@@ -103,12 +104,15 @@ class ExponentialMovingAverageHook(Hook):
         """Find the tensors to average, before the first iteration."""
         self._averages, self._values, self._buffers = [], [], []
         for average, source in self._pairs(runner.model):
-            of_average, of_source = dict(average.named_parameters()), dict(source.named_parameters())
-            trained = [name for name, value in of_source.items() if value.requires_grad or not self.trainable_only]
-            self._averages += [of_average[name].detach() for name in trained]
-            self._values += [of_source[name].detach() for name in trained]
-            buffers = dict(average.named_buffers())
-            self._buffers += [(buffers[name], value) for name, value in source.named_buffers()]
+            of_average, of_source = dict(named_state(average)), dict(named_state(source))
+            for name, value in of_source.items():
+                if of_average[name] is value:  # frozen, and shared by both
+                    continue
+                if not isinstance(value, nn.Parameter):
+                    self._buffers.append((of_average[name], value))
+                elif value.requires_grad or not self.trainable_only:
+                    self._averages.append(of_average[name].detach())
+                    self._values.append(value.detach())
 
     @torch.no_grad()
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:

@@ -1,0 +1,566 @@
+"""Any transformer of the diffusers library as teacher or student, by configuration.
+
+The transformer is unchanged but for its last layer, which a policy head replaces in a student (see
+:mod:`lakonlab.models.architecture.packed_head`). It must end in ``norm_out(hidden, condition)`` and
+``proj_out(hidden)``, as FLUX, Qwen-Image, Stable Diffusion 3 and many others do.
+
+``B`` batch, ``C`` channels, ``H W`` size of the latents, ``P`` patch size, ``L`` image tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lakonlab.models.architecture.diffusers.positions import Layout, check_positions, make_positions
+from lakonlab.models.architecture.freezing import compute_like, freeze, select
+from lakonlab.models.architecture.heads import ROW_ORDERS, fold_tokens, require_positive
+from lakonlab.models.architecture.loading import PretrainedError, load_strictly, locate_weights, read_weights
+from lakonlab.models.architecture.lora import add_lora, copy_adapter
+from lakonlab.models.architecture.network import Network, at_least
+from lakonlab.models.architecture.packed_head import HEADS, PlainOutput, hand_on_condition
+from lakonlab.models.architecture.roles import EMA, STUDENT, TEACHER, Backbone, average_of
+from lakonlab.ops.random_source import RandomSource
+from lakonlab.registry import MODULES
+
+logger = logging.getLogger(__name__)
+
+NORM, OUTPUT = 'norm_out', 'proj_out'
+LAYOUTS = ('tokens', 'images')
+
+
+@MODULES.register_module()
+class DiffusersTransformer(Network):
+    """A transformer of the diffusers library, optionally with a policy head and with LoRA.
+
+    Args:
+        transformer: ``dict(type=<name of the class in diffusers>, ...)`` with the arguments of its constructor.
+        head: ``dict(type='GMFlow', num_gaussians=...)`` or ``dict(type='DX', n_grid=...)``, see
+            :data:`~lakonlab.models.architecture.packed_head.HEADS`; None for the transformer's own output.
+        latents: What the transformer takes and gives: ``'tokens'``, patches (B, L, C P P) that are cut here, or
+            ``'images'``, (B, C, H, W), which it cuts itself.
+        patch_size: ``P``, pixels per side of a token.
+        row_order: Order of the rows of the output layer, see :data:`~lakonlab.models.architecture.heads.ROW_ORDERS`;
+            None for ``'channel_major'`` with tokens and ``'patch_major'`` with images. Tokens are cut in that order.
+        timestep_scale: What the time is multiplied with before it is given to the transformer.
+        positions: Position arguments, see :mod:`lakonlab.models.architecture.diffusers.positions`.
+        text: Name of the condition that holds the text tokens (B, T, D).
+        text_mask: Name of the argument with the mask of real text tokens, (B, T), nonzero where real; None if the
+            transformer takes none.
+        attend_to_padding: Let tokens attend to padded text up to the longest prompt of the batch, as published for
+            Qwen-Image; by default padding is masked, so that no sample depends on its neighbours.
+        use_lora: Train adapters in the layers of ``lora_target_modules``.
+        lora_target_modules: See :func:`~lakonlab.models.architecture.lora.add_lora`.
+        lora_rank: Rank of the adapters.
+        lora_dropout: Probability of dropping their inputs in training.
+        pretrained_adapter: Export of a trained student: layers that replace the pretrained ones, and adapters, which
+            are merged into the weights; with a shared base they become the student's adapters.
+        pretrained_lora: Adapters of a style or of a distilled teacher, merged into the weights; one or a list.
+        pretrained_lora_scale: Factor of each.
+        lora_converter: Class of diffusers that knows the layouts of published adapters of this architecture, such as
+            ``'FluxLoraLoaderMixin'``.
+        share_with: The teacher's network, whose frozen tensors this student uses (``tie_teacher=True``); never in a
+            config.
+        **network_options: See :class:`~lakonlab.models.architecture.network.Network`.
+
+    Raises:
+        ValueError: An argument is unknown, out of range, or contradicts another.
+        PretrainedError: Weights cannot be read or do not fit.
+    """
+
+    def __init__(
+        self,
+        transformer: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
+        latents: str = 'tokens',
+        patch_size: int = 1,
+        row_order: str | None = None,
+        timestep_scale: float = 1.0,
+        positions: Mapping[str, Mapping[str, Any]] | None = None,
+        text: str = 'encoder_hidden_states',
+        text_mask: str | None = None,
+        attend_to_padding: bool = False,
+        use_lora: bool = False,
+        lora_target_modules: Sequence[str] = (),
+        lora_rank: int = 16,
+        lora_dropout: float = 0.0,
+        pretrained_adapter: str | None = None,
+        pretrained_lora: str | Sequence[str] | None = None,
+        pretrained_lora_scale: float | Sequence[float] = 1.0,
+        lora_converter: str | None = None,
+        share_with: DiffusersTransformer | None = None,
+        **network_options,
+    ):
+        super().__init__(**network_options)
+        if transformer is None:
+            raise ValueError('transformer: missing; expected dict(type=<name of a class of diffusers>, ...)')
+        require_positive(patch_size=patch_size)
+        if latents not in LAYOUTS:
+            raise ValueError(f'latents={latents!r}: expected one of {", ".join(LAYOUTS)}')
+        self.row_order = row_order or {'tokens': 'channel_major', 'images': 'patch_major'}[latents]
+        if self.row_order not in ROW_ORDERS:
+            raise ValueError(f'row_order={row_order!r}: expected one of {", ".join(ROW_ORDERS)}')
+        self.arguments = dict(transformer)
+        self.latents, self.patch_size, self.timestep_scale = latents, patch_size, timestep_scale
+        self.positions = dict(positions or {})
+        check_positions(self.positions)
+        self.text, self.text_mask, self.attend_to_padding = text, text_mask, attend_to_padding
+        self.pretrained_adapter = pretrained_adapter
+        self.pretrained_lora = [pretrained_lora] if isinstance(pretrained_lora, str) else list(pretrained_lora or ())
+        scales = pretrained_lora_scale
+        scales = list(scales) if isinstance(scales, (list, tuple)) else [scales] * len(self.pretrained_lora)
+        if len(scales) != len(self.pretrained_lora):
+            raise ValueError(
+                f'pretrained_lora_scale has {len(scales)} entries, pretrained_lora {len(self.pretrained_lora)}'
+            )
+        self.pretrained_lora_scale = scales
+        self.lora_converter = lora_converter
+        self.lora = {'target_modules': list(lora_target_modules), 'rank': lora_rank, 'dropout': lora_dropout}
+        self.uses_lora = use_lora
+        self.role = STUDENT
+        if share_with is None:
+            self._build_own(head)
+        else:
+            self._build_on(share_with, head)
+        # not registered: only the owner of the tree is its parent
+        if self.checkpointing:
+            self.backbone.tree.enable_gradient_checkpointing()
+
+    # -- building
+
+    def _build_own(self, head: Mapping[str, Any] | None) -> None:
+        from_file = self.pretrained is not None and torch.get_default_device().type != 'meta'
+        with torch.device('meta') if from_file else torch.get_default_device():
+            tree = build_transformer(self.arguments)
+        self.backbone = Backbone(tree)
+        self.transformer = tree
+        self._set_head(tree, head)
+        layer = self._new_output_layer()
+        if layer is not None:
+            setattr(tree, OUTPUT, layer)
+            if self.head.needs_condition:
+                hand_on_condition(tree.get_submodule(NORM))
+            self.backbone.set(STUDENT, 'out_channels', self._packed_channels(layer))
+        self._load()
+        if self.uses_lora:
+            add_lora(tree, **self.lora, untouched=() if layer is None else (OUTPUT,))
+            self.backbone.find_adapted()
+        self.to(self.torch_dtype)
+        if self.freeze:
+            self._freeze()
+        if self.compile_kwargs is not None:
+            tree.compile(**self.compile_kwargs)
+
+    def _build_on(self, teacher: DiffusersTransformer, head: Mapping[str, Any] | None) -> None:
+        """Become a student on the teacher's transformer, which stays the teacher's for everything frozen."""
+        self._check_same_base(teacher)
+        self.backbone = teacher.backbone
+        tree = self.backbone.tree
+        self._set_head(tree, head)
+        layer = self._new_output_layer()
+        teachers = {name: tensor.detach() for name, tensor in teacher.role_state().items() if name.startswith(OUTPUT)}
+        teacher.hand_over()
+        self.transformer = tree
+        if layer is not None:
+            self.backbone.give(OUTPUT, STUDENT, layer)
+            self.backbone.set(STUDENT, 'out_channels', self._packed_channels(layer))
+        if self.uses_lora:
+            add_lora(tree, **self.lora, untouched=() if layer is None else (OUTPUT,))
+            self.backbone.find_adapted()
+        needed = [NORM] if layer is not None and self.head.needs_condition else []
+        for path in (*needed, *self._trained_places()):
+            if path not in self.backbone.switches:
+                self.backbone.give(path, STUDENT, copy.deepcopy(tree.get_submodule(path)))
+        if needed:
+            hand_on_condition(self.backbone.switches[NORM].get_submodule(STUDENT))
+        if layer is not None:
+            own = self.role_state()
+            if not any(tensor.is_meta for tensor in teachers.values()):
+                self._fill(self.head.from_output_layer(teachers, own, OUTPUT), partial=True)
+        if self.pretrained_adapter is not None and not self._is_meta():
+            from lakonlab.models.architecture.adapters import read_adapter
+
+            adapter = read_adapter(self.pretrained_adapter)
+            lora = {_with_adapter_name(name): tensor for name, tensor in adapter.lora.items()}
+            self._fill({**adapter.tensors, **lora}, partial=True, key='pretrained_adapter')
+        self._freeze()
+
+    def _check_same_base(self, teacher: DiffusersTransformer) -> None:
+        for name, own, other in (
+            ('transformer', self.arguments, teacher.arguments),
+            ('pretrained', self.pretrained or teacher.pretrained, teacher.pretrained),
+            ('pretrained_lora', self.pretrained_lora or teacher.pretrained_lora, teacher.pretrained_lora),
+            ('torch_dtype', self.torch_dtype, teacher.torch_dtype),
+        ):
+            if own != other:
+                raise ValueError(
+                    f'tie_teacher=True, but {name} of the student is {own!r} and {other!r} of the teacher: one base '
+                    'cannot be both; make them the same, or set tie_teacher=False'
+                )
+        if not self.freeze:
+            raise ValueError(
+                'tie_teacher=True, but the student is not frozen, so there is nothing to share: set freeze=True and '
+                'name what is trained in freeze_exclude, or set tie_teacher=False'
+            )
+        if not isinstance(teacher.head, PlainOutput) or teacher.role != STUDENT or teacher.backbone.switches:
+            raise ValueError('tie_teacher=True needs a teacher without a policy head that no other student shares')
+
+    def hand_over(self) -> None:
+        """Become the teacher of a student that takes over the transformer."""
+        self.role = TEACHER
+        self.backbone.tree.requires_grad_(False)
+        del self.transformer
+
+    def _set_head(self, tree: nn.Module, head: Mapping[str, Any] | None) -> None:
+        output = getattr(tree, OUTPUT, None)
+        if not isinstance(output, nn.Linear):
+            raise ValueError(
+                f'{type(tree).__name__} has no linear output layer {OUTPUT!r} (found {type(output).__name__}): only '
+                f'transformers that end in {NORM} and {OUTPUT} can become students'
+            )
+        area = self.patch_size * self.patch_size
+        if output.out_features % area:
+            raise ValueError(
+                f'patch_size={self.patch_size}: the {output.out_features} outputs per token of {type(tree).__name__} '
+                f'are no multiple of {area}'
+            )
+        self.channels = output.out_features // area
+        if head is None:
+            self.head = PlainOutput()
+            return
+        options = dict(head)
+        kind = options.pop('type', None)
+        if kind not in HEADS:
+            raise ValueError(f'head.type={kind!r}: expected one of {", ".join(HEADS)}')
+        known = list(inspect.signature(HEADS[kind]).parameters)[3:]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f'; did you mean {near[0]!r}?' if near else f'; it has {", ".join(known)}'
+                raise ValueError(f'head.{name}: no argument of a head of type {kind!r}{hint}')
+        self.head = HEADS[kind](self.channels, self.patch_size, self.row_order, **options)
+        if self.head.needs_condition and not hasattr(tree, NORM):
+            raise ValueError(
+                f'{type(tree).__name__} has no {NORM!r}, which would know the condition: set constant_logstd'
+            )
+
+    def _new_output_layer(self) -> nn.Module | None:
+        """The policy head's layer; on the default device, so that it has values when weights are loaded into it."""
+        tree = self.backbone.tree
+        norm = getattr(tree, NORM, None)
+        linear = getattr(norm, 'linear', None)
+        condition_features = linear.in_features if isinstance(linear, nn.Linear) else tree.proj_out.in_features
+        layer = self.head.layer(tree.get_submodule(OUTPUT), condition_features)
+        if hasattr(layer, 'init_weights'):
+            layer.init_weights()
+        return layer
+
+    def _packed_channels(self, layer: nn.Module) -> int:
+        """Channels of an image of all rows of the output layer."""
+        if isinstance(layer, nn.Linear):
+            return layer.out_features // (self.patch_size * self.patch_size)
+        return (layer.means.out_features + layer.logweights.out_features) // (self.patch_size * self.patch_size) + 1
+
+    def _is_meta(self) -> bool:
+        return any(parameter.is_meta for parameter in self.backbone.tree.parameters())
+
+    # -- weights
+
+    def _load(self) -> None:
+        """Read what the config names, straight into place: a transformer that is loaded is built without memory."""
+        if torch.get_default_device().type == 'meta':
+            for path in (self.pretrained, self.pretrained_adapter, *self.pretrained_lora):
+                if path is not None:
+                    locate_weights(path)
+            return
+        if self.pretrained is None and (self.pretrained_adapter is not None or self.pretrained_lora):
+            raise ValueError('pretrained_adapter and pretrained_lora need pretrained, the weights that they change')
+        if self.pretrained is None:
+            return
+        from lakonlab.models.architecture.adapters import merge_lora, read_adapter, read_lora
+
+        state = read_weights(self.pretrained)
+        adapter = None if self.pretrained_adapter is None else read_adapter(self.pretrained_adapter)
+        if adapter is not None:
+            state = self._overlay(state, adapter.tensors)
+        self._fill(self.remap_pretrained(state))
+        # weights that are changed below must not be views of a file that is mapped into memory
+        self.to(self.torch_dtype)
+        if adapter is not None:
+            merge_lora(self.transformer, adapter.lora)
+        for path, scale in zip(self.pretrained_lora, self.pretrained_lora_scale):
+            lora, alphas = read_lora(path, self.lora_converter)
+            merge_lora(self.transformer, lora, scale, alphas)
+        logger.info('%s: loaded %d tensors from %s', type(self.transformer).__name__, len(state), self.pretrained)
+
+    def _overlay(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A base with the layers of an adapter; what the base's output layer was is gone."""
+        replaced = {name for name in state if name.startswith(f'{OUTPUT}.')}
+        if not any(name.startswith(OUTPUT) for name in tensors):
+            replaced = set()
+        return {**{name: tensor for name, tensor in state.items() if name not in replaced}, **tensors}
+
+    def remap_pretrained(self, state: dict[str, Tensor], source: RandomSource | None = None) -> dict[str, Tensor]:
+        """See the base class; a teacher's output layer becomes the head."""
+        return self.head.from_output_layer(state, self.role_state(), OUTPUT, source)
+
+    def _fill(self, state: Mapping[str, Tensor], partial: bool = False, key: str = 'pretrained') -> None:
+        """Put tensors, by published names, into place.
+
+        Args:
+            state: Name -> tensor.
+            partial: Whether tensors may be missing.
+            key: Config key that they come from, for messages.
+        """
+        where = {'pretrained': self.pretrained, 'pretrained_adapter': self.pretrained_adapter}[key] or 'the teacher'
+        internal = self._internal_names()
+        unknown = [name for name in state if name not in internal]
+        if partial and not unknown:
+            own = self.backbone.tree.state_dict(keep_vars=True)
+            for name, tensor in state.items():
+                target = own[internal[name]]
+                if target.shape != tensor.shape:
+                    raise PretrainedError(
+                        f'{key}={where!r}: {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}'
+                    )
+                target.data.copy_(tensor)
+            return
+        if partial:
+            raise PretrainedError(f'{key}={where!r} holds tensors that this student lacks: {", ".join(unknown[:8])}')
+        renamed = {internal.get(name, name): tensor for name, tensor in state.items()}
+        load_strictly(self.transformer, renamed, where, self.ignored_keys, self.allowed_missing, assign=True)
+
+    def _published_name(self, name: str) -> str | None:
+        """Name of a tensor or module of the tree in published files; None for another role's."""
+        seen = self.backbone.name_for(self.role, name)
+        if seen is None:
+            return None
+        if seen == OUTPUT or seen.startswith(f'{OUTPUT}.'):
+            part = self.head.published_part(seen[len(OUTPUT) + 1 :])
+            return None if part is None else OUTPUT + part
+        return seen
+
+    def _internal_names(self) -> dict[str, str]:
+        names = self.backbone.tree.state_dict(keep_vars=True)
+        return {seen: name for name in names if (seen := self._published_name(name)) is not None}
+
+    def role_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of this role by their published names, as they are; shared ones too."""
+        state = self.backbone.tree.state_dict(keep_vars=True)
+        return {seen: tensor for name, tensor in state.items() if (seen := self._published_name(name)) is not None}
+
+    # -- what is trained
+
+    def is_output(self, name: str) -> bool:
+        """See the base class; adapters hand on float32 too, which the layer they belong to rounds."""
+        return name == NORM or name.startswith((f'{NORM}.', OUTPUT)) or '.lora_' in name
+
+    def _freeze(self) -> None:
+        freeze(
+            self.transformer,
+            self.freeze_exclude,
+            self.freeze_exclude_fp32,
+            self.freeze_exclude_autocast_dtype,
+            self.is_output,
+            self._published_name,
+        )
+
+    def _trained_places(self) -> list[str]:
+        """Outermost modules of the tree, adapters excepted, that the config wants trained and that are not the head."""
+        roots, loose = select(self.transformer, self.freeze_exclude, self._published_name)
+        places = [*roots, *(name.rpartition('.')[0] for name in loose)]
+        return [path for path in places if '.lora_' not in path and not self._in_switch(path)]
+
+    def _in_switch(self, path: str) -> bool:
+        return any(path == place or path.startswith(f'{place}.') for place in self.backbone.switches)
+
+    def as_average(self) -> DiffusersTransformer:
+        """A network that shares everything frozen, and holds a copy of everything trained, as the moving average."""
+        backbone, tree = self.backbone, self.backbone.tree
+        trained = {name for name, parameter in tree.named_parameters() if parameter.requires_grad}
+        places = {self._place_of(name) for name in trained if '.lora_' not in name}
+        for path in sorted(place for place in places if not any(place.startswith(f'{other}.') for other in places)):
+            switch = backbone.switches.get(path)
+            own = tree.get_submodule(path) if switch is None else switch.get_submodule(STUDENT)
+            backbone.give(path, EMA, average_of(own))
+        if self.uses_lora:
+            paths = {name.rpartition('.lora_')[0] for name in trained if '.lora_' in name}
+            paths = sorted(path for path in paths if EMA not in path.split('.'))
+            add_lora(tree, paths, self.lora['rank'], adapter=EMA)
+            layers = [tree.get_submodule(path) for path in paths]
+            copy_adapter(layers, 'default', EMA)
+            for layer in layers:
+                for matrices in (layer.lora_A, layer.lora_B):
+                    matrices[EMA].requires_grad_(False)
+                    compute_like(matrices[EMA], matrices['default'])
+            for layer in layers:
+                layer._active_adapter = ['default']
+        average = copy.copy(self)
+        average.__dict__['_modules'] = {}
+        average.role = EMA
+        return average
+
+    def _place_of(self, name: str) -> str:
+        """Where the module with a trained parameter is: the switch that holds it, or the module itself."""
+        for path in self.backbone.switches:
+            if name.startswith(f'{path}.'):
+                return path
+        return name.rpartition('.')[0]
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass instead of keeping their activations."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, value: bool) -> None:
+        self._checkpointing = value
+        if 'backbone' in self.__dict__:
+            tree = self.backbone.tree
+            (tree.enable_gradient_checkpointing if value else tree.disable_gradient_checkpointing)()
+
+    # -- running
+
+    def example_inputs(self, batch_size: int, latent_size: Sequence[int], text_length: int = 512) -> dict[str, Tensor]:
+        """Inputs of a forward pass on the device and in the dtype of the weights, for planning.
+
+        Args:
+            batch_size: ``B``.
+            latent_size: ``(C, H, W)``.
+            text_length: Number of text tokens.
+        """
+        weight = next(self.backbone.tree.parameters())
+        config, device = self.backbone.tree.config, weight.device
+        inputs = {
+            'hidden_states': torch.zeros((batch_size, *latent_size), dtype=self.dtype, device=device),
+            'timestep': torch.ones(batch_size, device=device),
+        }
+        if 'joint_attention_dim' in config:
+            size = (batch_size, text_length, config.joint_attention_dim)
+            inputs[self.text] = torch.zeros(size, dtype=self.dtype, device=device)
+        if 'pooled_projection_dim' in config:
+            size = (batch_size, config.pooled_projection_dim)
+            inputs['pooled_projections'] = torch.zeros(size, dtype=self.dtype, device=device)
+        if config.get('guidance_embeds'):
+            inputs['guidance'] = torch.ones(batch_size, device=device)
+        return inputs
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **conditions: Any) -> Tensor | dict[str, Tensor]:
+        """Predict velocities, or the tensors of a policy.
+
+        Args:
+            hidden_states: Noisy latents, (B, C, H, W).
+            timestep: (B,), in the unit the network is trained with.
+            **conditions: Arguments of the transformer, such as ``encoder_hidden_states`` (B, T, D),
+                ``encoder_hidden_states_mask`` (B, T), ``pooled_projections`` and ``guidance`` (B,).
+
+        Returns:
+            (B, C, H, W); with a GMFlow head ``means (B, K, C, H, W)``, ``logweights (B, K, 1, H, W)`` and
+            ``logstds (B, 1, 1, 1, 1)``; with a DX head (B, N, C, H, W).
+
+        Raises:
+            ValueError: The size of the latents is no multiple of the patch size, or a condition is missing.
+        """
+        height, width = hidden_states.shape[-2:]
+        if hidden_states.dim() != 4 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f'latents of shape {tuple(hidden_states.shape)}: expected (B, C, H, W) with H and W multiples of '
+                f'patch_size={self.patch_size}'
+            )
+        grid = (height // self.patch_size, width // self.patch_size)
+        conditions = self._prepare_conditions(conditions)
+        text_length = conditions[self.text].shape[1] if self.text in conditions else 0
+        device, dtype = hidden_states.device, hidden_states.dtype
+        layout = Layout(len(hidden_states), *grid, text_length, device, self.dtype)
+        inputs = hidden_states.to(self.dtype)
+        if self.latents == 'tokens':
+            inputs = cut_tokens(inputs, self.patch_size, self.row_order)
+        with self.backbone.playing(self.role) as transformer, self.autocast(device):
+            (output,) = transformer(
+                hidden_states=inputs,
+                timestep=timestep * self.timestep_scale,
+                **conditions,
+                **make_positions(self.positions, layout),
+                return_dict=False,
+            )
+        if self.latents == 'tokens':
+            output = fold_tokens(output, grid, self.patch_size, 1, self.row_order).squeeze(1)
+        result = self.head.unpack(output)
+        if isinstance(result, dict):
+            return {name: at_least(tensor, dtype) for name, tensor in result.items()}
+        return at_least(result, dtype)
+
+    def _prepare_conditions(self, conditions: dict[str, Any]) -> dict[str, Any]:
+        if self.backbone.tree.config.get('guidance_embeds') and conditions.get('guidance') is None:
+            raise ValueError(
+                f'{type(self.backbone.tree).__name__} has guidance embedded: set distilled_guidance_scale in test_cfg, '
+                'train_cfg and train_cfg.teacher_test_cfg, or pass guidance (B,)'
+            )
+        prepared = {}
+        for name, value in conditions.items():
+            is_float = isinstance(value, Tensor) and value.is_floating_point() and name != 'guidance'
+            prepared[name] = value.to(self.dtype) if is_float else value
+        if self.text_mask is None or prepared.get(self.text_mask) is None:
+            return prepared
+        mask = prepared.pop(self.text_mask).bool()
+        used = mask.any(dim=0)
+        prepared[self.text] = prepared[self.text][:, used]
+        mask = mask[:, used]
+        prepared[self.text_mask] = None if self.attend_to_padding or bool(mask.all()) else mask
+        return prepared
+
+
+def build_transformer(arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a transformer of the diffusers library.
+
+    Args:
+        arguments: ``type``, the name of its class, and the arguments of its constructor.
+
+    Raises:
+        ValueError: There is no such class or argument.
+    """
+    import diffusers
+
+    options = {name: value for name, value in arguments.items() if value is not None}
+    kind = options.pop('type', None)
+    names = [name for name in dir(diffusers) if name.endswith(('Transformer2DModel', 'TransformerModel'))]
+    transformer = getattr(diffusers, str(kind), None)
+    if not isinstance(transformer, type) or not issubclass(transformer, nn.Module):
+        near = get_close_matches(str(kind), names, n=2)
+        hint = f'; near it: {", ".join(near)}' if near else ''
+        raise ValueError(f'transformer.type={kind!r} is no model of diffusers {diffusers.__version__}{hint}')
+    known = list(inspect.signature(transformer.__init__).parameters)[1:]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]!r}?' if near else f'; it has {", ".join(known)}'
+            raise ValueError(f'transformer.{name}: no argument of {kind}{hint}')
+    return transformer(**options)
+
+
+def cut_tokens(images: Tensor, patch_size: int, row_order: str) -> Tensor:
+    """Cut (B, C, H, W) into tokens (B, L, C P P), in row-major order; the inverse of ``fold_tokens``.
+
+    Args:
+        images: Height and width are multiples of the patch size.
+        patch_size: ``P``.
+        row_order: Order of the entries of a token, see :data:`~lakonlab.models.architecture.heads.ROW_ORDERS`.
+    """
+    batch_size, channels, height, width = images.shape
+    p = patch_size
+    cells = images.reshape(batch_size, channels, height // p, p, width // p, p)
+    order = (0, 2, 4, 1, 3, 5) if row_order == 'channel_major' else (0, 2, 4, 3, 5, 1)
+    return cells.permute(order).reshape(batch_size, (height // p) * (width // p), channels * p * p)
+
+
+def _with_adapter_name(name: str) -> str:
+    """``x.lora_A.weight`` of a file as ``x.lora_A.default.weight``."""
+    head, _, tail = name.rpartition('.')
+    return f'{head}.default.{tail}'

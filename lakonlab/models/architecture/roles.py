@@ -1,0 +1,191 @@
+"""Several roles of one network: teacher, student and moving average (EMA) share every frozen tensor.
+
+A :class:`Backbone` is one module tree. What a role has for itself lives inside that tree: a LoRA adapter of its own in
+every adapted layer, and a copy of its own of every other module that is trained, side by side in a :class:`RoleSwitch`.
+:meth:`Backbone.playing` selects a role for a forward pass. It sets plain attributes and never ``requires_grad``, which
+peft's own ``set_adapter`` would flip and which sharding engines read once. Outside of it the student is on, so that a
+backward pass that recomputes checkpointed blocks recomputes the student's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+STUDENT, EMA, TEACHER = 'student', 'ema', 'teacher'
+#: Role -> name of its LoRA adapter; the teacher has none.
+ADAPTERS = {STUDENT: 'default', EMA: 'ema'}
+LORA_PART = re.compile(r'\.lora_[A-Za-z_]+\.(\w+)(?=\.|$)')
+
+
+class RoleSwitch(nn.Module):
+    """One place in a network where every role has a module of its own.
+
+    Args:
+        **modules: Role -> its module.
+    """
+
+    def __init__(self, **modules: nn.Module):
+        super().__init__()
+        for role, module in modules.items():
+            self.add_module(role, module)
+        self.role = STUDENT
+
+    def forward(self, *args, **kwargs):
+        """Call the module of the role in force."""
+        return self._modules[self.role](*args, **kwargs)
+
+
+class Backbone:
+    """A module tree that several roles play.
+
+    Args:
+        tree: The modules.
+    """
+
+    def __init__(self, tree: nn.Module):
+        self.tree = tree
+        self.switches: dict[str, RoleSwitch] = {}
+        self.adapted: list[nn.Module] = []
+        self.settings: dict[str, dict[str, object]] = {}  # role -> attributes of the tree while it plays
+        self.current = STUDENT
+
+    def set(self, role: str, name: str, value: object) -> None:
+        """Let an attribute of the tree have another value for a role, and for the average of the student."""
+        others = self.settings.setdefault(TEACHER, {})
+        others.setdefault(name, getattr(self.tree, name))
+        for of in (role, EMA) if role == STUDENT else (role,):
+            self.settings.setdefault(of, {})[name] = value
+        for attribute, current in self.settings.get(self.current, {}).items():
+            setattr(self.tree, attribute, current)
+
+    def give(self, path: str, role: str, module: nn.Module) -> None:
+        """Give a role a module of its own; the module that is there stays with the other role.
+
+        Args:
+            path: Where in the tree.
+            role: Whose module it is.
+            module: The module.
+        """
+        if path in self.switches:
+            self.switches[path].add_module(role, module)
+            return
+        other = {STUDENT: TEACHER, EMA: STUDENT}[role]
+        self.switches[path] = RoleSwitch(**{other: self.tree.get_submodule(path), role: module})
+        self.tree.set_submodule(path, self.switches[path])
+
+    def find_adapted(self) -> None:
+        """Note the layers that hold LoRA adapters, after some were added."""
+        from peft.tuners.lora import LoraLayer
+
+        self.adapted = [module for module in self.tree.modules() if isinstance(module, LoraLayer)]
+
+    @contextlib.contextmanager
+    def playing(self, role: str) -> Iterator[nn.Module]:
+        """Let the tree play a role; ends with the role that was played before.
+
+        Args:
+            role: ``'student'``, ``'ema'`` or ``'teacher'``.
+        """
+        before = self.current
+        self._switch_to(role)
+        try:
+            yield self.tree
+        finally:
+            self._switch_to(before)
+
+    def _switch_to(self, role: str) -> None:
+        if role == self.current:
+            return
+        self.current = role
+        for switch in self.switches.values():
+            switch.role = role
+        for name, value in self.settings.get(role, {}).items():
+            setattr(self.tree, name, value)
+        for layer in self.adapted:
+            layer._disable_adapters = role == TEACHER
+            if role != TEACHER:
+                layer._active_adapter = [ADAPTERS[role]]
+
+    def name_for(self, role: str, name: str) -> str | None:
+        """How a tensor or module of the tree is called from the point of view of a role.
+
+        Args:
+            role: The role.
+            name: Qualified name in the tree.
+
+        Returns:
+            The name it would have if the role had a network of its own, whose adapter is called ``default``; None if it
+            belongs to another role.
+        """
+        for path in self.switches:
+            if name == path:
+                return None
+            if name.startswith(f'{path}.'):
+                owner, _, rest = name[len(path) + 1 :].partition('.')
+                if owner != role:
+                    return None
+                name = f'{path}.{rest}' if rest else path
+                break
+        adapter = LORA_PART.search(name)
+        if adapter is not None:
+            if role == TEACHER or adapter[1] != ADAPTERS[role]:
+                return None
+            name = f'{name[: adapter.start(1)]}{ADAPTERS[STUDENT]}{name[adapter.end(1) :]}'
+        elif role == TEACHER:
+            name = re.sub(r'\.base_layer(?=\.|$)', '', name)
+        return name
+
+
+@runtime_checkable
+class SharedNetwork(Protocol):
+    """A network whose tensors may be shared by several roles."""
+
+    def role_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of its role, shared ones too, by names of a network of its own."""
+
+    def as_average(self) -> nn.Module:
+        """A network that shares everything frozen and holds a copy of everything trained."""
+
+
+def average_of(module: nn.Module) -> nn.Module:
+    """A copy of a trained module for its moving average, without gradient."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+def named_state(module: nn.Module, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers, by the names they have if every role is a network of its own.
+
+    Networks that share a backbone each yield what belongs to their role, so what is shared is yielded under several
+    names. Where nothing is shared, the names are those of ``state_dict``.
+
+    Args:
+        module: Any module.
+        prefix: Put before all names.
+
+    Yields:
+        Names and tensors (not detached).
+    """
+    if isinstance(module, SharedNetwork):
+        yield from ((prefix + name, tensor) for name, tensor in module.role_state().items())
+        return
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_state(child, f'{prefix}{name}.')
+
+
+def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:
+    """The name of every parameter, as :func:`named_state` has it; the first one of what is shared."""
+    names: dict[nn.Parameter, str] = {}
+    for name, tensor in named_state(module):
+        if isinstance(tensor, nn.Parameter):
+            names.setdefault(tensor, name)
+    return names
