@@ -173,7 +173,7 @@ HELPER_NAMES = frozenset(
 
 MODULE_WRAPPERS = ('ddp', 'fsdp', 'fsdp2')
 LOG_LEVELS = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL')
-FROZEN_PARTS = ('teacher', 'vae')
+FROZEN_PARTS = ('teacher', 'vae', 'text_encoder')
 """Children of the model that no optimiser may name."""
 PARAMWISE_KEYS = ('custom_keys',)
 MULTIPLIERS = ('lr_mult', 'decay_mult')

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lakonlab.models.base_diffusion import BaseDiffusion, BaseDiffusionTrainConfig, needs_negative
+from lakonlab.models.base_diffusion import BaseDiffusionTrainConfig
+from lakonlab.models.latent_diffusion import Conditions, LatentDiffusion
 from lakonlab.models.section import in_range
-from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODELS
 
 
@@ -30,127 +30,32 @@ class ClassImageTrainConfig(BaseDiffusionTrainConfig):
 
 
 @MODELS.register_module()
-class LatentDiffusionClassImage(BaseDiffusion):
-    """A class-conditional image model. See :class:`BaseDiffusion` for the arguments.
+class LatentDiffusionClassImage(LatentDiffusion):
+    """A class-conditional image model. See :class:`LatentDiffusion` for batches and arguments.
 
-    A batch holds ``labels`` and ``negative_labels`` (B,), and for training ``latents`` (B, C, H, W) or ``images``
-    (B, 3, H, W) in [0, 1]; for sampling ``noise`` (B, C, H, W), unless ``test_cfg.latent_size`` is given.
+    A batch also holds ``labels`` and ``negative_labels`` (B,).
     """
 
     train_cfg_class = ClassImageTrainConfig
+    negative_hint = 'set negative_label in the dataset'
 
-    def encode_batch(self, data: Mapping[str, Any]) -> Tensor:
-        """Latents of a batch: given, or encoded from its images; without an autoencoder, the pixels in [-1, 1].
-
-        Raises:
-            ValueError: The batch holds neither latents nor images.
-        """
-        if data.get('latents') is not None:
-            return self.patchify(data['latents'].to(self.device))
-        if data.get('images') is None:
-            raise ValueError(f'the batch holds neither latents nor images to train on, only {sorted(data)}')
-        return self.patchify(self.encode_images(data['images'].to(self.device) * 2 - 1))
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents of images in [-1, 1]; the images themselves without an autoencoder."""
-        if self.vae is None:
-            return images
-        return self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images, about [-1, 1], of latents."""
-        if self.vae is None:
-            return latents.float()
-        return self.vae.decode(latents.to(next(self.vae.parameters()).dtype)).float()
-
-    def clamp_latents(self, x_0: Tensor) -> Tensor:
-        """The nearest latents of images in the displayable range: decode, clamp, encode."""
-        images = self.decode_latents(self.unpatchify(x_0)).clamp(-1, 1)
-        return self.patchify(self.encode_images(images))
-
-    def train_minibatch(
-        self, data: dict[str, Any], running_status: Mapping[str, int], source: RandomSource, loss_factor: float
-    ) -> dict[str, Tensor]:
-        """Forward and backward of a micro-batch; see the class for its keys."""
-        cfg = self.train_section
-        x_0 = self.encode_batch(data)
-        labels = data['labels'].to(x_0.device)
-        kept = labels
-        negative = data['negative_labels'].to(x_0.device) if 'negative_labels' in data else None
-        if cfg.prob_class < 1:
-            if negative is None:
-                raise ValueError('train_cfg.prob_class < 1 needs negative_labels: set negative_label in the dataset')
-            keep = source.uniform('label_dropout', labels.shape, device=labels.device) < cfg.prob_class
-            kept = torch.where(keep, labels, negative)
-        kwargs: dict[str, Any] = {'class_labels': kept, 'running_status': running_status}
-        if self.teacher is not None:
-            teacher_labels = kept if cfg.teacher_sees_dropped_labels else labels
-            scale, section = self.teacher_guidance()
-            conditions = {'class_labels': _with_negative(teacher_labels, negative, scale)}
-            kwargs.update(
-                teacher=self.teacher,
-                teacher_kwargs={**conditions, 'guidance_scale': scale, 'test_cfg': section},
-            )
-        return self.backward_losses(x_0, source, loss_factor, **kwargs)
-
-    @torch.no_grad()
-    def val_step(
-        self,
-        data: dict[str, Any],
-        role: str | None = None,
-        test_cfg_override: Mapping[str, Any] | None = None,
-        source: RandomSource | None = None,
-        show_pbar: bool = False,
-    ) -> dict[str, Any]:
-        """Sample the images that a batch asks for.
-
-        Args:
-            data: See the class.
-            role: ``'student'``, ``'ema'`` or ``'teacher'``; None for the EMA if there is one. The teacher is guided as
-                ``train_cfg.teacher_test_cfg`` says.
-            test_cfg_override: Overrides of the sampling section.
-            source: Source of random numbers of the batch: ``noise`` if the batch brings none, ``step_noise``.
-            show_pbar: Show a progress bar.
-
-        Returns:
-            ``num_samples``, ``pred_imgs`` (B, C, H, W) in [0, 1], and ``nfe``, the network evaluations of a sample.
-        """
-        source = source or TorchSource()
-        diffusion = self.role(role)
-        override = dict(test_cfg_override or {})
-        if role == 'teacher':
-            override = {**self.train_section.teacher_section(), **override}
-        cfg = diffusion.test_section(override)
+    def conditions_of(self, data: Mapping[str, Any], needs_negative: bool) -> Conditions:
+        """Labels of a batch."""
         labels = data['labels'].to(self.device)
-        if data.get('noise') is not None:
-            noise = data['noise'].to(self.device)
-        elif cfg.latent_size is not None:
-            noise = source.normal('noise', (len(labels), *cfg.latent_size), device=self.device)
-        else:
-            raise ValueError('to sample, the data must bring noise or test_cfg must give latent_size')
-        scale = cfg.guidance_scale
-        latents = self.unpatchify(
-            diffusion(
-                noise=self.patchify(noise),
-                class_labels=_with_negative(labels, data.get('negative_labels'), scale),
-                guidance_scale=scale,
-                test_cfg_override=override,
-                source=source,
-                show_pbar=show_pbar,
-                clamp_denoised=self.clamp_latents if cfg.clamp_denoised else None,
-            )
-        )
-        images = (self.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
-        nfe = diffusion.num_function_evaluations(override)
-        return {'num_samples': len(labels), 'pred_imgs': images, 'nfe': nfe}
+        negative = data.get('negative_labels')
+        negative = None if negative is None else {'class_labels': negative.to(labels)}
+        return Conditions({'class_labels': labels}, negative)
 
-
-def _with_negative(labels: Tensor, negative_labels: Tensor | None, guidance_scale: float | None) -> Tensor:
-    """Labels of the doubled batch that guidance needs, the negative half first."""
-    if not needs_negative(guidance_scale):
-        return labels
-    if negative_labels is None:
-        raise ValueError(f'guidance_scale={guidance_scale} needs negative_labels: set negative_label in the dataset')
-    return torch.cat([negative_labels.to(labels), labels])
+    def training_conditions(
+        self, conditions: Conditions, data: Mapping[str, Any], source: RandomSource
+    ) -> tuple[dict[str, Any], Conditions]:
+        """Labels after dropout for the student, and before it for the teacher."""
+        cfg = self.train_section
+        if cfg.prob_class >= 1:
+            return conditions.positive, conditions
+        if conditions.negative is None:
+            raise ValueError('train_cfg.prob_class < 1 needs negative_labels: set negative_label in the dataset')
+        labels = conditions.positive['class_labels']
+        keep = source.uniform('label_dropout', labels.shape, device=labels.device) < cfg.prob_class
+        kept = {'class_labels': torch.where(keep, labels, conditions.negative['class_labels'])}
+        return kept, conditions._replace(positive=kept) if cfg.teacher_sees_dropped_labels else conditions

@@ -16,8 +16,8 @@ def training_state(model: nn.Module, trainable_only: bool = True) -> dict[str, T
     Those are the parameters that training changes, their moving averages, and the persistent buffers of every child
     module that has such parameters. A frozen child (teacher, VAE, text encoder) belongs to no checkpoint: it is loaded
     from where the config says. ``<child>_ema`` follows ``<child>``, whatever its own ``requires_grad`` says. Names are
-    those of :func:`~lakonlab.models.architecture.roles.named_state`, whoever shares tensors with whom; a shared tensor is
-    listed once.
+    those of :func:`~lakonlab.models.architecture.roles.named_state`, whoever shares tensors with whom; a shared tensor
+    is listed once.
 
     Args:
         model: The whole model.

@@ -1,4 +1,4 @@
-"""FLUX.1 as a teacher: declarations on :class:`~lakonlab.models.architecture.diffusers.transformer.DiffusersTransformer`."""
+"""FLUX.1: what has to be said of it beside the generic transformer."""
 
 from __future__ import annotations
 

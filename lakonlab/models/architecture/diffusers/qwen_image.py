@@ -1,4 +1,4 @@
-"""Qwen-Image: declarations on :class:`~lakonlab.models.architecture.diffusers.transformer.DiffusersTransformer`."""
+"""Qwen-Image: what has to be said of it beside the generic transformer."""
 
 from __future__ import annotations
 
