@@ -140,6 +140,7 @@ def load_strictly(
     where: str,
     ignored: Sequence[str] = (),
     allowed_missing: Sequence[str] = (),
+    assign: bool = False,
 ) -> None:
     """Copy tensors into a network, refusing anything that does not fit.
 
@@ -149,6 +150,8 @@ def load_strictly(
         where: What the tensors come from, for messages.
         ignored: Names that ``state`` may have beyond the network's.
         allowed_missing: Names that ``state`` may lack.
+        assign: Whether the tensors become those of the network instead of being copied, as networks without memory
+            need it.
 
     Raises:
         PretrainedError: Names are missing, unexpected, or have another shape; all are named.
@@ -173,7 +176,7 @@ def load_strictly(
             + '  Check that the config key `pretrained` names weights of this architecture and that the arguments of '
             'the network (layers, heads, channels, classes) are those they were trained with.'
         )
-    network.load_state_dict(state, strict=not allowed_missing)
+    network.load_state_dict(state, strict=not allowed_missing, assign=assign)
 
 
 def load_pretrained(network: nn.Module, path: str, source=None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lakonlab.models.architecture.freezing import autocast, freeze, parse_dtype
-from lakonlab.models.architecture.loading import load_pretrained
+from lakonlab.models.architecture.loading import load_pretrained, load_strictly
 
 
 def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,6 +97,18 @@ class Network(nn.Module):
             Name -> tensor as this network names and shapes them.
         """
         return state
+
+    def load_published(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Put tensors into place, refusing anything that does not fit.
+
+        Args:
+            state: Published name -> tensor, after :meth:`remap_pretrained`.
+            where: What the tensors come from, for messages.
+
+        Raises:
+            PretrainedError: Names are missing, unexpected, or have another shape.
+        """
+        load_strictly(self, state, where, self.ignored_keys, self.allowed_missing)
 
     def prepare(self) -> None:
         """Initialise or load the weights, set the precision, freeze, compile."""

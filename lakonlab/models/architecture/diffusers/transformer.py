@@ -183,13 +183,13 @@ class DiffusersTransformer(Network):
         if layer is not None:
             own = self.role_state()
             if not any(tensor.is_meta for tensor in teachers.values()):
-                self._fill(self.head.from_output_layer(teachers, own, OUTPUT), partial=True)
+                self._copy_into(self.head.from_output_layer(teachers, own, OUTPUT), 'the teacher')
         if self.pretrained_adapter is not None and not self._is_meta():
             from lakonlab.models.architecture.adapters import read_adapter
 
             adapter = read_adapter(self.pretrained_adapter)
             lora = {_with_adapter_name(name): tensor for name, tensor in adapter.lora.items()}
-            self._fill({**adapter.tensors, **lora}, partial=True, key='pretrained_adapter')
+            self._copy_into({**adapter.tensors, **lora}, f'pretrained_adapter={self.pretrained_adapter!r}')
         self._freeze()
 
     def _check_same_base(self, teacher: DiffusersTransformer) -> None:
@@ -290,7 +290,7 @@ class DiffusersTransformer(Network):
         adapter = None if self.pretrained_adapter is None else read_adapter(self.pretrained_adapter)
         if adapter is not None:
             state = self._overlay(state, adapter.tensors)
-        self._fill(self.remap_pretrained(state))
+        self.load_published(self.remap_pretrained(state), self.pretrained)
         # weights that are changed below must not be views of a file that is mapped into memory
         self.to(self.torch_dtype)
         if adapter is not None:
@@ -311,31 +311,24 @@ class DiffusersTransformer(Network):
         """See the base class; a teacher's output layer becomes the head."""
         return self.head.from_output_layer(state, self.role_state(), OUTPUT, source)
 
-    def _fill(self, state: Mapping[str, Tensor], partial: bool = False, key: str = 'pretrained') -> None:
-        """Put tensors, by published names, into place.
-
-        Args:
-            state: Name -> tensor.
-            partial: Whether tensors may be missing.
-            key: Config key that they come from, for messages.
-        """
-        where = {'pretrained': self.pretrained, 'pretrained_adapter': self.pretrained_adapter}[key] or 'the teacher'
+    def load_published(self, state: Mapping[str, Tensor], where: str) -> None:
+        """See the base class; the tensors become the weights, without a copy."""
         internal = self._internal_names()
-        unknown = [name for name in state if name not in internal]
-        if partial and not unknown:
-            own = self.backbone.tree.state_dict(keep_vars=True)
-            for name, tensor in state.items():
-                target = own[internal[name]]
-                if target.shape != tensor.shape:
-                    raise PretrainedError(
-                        f'{key}={where!r}: {name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}'
-                    )
-                target.data.copy_(tensor)
-            return
-        if partial:
-            raise PretrainedError(f'{key}={where!r} holds tensors that this student lacks: {", ".join(unknown[:8])}')
         renamed = {internal.get(name, name): tensor for name, tensor in state.items()}
         load_strictly(self.transformer, renamed, where, self.ignored_keys, self.allowed_missing, assign=True)
+
+    def _copy_into(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Copy some tensors, by published names, into those of this role."""
+        own = self.role_state()
+        unknown = [name for name in state if name not in own]
+        if unknown:
+            raise PretrainedError(f'{where} holds tensors that this student lacks: {", ".join(unknown[:8])}')
+        for name, tensor in state.items():
+            if own[name].shape != tensor.shape:
+                raise PretrainedError(
+                    f'{where}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
+                )
+            own[name].data.copy_(tensor)
 
     def _published_name(self, name: str) -> str | None:
         """Name of a tensor or module of the tree in published files; None for another role's."""
