@@ -223,7 +223,7 @@ def average_of_diffusion(diffusion: nn.Module, tie_frozen: bool) -> nn.Module:
         network = diffusion.denoising
         if memo and isinstance(network, SharedNetwork):
             memo[id(network)] = network.as_average()
-    return copy.deepcopy(diffusion, memo)
+    return copy.deepcopy(diffusion, memo).requires_grad_(False)
 
 
 def needs_negative(guidance_scale: float | None) -> bool:

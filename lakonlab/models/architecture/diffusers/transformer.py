@@ -9,6 +9,7 @@ The transformer is unchanged but for its last layer, which a policy head replace
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -17,6 +18,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from lakonlab.models.architecture.diffusers.positions import Layout, check_positions, make_positions
@@ -137,7 +139,8 @@ class DiffusersTransformer(Network):
 
     def _build_own(self, head: Mapping[str, Any] | None) -> None:
         from_file = self.pretrained is not None and torch.get_default_device().type != 'meta'
-        with torch.device('meta') if from_file else torch.get_default_device():
+        # tables that are no parameters are in no file: they are computed here, whatever is loaded
+        with init_empty_weights(include_buffers=False) if from_file else contextlib.nullcontext():
             tree = build_transformer(self.arguments)
         self.backbone = Backbone(tree)
         self.transformer = tree
@@ -284,9 +287,12 @@ class DiffusersTransformer(Network):
             raise ValueError('pretrained_adapter and pretrained_lora need pretrained, the weights that they change')
         if self.pretrained is None:
             return
+        state = read_weights(self.pretrained)
+        if self.pretrained_adapter is None and not self.pretrained_lora:
+            self.load_published(self.remap_pretrained(state), self.pretrained)
+            return
         from lakonlab.models.architecture.adapters import merge_lora, read_adapter, read_lora
 
-        state = read_weights(self.pretrained)
         adapter = None if self.pretrained_adapter is None else read_adapter(self.pretrained_adapter)
         if adapter is not None:
             state = self._overlay(state, adapter.tensors)
@@ -298,7 +304,6 @@ class DiffusersTransformer(Network):
         for path, scale in zip(self.pretrained_lora, self.pretrained_lora_scale):
             lora, alphas = read_lora(path, self.lora_converter)
             merge_lora(self.transformer, lora, scale, alphas)
-        logger.info('%s: loaded %d tensors from %s', type(self.transformer).__name__, len(state), self.pretrained)
 
     def _overlay(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A base with the layers of an adapter; what the base's output layer was is gone."""

@@ -1,0 +1,289 @@
+"""Teacher, student and average as roles of one network, against three networks of their own."""
+
+import copy
+
+import pytest
+import torch
+
+from lakonlab.models.architecture.roles import named_state, parameter_names
+from lakonlab.ops.random_source import SeededSource
+from lakonlab.parallel.single import SingleProcess
+from lakonlab.runner.hooks.ema import ExponentialMovingAverageHook
+from lakonlab.runner.optimizer import build_optimizers
+from tests import tiny_text_image as tiny
+
+KINDS = [('Flux', 'GM'), ('Flux', 'DX'), ('QwenImage', 'GM'), ('QwenImage', 'DX')]
+kinds = pytest.mark.parametrize(('family', 'policy'), KINDS, ids=['-'.join(kind) for kind in KINDS])
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('weights')
+    return {family: tiny.teacher_file(family, folder) for family in tiny.SIZES}
+
+
+def optimizers(model):
+    return build_optimizers(model, {'diffusion': dict(type='AdamW', lr=1e-2, weight_decay=0.0)})
+
+
+def step(model, optimizer, data, iteration=0):
+    return model.train_step(data, optimizer, running_status={'iteration': iteration}, source=SeededSource(0, iteration))
+
+
+@torch.no_grad()
+def copy_roles(target, origin):
+    """Give a model of separate networks the values of one with roles; a base may be wrapped by an adapter or not."""
+    values = dict(named_state(origin))
+    for name, tensor in named_state(target):
+        tensor.copy_(values[name])
+
+
+def forward_all(model, data):
+    generator = torch.Generator().manual_seed(3)
+    times = torch.tensor([0.25, 0.5])  # a thousand times this, and the guidance below, are exact in bfloat16
+    x_t = torch.randn(2, *tiny.LATENT_SIZE, generator=generator)
+    conditions = {**data['prompt_embed_kwargs']}
+    if 'pooled_projections' in conditions:
+        conditions['guidance'] = torch.full((2,), 2.0)
+    outputs = {}
+    for role in ('teacher', 'student', 'ema'):
+        with torch.no_grad():
+            output = model.role(role).denoising(x_t, times, **conditions)
+        outputs[role] = torch.cat([v.flatten() for v in output.values()]) if isinstance(output, dict) else output
+    return outputs
+
+
+@kinds
+def test_roles_equal_separate_networks(weights, family, policy):
+    """Outputs, losses, gradients and averages; the base of the separate networks exists three times."""
+    data = tiny.batch(family)
+    shared = tiny.build(tiny.config(family, policy, weights[family]), family)
+    separate = tiny.build(tiny.config(family, policy, weights[family], tie_teacher=False, tie_ema=False), family)
+    copy_roles(separate, shared)
+    hooks, optimizer = [], []
+    for model in (shared, separate):
+        hook = ExponentialMovingAverageHook(start_iter=1, momentum_policy='fixed', momentum_cfg={'momentum': 0.5})
+        runner = type('Run', (), {'model': model, 'iter': 0})()
+        hook.before_train(runner)
+        hooks.append((hook, runner))
+        optimizer.append(optimizers(model))
+    for iteration in range(3):
+        logs = []
+        for model, own, (hook, runner) in zip((shared, separate), optimizer, hooks):
+            torch.manual_seed(0)
+            logs.append(step(model, own, data, iteration)['log_vars'])
+            runner.iter = iteration
+            hook.after_train_iter(runner, iteration)
+        assert logs[0] == logs[1]
+        gradients = [
+            {name: value.grad for name, value in tiny.trainable(model).items()} for model in (shared, separate)
+        ]
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            assert torch.equal(gradient, gradients[1][name]), name
+    outputs = [forward_all(model, data) for model in (shared, separate)]
+    for role, output in outputs[0].items():
+        assert torch.equal(output, outputs[1][role]), role
+    assert not torch.equal(outputs[0]['student'], outputs[0]['ema'])
+
+
+@kinds
+def test_the_base_exists_once(weights, family, policy):
+    model = tiny.build(tiny.config(family, policy, weights[family]), family)
+    base = sum(tensor.numel() for name, tensor in named_state(model.teacher))
+    trained = sum(value.numel() for value in tiny.trainable(model).values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor for _, tensor in named_state(model)}
+    assert sum(tensor.numel() for tensor in storages.values()) == base + 2 * trained
+    assert sum(parameter.numel() for parameter in model.parameters()) == base + 2 * trained
+
+
+@kinds
+def test_gradients_reach_the_student_and_nobody_else(weights, family, policy):
+    model = tiny.build(tiny.config(family, policy, weights[family]), family)
+    step(model, optimizers(model), tiny.batch(family))
+    names = parameter_names(model)
+    expected = ('diffusion.denoising.norm_out.', 'diffusion.denoising.proj_out')
+    for parameter, name in names.items():
+        is_trained = name.startswith(expected) or ('.lora_' in name and name.startswith('diffusion.'))
+        assert parameter.requires_grad == is_trained, name
+        assert (parameter.grad is not None) == is_trained, name
+    assert any(name.startswith('diffusion_ema.') for name in names.values())
+
+
+def test_the_teacher_does_not_move(weights):
+    data = tiny.batch('Flux')
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux']))
+    before = forward_all(model, data)
+    optimizer = optimizers(model)
+    for iteration in range(100):
+        step(model, optimizer, data, iteration)
+    after = forward_all(model, data)
+    assert torch.equal(before['teacher'], after['teacher'])
+    assert not torch.equal(before['student'], after['student'])
+
+
+@kinds
+def test_an_untrained_adapter_changes_nothing(weights, family, policy):
+    data = tiny.batch(family)
+    with_lora = tiny.build(tiny.config(family, policy, weights[family]), family)
+    without = tiny.build(
+        tiny.config(
+            family,
+            policy,
+            weights[family],
+            diffusion__denoising__use_lora=False,
+            diffusion__denoising__freeze_exclude=['norm_out', 'self.proj_out' if policy == 'DX' else 'proj_out'],
+        ),
+        family,
+    )
+    states = [dict(named_state(model)) for model in (with_lora, without)]
+    with torch.no_grad():
+        for name, tensor in states[1].items():
+            tensor.copy_(
+                states[0][
+                    name
+                    if name in states[0]
+                    else name.replace('.weight', '.base_layer.weight')
+                    if name.replace('.weight', '.base_layer.weight') in states[0]
+                    else name.replace('.bias', '.base_layer.bias')
+                ]
+            )
+    outputs = [forward_all(model, data) for model in (with_lora, without)]
+    for role in outputs[0]:
+        assert torch.equal(outputs[0][role], outputs[1][role]), role
+
+
+@kinds
+def test_recomputed_blocks_are_the_students(weights, family, policy):
+    """Gradient checkpointing recomputes blocks in the backward pass, after the teacher has played."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny.build(
+            tiny.config(family, policy, weights[family], diffusion__denoising__checkpointing=checkpointing), family
+        )
+        step(model, optimizers(model), tiny.batch(family))
+        gradients.append([value.grad for value in tiny.trainable(model).values()])
+    for plain, recomputed in zip(*gradients):
+        assert torch.equal(plain, recomputed)
+
+
+@kinds
+def test_mean_components_that_equal_the_teacher_give_its_velocity(weights, family, policy):
+    """At the source point a fresh student is its teacher, but for the noise that sets the components apart."""
+    data = tiny.batch(family)
+    model = tiny.build(tiny.config(family, policy, weights[family]), family)
+    state = dict(named_state(model.diffusion.denoising))
+    if policy == 'GM':
+        bias = dict(named_state(model.teacher.denoising))['proj_out.bias']
+        state['proj_out_means.bias'].data.copy_(bias.repeat(3))
+    x_t = torch.randn(2, *tiny.LATENT_SIZE, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.4, 1.0], dtype=torch.float64)
+    conditions = dict(data['prompt_embed_kwargs'])
+    if family == 'Flux':
+        conditions['guidance'] = torch.full((2,), 3.5)
+    with torch.no_grad():
+        student, teacher = model.diffusion, model.teacher
+        policy_of_student = student.build_policy(student.pred(x_t, sigma, **conditions), x_t, sigma)
+        u = teacher.pred(x_t, sigma, **conditions)
+        found = policy_of_student.pi(x_t, sigma)
+    assert (found - u).abs().max() < 1e-6 * u.abs().max()
+
+
+@pytest.mark.parametrize('base', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('compute', ['float32', 'bfloat16'])
+def test_precisions(weights, base, compute):
+    changes = {
+        'diffusion__denoising__torch_dtype': base,
+        'diffusion__denoising__freeze_exclude_autocast_dtype': compute,
+        'teacher__denoising__torch_dtype': base,
+    }
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], **changes))
+    for name, tensor in named_state(model):
+        own = '.lora_' in name or 'proj_out_' in name or (name.startswith('diffusion') and 'norm_out' in name)
+        assert tensor.dtype == (torch.float32 if own else getattr(torch, base)), name
+    data = tiny.batch('Flux')
+    found = forward_all(model, data)
+    expected = forward_all(tiny.build(tiny.config('Flux', 'GM', weights['Flux'])), data)
+    tolerance = 1e-6 if (base, compute) == ('float32', 'float32') else 0.03
+    for role, output in found.items():
+        assert output.dtype == torch.float32
+        assert (output - expected[role]).norm() < tolerance * expected[role].norm(), role
+    assert step(model, optimizers(model), data)['skipped'] == ()
+
+
+@pytest.mark.parametrize('tie_teacher', [True, False])
+@pytest.mark.parametrize('tie_ema', [True, False])
+def test_what_is_saved_has_the_same_names_however_it_is_shared(weights, tie_teacher, tie_ema):
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], tie_teacher=tie_teacher, tie_ema=tie_ema))
+    strategy = SingleProcess(device='cpu')
+    state = strategy.model_state(model)
+    student = {name.removeprefix('diffusion.') for name in state if name.startswith('diffusion.')}
+    average = {name.removeprefix('diffusion_ema.') for name in state if name.startswith('diffusion_ema.')}
+    assert student == average
+    assert len(state) == len(student) + len(average)
+    assert 'denoising.proj_out_means.weight' in student
+    assert 'denoising.single_transformer_blocks.0.proj_mlp.lora_A.default.weight' in student
+    assert not any('base_layer' in name for name in student)
+
+
+def test_other_trained_parts_are_the_students_own(weights):
+    """A block, and a single bias, beside adapters."""
+    model = tiny.build(
+        tiny.config(
+            'Flux',
+            'GM',
+            weights['Flux'],
+            diffusion__denoising__freeze_exclude=[
+                *tiny.TRAINED['GM'],
+                'single_transformer_blocks.1',
+                'x_embedder.bias',
+            ],
+        )
+    )
+    data = tiny.batch('Flux')
+    before = forward_all(model, data)
+    optimizer = optimizers(model)
+    for iteration in range(2):
+        step(model, optimizer, data, iteration)
+    after = forward_all(model, data)
+    assert torch.equal(before['teacher'], after['teacher'])
+    assert torch.equal(before['ema'], after['ema'])
+    assert not torch.equal(before['student'], after['student'])
+    trained = tiny.trainable(model)
+    assert 'diffusion.denoising.x_embedder.bias' in trained
+    assert 'diffusion.denoising.x_embedder.weight' not in trained
+    assert 'diffusion.denoising.single_transformer_blocks.1.attn.to_q.weight' in trained
+    assert all(value.grad is not None for value in trained.values())
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'diffusion__denoising__pretrained': 'other.safetensors'}, r'tie_teacher=True.*pretrained'),
+        ({'diffusion__denoising__num_layers': 1}, r'tie_teacher=True.*transformer'),
+        ({'diffusion__denoising__torch_dtype': 'bfloat16'}, r'tie_teacher=True.*torch_dtype'),
+        (
+            {'diffusion__denoising__freeze': False, 'diffusion__denoising__freeze_exclude': []},
+            r'tie_teacher=True.*not frozen',
+        ),
+        (
+            {'diffusion__denoising__lora_target_modules': ['proj_mlq']},
+            r"lora_target_modules names 'proj_mlq'.*proj_mlp",
+        ),
+        ({'diffusion__denoising__freeze_exclude': ['proj_out_maens']}, r"freeze_exclude names 'proj_out_maens'"),
+        ({'diffusion__denoising__logweights_channels': 1}, r'logweights_channels=1: expected 4'),
+    ],
+)
+def test_contradictions(weights, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.build(tiny.config('Flux', 'GM', weights['Flux'], **changes))
+
+
+def test_a_copy_is_independent(weights):
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux']))
+    twin = copy.deepcopy(model)
+    data = tiny.batch('Flux')
+    before = forward_all(twin, data)
+    step(model, optimizers(model), data)
+    after = forward_all(twin, data)
+    assert all(torch.equal(before[role], after[role]) for role in before)
