@@ -3,7 +3,8 @@
 A transformer of the diffusers library ends in ``hidden = norm_out(hidden, condition)`` and
 ``output = proj_out(hidden)``. Its forward stays as it is; what changes is what ``proj_out`` is: a layer that answers
 with all rows of a policy in one tensor ``(B, L, rows)``, so that whatever follows (unpatchifying, gathering) treats
-them as channels. A mixture also needs the conditioning embedding, which :func:`hand_on_condition` lets ``norm_out`` hand on.
+them as channels. A mixture also needs the conditioning embedding, which :func:`hand_on_condition` lets ``norm_out``
+hand on.
 
 ``B`` batch, ``L`` tokens, ``P`` patch size, ``K`` components, ``N`` DX points, ``C`` channels, ``H W`` image size.
 """

@@ -443,7 +443,7 @@ class DiffusersTransformer(Network):
         if 'joint_attention_dim' in config:
             size = (batch_size, text_length, config.joint_attention_dim)
             inputs[self.text] = torch.zeros(size, dtype=self.dtype, device=device)
-        if 'pooled_projection_dim' in config:
+        if 'pooled_projections' in inspect.signature(self.backbone.tree.forward).parameters:
             size = (batch_size, config.pooled_projection_dim)
             inputs['pooled_projections'] = torch.zeros(size, dtype=self.dtype, device=device)
         if config.get('guidance_embeds'):
