@@ -54,7 +54,7 @@ class LatentDiffusion(BaseDiffusion):
             raise ValueError(f'guidance_scale={guidance_scale} needs negative conditions: {self.negative_hint}')
         return concatenate_rows(conditions.negative, conditions.positive)
 
-    def encode_batch(self, data: Mapping[str, Any]) -> Tensor:
+    def encode_batch(self, data: Mapping[str, Any], source: RandomSource | None = None) -> Tensor:
         """Latents of a batch: given, or encoded from its images; without an autoencoder, the pixels in [-1, 1].
 
         A trainer without data takes only their shape, for which ``test_cfg.latent_size`` is enough.
@@ -69,14 +69,21 @@ class LatentDiffusion(BaseDiffusion):
             return self.patchify(torch.zeros((batch_size_of(data), *latent_size), device=self.device))
         if data.get('images') is None:
             raise ValueError(f'the batch holds neither latents nor images to train on, only {sorted(data)}')
-        return self.patchify(self.encode_images(data['images'].to(self.device) * 2 - 1))
+        return self.patchify(self.encode_images(data['images'].to(self.device) * 2 - 1, 'sample', source))
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents of images in [-1, 1]; the images themselves without an autoencoder."""
+    def encode_images(self, images: Tensor, sample_mode: str = 'argmax', source: RandomSource | None = None) -> Tensor:
+        """Latents of images in [-1, 1]; the images themselves without an autoencoder.
+
+        Args:
+            images: (B, 3, H, W).
+            sample_mode: ``'sample'`` from the autoencoder's posterior, or its mode, ``'argmax'``.
+            source: Source of the draw of the sample.
+        """
         if self.vae is None:
             return images
-        return self.vae.encode(images.to(next(self.vae.parameters()).dtype)).float()
+        images = images.to(next(self.vae.parameters()).dtype)
+        return self.vae.encode(images, sample_mode=sample_mode, source=source).float()
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ class LatentDiffusion(BaseDiffusion):
         self, data: dict[str, Any], running_status: Mapping[str, int], source: RandomSource, loss_factor: float
     ) -> dict[str, Tensor]:
         """Forward and backward of a micro-batch; see the class for its keys."""
-        x_0 = self.encode_batch(data)
+        x_0 = self.encode_batch(data, source)
         scale, section = self.teacher_guidance()
         conditions = self.conditions_of(data, self.teacher is not None and needs_negative(scale))
         student, of_teacher = self.training_conditions(conditions, data, source)

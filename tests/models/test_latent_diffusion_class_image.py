@@ -225,7 +225,7 @@ class HalvingAutoencoder(torch.nn.Module):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(2.0))
 
-    def encode(self, images):
+    def encode(self, images, sample_mode='sample', source=None):
         return images / self.scale
 
     def decode(self, latents):
