@@ -6,71 +6,101 @@ them, :func:`load_strictly` refuses whatever does not fit. Nothing here unpickle
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme, sibling
+from lakonlab.storage.local import is_remote
+
 logger = logging.getLogger(__name__)
 
 SAFETENSORS_SUFFIXES = ('.safetensors',)
-PICKLED_SUFFIXES = ('.pth', '.pt', '.bin')
+PICKLED_SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt')
+INDEX_SUFFIX = '.index.json'
+#: Names of weights in a folder of the diffusers or transformers library, best first.
+FOLDER_NAMES = tuple(
+    stem + suffix + index
+    for suffix in ('.safetensors', '.bin')
+    for stem in ('diffusion_pytorch_model', 'model', 'pytorch_model')
+    for index in (INDEX_SUFFIX, '')
+)
 #: Where a training checkpoint holds the network, best first.
 CHECKPOINT_PREFIXES = ('diffusion_ema.denoising.', 'diffusion.denoising.')
+#: Keys under which published training checkpoints hold the tensors, best first.
+STATE_KEYS = ('state_dict', 'ema', 'model')
 
 
 class PretrainedError(RuntimeError):
     """Weights that cannot be read, or do not fit the network they are meant for."""
 
 
-def locate_weights(path: str) -> Path:
-    """Find the file or checkpoint directory that a config names, without reading it.
+def locate_weights(path: str, key: str = 'pretrained') -> Path | str:
+    """Find what a config names, without reading or downloading it.
 
     Args:
-        path: A ``.safetensors`` or ``.pth``/``.pt``/``.bin`` file, or one of our checkpoints: its directory, the run's
-            directory, or ``latest.pth`` in that.
+        path: A ``.safetensors`` or ``.pth``/``.pt``/``.bin`` file; the ``.index.json`` of a sharded one; a folder of
+            the diffusers or transformers library; one of our checkpoints: its directory, the run's directory, or
+            ``latest.pth`` in that; or the URL of a file or of a folder of the hub.
+        key: Config key that names it, for messages.
 
     Returns:
-        The file, or the directory of the checkpoint.
+        The local file or the directory of the checkpoint; the URL of what is remote.
 
     Raises:
         FileNotFoundError: There is nothing there.
         PretrainedError: It is of a kind that cannot be read.
     """
-    if '://' in path:
-        raise PretrainedError(f'pretrained={path!r}: only local paths can be read; download the file and name its path')
-    local = Path(path).expanduser()
+    try:
+        require_known_scheme(path)
+        if is_remote(path) and not path.startswith('tmp:'):
+            return path
+        local = fetch(path)
+    except FetchError as error:
+        raise PretrainedError(f'{key}: {error}') from error
+    return _locate_local(local, path, key)
+
+
+def _locate_local(local: Path, path: str, key: str) -> Path:
     if local.is_file():
-        if local.suffix not in SAFETENSORS_SUFFIXES + PICKLED_SUFFIXES:
-            kinds = ', '.join(SAFETENSORS_SUFFIXES + PICKLED_SUFFIXES)
+        if local.suffix not in SAFETENSORS_SUFFIXES + PICKLED_SUFFIXES and not local.name.endswith(INDEX_SUFFIX):
+            kinds = ', '.join((*SAFETENSORS_SUFFIXES, *PICKLED_SUFFIXES, INDEX_SUFFIX))
             raise PretrainedError(
-                f'pretrained={path!r} has the suffix {local.suffix!r}; expected one of {kinds}, '
-                'or the directory of a checkpoint'
+                f'{key}={path!r} has the suffix {local.suffix!r}; expected one of {kinds}, '
+                'or the directory of a checkpoint or of a saved model'
             )
         return local
+    for name in FOLDER_NAMES:
+        if (local / name).is_file():
+            return local / name
     from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint
 
     try:
-        found = find_checkpoint(path)
+        found = find_checkpoint(local)
     except CheckpointError as error:
-        raise PretrainedError(f'pretrained={path!r} cannot be used: {error}') from error
+        raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
     if found is None:
         raise FileNotFoundError(
-            f'pretrained={path!r} does not exist (working directory {str(Path.cwd())!r}); '
-            'train or download those weights first, or correct the config key `pretrained`'
+            f'{key}={path!r} does not exist (working directory {str(Path.cwd())!r}); '
+            f'train or download those weights first, or correct the config key `{key}`'
         )
     return found
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Read the network's tensors from a file or from a checkpoint of a run.
+def read_weights(path: str, key: str = 'pretrained') -> dict[str, Tensor]:
+    """Read the network's tensors from a file, its shards, or a checkpoint of a run, downloading what is remote.
 
     Of a training checkpoint the EMA network is taken if there is one, else the student.
 
     Args:
         path: See :func:`locate_weights`.
+        key: Config key that names it, for messages.
 
     Returns:
         Name -> tensor on the CPU, names relative to the network.
@@ -79,42 +109,89 @@ def read_weights(path: str) -> dict[str, Tensor]:
         FileNotFoundError: There is nothing there.
         PretrainedError: It cannot be read.
     """
-    found = locate_weights(path)
+    found = locate_weights(path, key)
+    uri: str | Path = found
+    if isinstance(found, str):
+        try:
+            found = _locate_local(fetch(path), path, key)
+        except FetchError as error:
+            raise PretrainedError(f'{key}: {error}') from error
+        if Path(path).name != found.name:  # a folder: the shards are beside the index that was found in it
+            uri = found
     if found.is_dir():
         from lakonlab.storage.checkpoint import CheckpointError, load_model_state
 
         try:
             state = load_model_state(found)
         except CheckpointError as error:
-            raise PretrainedError(f'pretrained={path!r} cannot be used: {error}') from error
-    elif found.suffix in SAFETENSORS_SUFFIXES:
+            raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
+    elif found.name.endswith(INDEX_SUFFIX):
+        state = _read_shards(found, uri, key)
+    else:
+        state = _read_file(found, key)
+    return select_network(state)
+
+
+def _read_shards(index: Path, uri: str | Path, key: str) -> dict[str, Tensor]:
+    """All tensors that an index lists, from the files beside it."""
+    try:
+        files = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+        by_file: dict[str, list[str]] = {}
+        for name, file in files.items():
+            by_file.setdefault(file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainedError(f'{key}={str(uri)!r} is no index of sharded weights: {error!r}') from error
+    state: dict[str, Tensor] = {}
+    for file, names in by_file.items():
+        try:
+            shard = fetch(sibling(uri, file))
+        except FetchError as error:
+            raise PretrainedError(f'{key}={str(uri)!r}: {error}') from error
+        if not shard.is_file():
+            raise PretrainedError(f'{key}={str(uri)!r} lists {file}, which is not beside it: download all its shards')
+        tensors = _read_file(shard, key)
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise PretrainedError(
+                f'{key}={str(uri)!r} says that {file} holds {missing[0]!r}'
+                f'{f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""}, which it does not: index and '
+                'shards are not of the same model'
+            )
+        state.update({name: tensors[name] for name in names})
+    return state
+
+
+def _read_file(path: Path, key: str) -> dict[str, Tensor]:
+    if path.suffix in SAFETENSORS_SUFFIXES:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            state = load_file(found)
+            return load_file(path)
         except SafetensorError as error:
-            raise PretrainedError(f'pretrained={path!r} is not a readable safetensors file: {error}') from error
-    else:
-        try:
-            state = torch.load(found, map_location='cpu', weights_only=True)
-        except Exception as error:  # torch raises many kinds for damaged or unsafe files
-            raise PretrainedError(
-                f'pretrained={path!r} cannot be read as a file of plain tensors ({type(error).__name__}: {error}); '
-                'files that hold other Python objects are refused, convert them to .safetensors'
-            ) from error
-        state = _unwrap(state, path)
-    return select_network(state)
+            raise PretrainedError(f'{key}={str(path)!r} is not a readable safetensors file: {error}') from error
+    try:
+        # some published checkpoints keep their command line beside the tensors, as a namespace of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged or unsafe files
+        raise PretrainedError(
+            f'{key}={str(path)!r} cannot be read as a file of plain tensors ({type(error).__name__}: {error}); '
+            'files that hold other Python objects are refused, convert them to .safetensors'
+        ) from error
+    return _unwrap(state, path, key)
 
 
-def _unwrap(state, path: str) -> dict[str, Tensor]:
-    if isinstance(state, Mapping) and isinstance(state.get('state_dict'), Mapping):
-        state = state['state_dict']
+def _unwrap(state, path: Path, key: str) -> dict[str, Tensor]:
+    for name in STATE_KEYS:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+            break
     if not isinstance(state, Mapping):
-        raise PretrainedError(f'pretrained={path!r} holds a {type(state).__name__}, expected a dict of tensors')
+        raise PretrainedError(f'{key}={str(path)!r} holds a {type(state).__name__}, expected a dict of tensors')
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise PretrainedError(f'pretrained={path!r} holds no tensors; its keys are {sorted(map(str, state))[:10]}')
+        raise PretrainedError(f'{key}={str(path)!r} holds no tensors; its keys are {sorted(map(str, state))[:10]}')
     return tensors
 
 
@@ -148,8 +225,8 @@ def load_strictly(
         network: Receives the values, in its own dtypes and on its own devices.
         state: Name -> tensor.
         where: What the tensors come from, for messages.
-        ignored: Names that ``state`` may have beyond the network's.
-        allowed_missing: Names that ``state`` may lack.
+        ignored: Names, or patterns with ``*``, that ``state`` may have beyond the network's.
+        allowed_missing: Names, or patterns with ``*``, that ``state`` may lack.
         assign: Whether the tensors become those of the network instead of being copied, as networks without memory
             need it.
 
@@ -157,8 +234,8 @@ def load_strictly(
         PretrainedError: Names are missing, unexpected, or have another shape; all are named.
     """
     own = network.state_dict()
-    state = {name: tensor for name, tensor in state.items() if name not in ignored}
-    missing = [name for name in own if name not in state and name not in allowed_missing]
+    state = {name: tensor for name, tensor in state.items() if name in own or not _matches(name, ignored)}
+    missing = [name for name in own if name not in state and not _matches(name, allowed_missing)]
     unexpected = [name for name in state if name not in own]
     mismatched = [
         f'{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network'
@@ -177,6 +254,18 @@ def load_strictly(
             'the network (layers, heads, channels, classes) are those they were trained with.'
         )
     network.load_state_dict(state, strict=not allowed_missing, assign=assign)
+    if assign:
+        tensors = [*network.named_parameters(), *network.named_buffers()]
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty:
+            raise PretrainedError(
+                f'pretrained={where!r} leaves {len(empty)} tensors of {type(network).__name__} without values: '
+                f'{", ".join(empty[:8])}'
+            )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def load_pretrained(network: nn.Module, path: str, source=None) -> None:
@@ -195,5 +284,5 @@ def load_pretrained(network: nn.Module, path: str, source=None) -> None:
         locate_weights(path)
         return
     state = network.remap_pretrained(read_weights(path), source)
-    load_strictly(network, state, path, network.ignored_keys, network.allowed_missing)
+    network.load_published(state, path)
     logger.info('%s: loaded %d tensors from %s', type(network).__name__, len(state), path)

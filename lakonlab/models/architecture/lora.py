@@ -66,6 +66,8 @@ def add_lora(
         exclude_modules=excluded,
     )
     inject_adapter_in_model(config, transformer, adapter_name=adapter)
+    if hasattr(transformer, 'peft_config'):
+        del transformer.peft_config  # a note for peft's own adapters, which are not used here
     for parameter, requires_grad in before.items():
         parameter.requires_grad_(requires_grad)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lakonlab.cache import cache_directory
 from lakonlab.ops.mixture_rollout import RolloutInputs
 
 KERNEL = Path(__file__).with_name('kernel.cpp')
@@ -93,7 +94,7 @@ def library_path() -> Path:
     key = hashlib.blake2b(
         '\0'.join([KERNEL.read_text(), *flags, platform.system(), platform.machine()]).encode(), digest_size=8
     ).hexdigest()
-    cache = Path(os.environ.get('LAKONLAB_CACHE_DIR') or Path.home() / '.cache' / 'lakonlab') / 'kernels'
+    cache = cache_directory() / 'kernels'
     path = cache / f'mixture_rollout-{key}.so'
     if path.exists():
         return path

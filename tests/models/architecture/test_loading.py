@@ -140,7 +140,7 @@ class TestRefusal:
             build('DiTTransformer2DModelMod', pretrained=str(found))
 
     def test_remote_path(self):
-        with pytest.raises(PretrainedError, match='only local paths'):
+        with pytest.raises(PretrainedError, match=r'ftp:// cannot be read; known are local paths and huggingface://'):
             build('DiTTransformer2DModelMod', pretrained='ftp://host/weights.pth')
 
 

@@ -1,0 +1,179 @@
+"""Adapters in files: exports of trained students, and LoRA of a style or of a distilled teacher.
+
+The export of a student holds two kinds of tensors: whole layers that replace or join those of the base, and low-rank
+matrices ``<layer>.lora_A.weight`` (rank, in) and ``<layer>.lora_B.weight`` (out, rank), whose product is added with a
+factor of 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lakonlab.models.architecture.loading import PretrainedError, locate_weights, read_weights
+
+TRANSFORMER_PREFIX = 'transformer.'
+POLICY_KEY = 'policy_config'
+SIDES = ('.lora_A.weight', '.lora_B.weight')
+
+
+class Adapter(NamedTuple):
+    """What an exported student changes of its base."""
+
+    lora: dict[str, Tensor]
+    """Low-rank matrices, ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``."""
+    tensors: dict[str, Tensor]
+    """Tensors that replace those of the base or are new."""
+    policy: dict[str, Any]
+    """Type and arguments of the policy, as far as the file tells."""
+
+
+def read_adapter(path: str, key: str = 'pretrained_adapter') -> Adapter:
+    """Read the export of a student, or its training checkpoint.
+
+    Args:
+        path: See :func:`~lakonlab.models.architecture.loading.locate_weights`.
+        key: Config key that names it, for messages.
+
+    Raises:
+        FileNotFoundError: There is nothing there.
+        PretrainedError: It cannot be read.
+    """
+    state = {
+        name.removeprefix(TRANSFORMER_PREFIX).replace('.default.', '.'): tensor
+        for name, tensor in read_weights(path, key).items()
+    }
+    lora = {name: tensor for name, tensor in state.items() if '.lora_' in name}
+    tensors = {name: tensor for name, tensor in state.items() if name not in lora}
+    return Adapter(lora, tensors, _policy_of(path, key))
+
+
+def _policy_of(path: str, key: str) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    from lakonlab.storage.fetch import fetch
+
+    located = locate_weights(path, key)
+    file = fetch(located)
+    if file.suffix != '.safetensors':
+        return {}
+    with safe_open(file, framework='pt') as content:
+        text = (content.metadata() or {}).get(POLICY_KEY)
+    try:
+        return {} if text is None else dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise PretrainedError(f'{key}={path!r}: its metadata {POLICY_KEY} is damaged: {text!r}') from error
+
+
+def read_lora(
+    path: str, converter: str | None = None, key: str = 'pretrained_lora'
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Read low-rank matrices in any layout that diffusers knows.
+
+    Args:
+        path: See :func:`~lakonlab.models.architecture.loading.locate_weights`.
+        converter: Class of ``diffusers.loaders`` that knows the layouts of this architecture, such as
+            ``'FluxLoraLoaderMixin'``; None for the layout of diffusers only.
+        key: Config key that names it, for messages.
+
+    Returns:
+        ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` -> tensor, and layer -> alpha where the file has one.
+
+    Raises:
+        FileNotFoundError: There is nothing there.
+        PretrainedError: It cannot be read, or holds anything but low-rank matrices of the transformer.
+    """
+    state = read_weights(path, key)
+    is_plain = all(name.endswith(SIDES) for name in state)
+    if converter is not None and not is_plain:
+        state = _converted(state, converter, path, key)
+    lora: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    strangers = []
+    for name, tensor in state.items():
+        own = name.removeprefix(TRANSFORMER_PREFIX).replace('.default.', '.')
+        if own.endswith('.alpha'):
+            alphas[own.removesuffix('.alpha')] = float(tensor)
+        elif own.endswith(SIDES):
+            lora[own] = tensor
+        else:
+            strangers.append(name)
+    if strangers or not lora:
+        raise PretrainedError(
+            f'{key}={path!r} holds {len(strangers)} tensors that are no low-rank matrices of a transformer: '
+            f'{", ".join(strangers[:8]) or "nothing else either"}; expected <layer>.lora_A.weight and '
+            '<layer>.lora_B.weight'
+        )
+    return lora, alphas
+
+
+def _converted(state: dict[str, Tensor], converter: str, path: str, key: str) -> dict[str, Tensor]:
+    import inspect
+
+    import diffusers.loaders
+
+    loader = getattr(diffusers.loaders, converter, None)
+    if loader is None:
+        raise PretrainedError(f'lora_converter={converter!r} is no class of diffusers.loaders')
+    options = {'return_alphas': True} if 'return_alphas' in inspect.signature(loader.lora_state_dict).parameters else {}
+    try:
+        result = loader.lora_state_dict(dict(state), **options)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise PretrainedError(f'{key}={path!r} has no layout that {converter} knows: {error}') from error
+    if not isinstance(result, tuple):
+        return result
+    matrices, alphas = result
+    return {**matrices, **{f'{name.removesuffix(".alpha")}.alpha': alpha for name, alpha in (alphas or {}).items()}}
+
+
+@torch.no_grad()
+def merge_lora(
+    transformer: nn.Module,
+    lora: Mapping[str, Tensor],
+    scale: float = 1.0,
+    alphas: Mapping[str, float] | None = None,
+    key: str = 'pretrained_lora',
+) -> None:
+    """Add ``scale * alpha / rank * B A`` to the weights of the layers that the matrices are for.
+
+    Args:
+        transformer: Changed in place.
+        lora: ``<layer>.lora_A.weight`` (rank, in) and ``<layer>.lora_B.weight`` (out, rank).
+        scale: Factor of all.
+        alphas: Layer -> alpha; the rank where there is none.
+        key: Config key that they come from, for messages.
+
+    Raises:
+        PretrainedError: A layer does not exist, lacks one of its matrices, or they do not fit.
+    """
+    layers = sorted({name.removesuffix(side) for name in lora for side in SIDES if name.endswith(side)})
+    modules = dict(transformer.named_modules())
+    for layer in layers:
+        problem = _misfit(modules, lora, layer)
+        if problem is not None:
+            raise PretrainedError(f'{key}: {problem}; these are no matrices for {type(transformer).__name__}')
+    for layer in layers:
+        down, up = (lora[f'{layer}{side}'].float() for side in SIDES)
+        weight = modules[layer].weight
+        factor = scale * (alphas or {}).get(layer, down.shape[0]) / down.shape[0]
+        product = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight.device)
+        weight.copy_(weight.float() + factor * product)  # rounded once, in the precision of the weights
+
+
+def _misfit(modules: Mapping[str, nn.Module], lora: Mapping[str, Tensor], layer: str) -> str | None:
+    """Why the matrices of a layer cannot be merged; None if they can."""
+    missing = [side for side in SIDES if f'{layer}{side}' not in lora]
+    if missing:
+        return f'{layer} has no {missing[0][1:]}'
+    if layer not in modules or not isinstance(getattr(modules[layer], 'weight', None), Tensor):
+        return f'there is no layer {layer!r}'
+    down, up = (lora[f'{layer}{side}'] for side in SIDES)
+    weight = modules[layer].weight
+    expected = (up.shape[0], down[0].numel())
+    if down.shape[0] != up[0].numel() or (weight.shape[0], weight[0].numel()) != expected:
+        return f'{layer} has weights {tuple(weight.shape)}, its matrices {tuple(down.shape)} and {tuple(up.shape)}'
+    return None
