@@ -122,7 +122,7 @@ def _converted(state: dict[str, Tensor], converter: str, path: str, key: str) ->
     options = {'return_alphas': True} if 'return_alphas' in inspect.signature(loader.lora_state_dict).parameters else {}
     try:
         result = loader.lora_state_dict(dict(state), **options)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, AssertionError) as error:
         raise PretrainedError(f'{key}={path!r} has no layout that {converter} knows: {error}') from error
     if not isinstance(result, tuple):
         return result

@@ -1,12 +1,20 @@
 """Weights files: what loads, and what is refused."""
 
+import argparse
+import functools
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lakonlab.models.architecture.diffusers.dit import keep_prediction_rows, share_embedding
 from lakonlab.models.architecture.loading import PretrainedError, read_weights
+from lakonlab.registry import MODULES
 from lakonlab.storage.checkpoint import write_checkpoint
+from tests import tiny_text_image
 from tests.models.architecture.networks import ALL, STUDENTS, build, flat, inputs, randomised
 
 
@@ -241,3 +249,86 @@ class TestOriginalDiT:
             ),
             mixture,
         )
+
+
+class TestShards:
+    """Sharded files, local and from a server, and folders of other libraries."""
+
+    @pytest.fixture
+    def folder(self, teacher, tmp_path):
+        state, folder = teacher.state_dict(), tmp_path / 'model'
+        folder.mkdir()
+        names = sorted(state)
+        shards = {'a-1.safetensors': names[::2], 'a-2.safetensors': names[1::2]}
+        for file, own in shards.items():
+            save_file({name: state[name] for name in own}, folder / file)
+        index = {'weight_map': {name: file for file, own in shards.items() for name in own}}
+        (folder / 'diffusion_pytorch_model.safetensors.index.json').write_text(json.dumps(index))
+        return folder
+
+    @pytest.mark.parametrize('name', ['', 'diffusion_pytorch_model.safetensors.index.json'])
+    def test_local(self, name, folder, teacher):
+        assert same(build('DiTTransformer2DModelMod', pretrained=str(folder / name)), teacher)
+
+    def test_server(self, folder, teacher, monkeypatch, tmp_path):
+        monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
+        handler = functools.partial(QuietHandler, directory=str(folder))
+        server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/diffusion_pytorch_model.safetensors.index.json'
+        try:
+            with torch.device('meta'):
+                build('DiTTransformer2DModelMod', pretrained=url)
+            assert not (tmp_path / 'cache').exists()
+            assert same(build('DiTTransformer2DModelMod', pretrained=url), teacher)
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def test_missing_shard(self, folder):
+        (folder / 'a-2.safetensors').unlink()
+        with pytest.raises(PretrainedError, match=r'index\.json.* lists a-2\.safetensors, which is not beside it'):
+            build('DiTTransformer2DModelMod', pretrained=str(folder))
+
+    def test_shard_of_another_model(self, folder):
+        save_file({'x': torch.zeros(1)}, folder / 'a-2.safetensors')
+        with pytest.raises(PretrainedError, match=r'says that a-2\.safetensors holds .* and \d+ more tensors'):
+            build('DiTTransformer2DModelMod', pretrained=str(folder))
+
+    @pytest.mark.parametrize('text', ['{', '[]', '{"weight_map": 3}'])
+    def test_damaged_index(self, folder, text):
+        (folder / 'diffusion_pytorch_model.safetensors.index.json').write_text(text)
+        with pytest.raises(PretrainedError, match='is no index of sharded weights'):
+            build('DiTTransformer2DModelMod', pretrained=str(folder))
+
+    def test_folder_prefers_safetensors(self, teacher, tmp_path):
+        save_file(teacher.state_dict(), tmp_path / 'diffusion_pytorch_model.safetensors')
+        (tmp_path / 'diffusion_pytorch_model.bin').write_bytes(b'never read')
+        assert same(build('DiTTransformer2DModelMod', pretrained=str(tmp_path)), teacher)
+
+    def test_published_checkpoint_with_its_command_line(self, teacher, tmp_path):
+        torch.save({'ema': teacher.state_dict(), 'args': argparse.Namespace(lr=1.0)}, tmp_path / 'a.pt')
+        assert same(build('DiTTransformer2DModelMod', pretrained=str(tmp_path / 'a.pt')), teacher)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder."""
+
+    def log_message(self, *args):
+        """Keep the log of the tests readable."""
+
+
+def test_nothing_is_left_without_values(tmp_path):
+    """What a transformer computes itself is there after loading; what a file lacks is named."""
+    weights = tiny_text_image.teacher_file('QwenImage', tmp_path)
+    build_teacher = functools.partial(
+        MODULES.build,
+        {'type': 'QwenImageTransformer2DModel', 'pretrained': weights, **tiny_text_image.SIZES['QwenImage']},
+    )
+    network = build_teacher()
+    assert not any(tensor.is_meta for tensor in [*network.parameters(), *network.buffers()])
+    state = read_weights(weights)
+    removed = [name for name in state if name.startswith('transformer_blocks.1.img_mlp')]
+    save_file({name: value for name, value in state.items() if name not in removed}, weights)
+    with pytest.raises(PretrainedError, match=rf'{len(removed)} missing:\n\s+transformer_blocks\.1\.img_mlp'):
+        build_teacher()
