@@ -64,6 +64,16 @@ MODULES = LazyRegistry(
         'lakonlab.models.architecture.gmflow.spectrum_mlp': ('SpectrumMLP',),
         'lakonlab.models.architecture.dxflow.dxdit': ('DXDiTTransformer2DModel',),
         'lakonlab.models.architecture.diffusers.transformer': ('DiffusersTransformer',),
+        'lakonlab.models.architecture.diffusers.pretrained_vae': (
+            'PretrainedVAE',
+            'PretrainedVAEEncoder',
+            'PretrainedVAEDecoder',
+        ),
+        'lakonlab.models.architecture.diffusers.pretrained_vae_qwen_image': ('PretrainedVAEQwenImage',),
+        'lakonlab.models.architecture.diffusers.pretrained_flux_text_encoder': ('PretrainedFluxTextEncoder',),
+        'lakonlab.models.architecture.diffusers.pretrained_qwen_image_text_encoder': (
+            'PretrainedQwenImageTextEncoder',
+        ),
         'lakonlab.models.architecture.diffusers.flux': ('FluxTransformer2DModel',),
         'lakonlab.models.architecture.diffusers.qwen_image': ('QwenImageTransformer2DModel',),
         'lakonlab.models.architecture.gmflow.gmflux': ('GMFluxTransformer2DModel',),
