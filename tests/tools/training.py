@@ -35,36 +35,45 @@ class Training:
 
     Args:
         folder: Working directory; logs and checkpoints lie below it.
-        config: Stem of a file in ``configs/digits``.
+        config: Name of the run; the stem of a file in ``configs/digits``, unless ``file`` is given.
         options: ``--cfg-options`` beyond those that make iterations small.
+        file: The config.
+        validate: Whether to evaluate while training.
     """
 
     folder: Path
     config: str
     options: dict
+    file: Path | None = None
+    validate: bool = False
 
     @property
     def command(self) -> list[str]:
+        return self.command_of('train', *(() if self.validate else ('--no-validate',)))
+
+    def command_of(self, tool: str, *arguments: str) -> list[str]:
+        """Command line of ``tools/<tool>.py`` for this config."""
         options = {**SMALL, **self.options}
         return [
             sys.executable,
-            str(ROOT / 'tools' / 'train.py'),
-            str(ROOT / 'configs' / 'digits' / f'{self.config}.py'),
-            '--no-validate',
+            str(ROOT / 'tools' / f'{tool}.py'),
+            str(self.file or ROOT / 'configs' / 'digits' / f'{self.config}.py'),
+            *arguments,
             '--cfg-options',
             *(f'{key}={value}' for key, value in options.items()),
         ]
 
-    def start(self) -> subprocess.Popen:
-        """Start it; its output is added to ``output.txt``."""
+    def start(self, command: list[str] | None = None) -> subprocess.Popen:
+        """Start it, or another command in its place; the output is added to ``output.txt``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
         with open(self.folder / 'output.txt', 'ab') as output:
-            return subprocess.Popen(self.command, cwd=self.folder, env=environment, stdout=output, stderr=output)
+            command = command or self.command
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=output, stderr=output)
 
-    def run(self) -> str:
-        """Run it to its end; returns what all its processes printed."""
-        process = self.start()
+    def run(self, command: list[str] | None = None) -> str:
+        """Run it, or another command in its place, to its end; returns what all its processes printed."""
+        process = self.start(command)
         try:
             code = process.wait(timeout=120)
         finally:
