@@ -290,8 +290,8 @@ class DiTBackbone(Network):
 
     def remap_pretrained(self, state: dict[str, Tensor], source: RandomSource | None = None) -> dict[str, Tensor]:
         """See the base class: shared embedding of original DiT files, means of those that also predict a variance."""
-        original = any('.norm1.emb.' in name for name in state)
-        state = share_embedding(state)
+        original = any('.norm1.emb.' in name or name.startswith('final_layer.') for name in state)
+        state = share_embedding(rename_original(state))
         own = getattr(self, 'proj_out_2', None)
         if not original and own is not None and own.weight.shape == state.get('proj_out_2.weight', own.weight).shape:
             return state  # weights of this very architecture
@@ -382,6 +382,52 @@ class DiTTransformer2DModelMod(DiTBackbone):
             tokens, _, grid = self.encode(hidden_states, timestep, class_labels, source)
             rows = self.proj_out_2(tokens.to(self.proj_out_2.weight.dtype))
         return at_least(fold_tokens(rows, grid, self.patch_size, 1, ROW_ORDER).squeeze(1), hidden_states.dtype)
+
+
+#: Start of a name in the original repository of DiT (also of SiT and REPA) -> start of our name.
+ORIGINAL_NAMES = {
+    'x_embedder.proj.': 'pos_embed.proj.',
+    't_embedder.mlp.0.': 'emb.timestep_embedder.linear_1.',
+    't_embedder.mlp.2.': 'emb.timestep_embedder.linear_2.',
+    'y_embedder.': 'emb.class_embedder.',
+    'final_layer.adaLN_modulation.1.': 'proj_out_1.',
+    'final_layer.linear.': 'proj_out_2.',
+}
+#: Part of the name of a block's layer there -> its part here; query, key and value are one layer there.
+ORIGINAL_BLOCK_NAMES = {
+    'adaLN_modulation.1.': 'norm1.linear.',
+    'attn.proj.': 'attn1.to_out.0.',
+    'mlp.fc1.': 'ff.net.0.proj.',
+    'mlp.fc2.': 'ff.net.2.',
+}
+#: What those files hold beyond the network: fixed positions, and REPA's heads for features, which only train it.
+ORIGINAL_EXTRAS = ('pos_embed', 'projectors.')
+
+
+def rename_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remap the names of the original repository of DiT, whose checkpoints SiT and REPA follow.
+
+    Files with other names are returned unchanged.
+    """
+    if not any(name.startswith('final_layer.') for name in state):
+        return dict(state)
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith(ORIGINAL_EXTRAS):
+            continue
+        if not name.startswith('blocks.'):
+            start = next((start for start in ORIGINAL_NAMES if name.startswith(start)), '')
+            renamed[ORIGINAL_NAMES.get(start, '') + name[len(start) :]] = tensor
+            continue
+        _, index, part = name.split('.', 2)
+        block = f'transformer_blocks.{index}.'
+        if part.startswith('attn.qkv.'):
+            for own, rows in zip('qkv', tensor.chunk(3)):
+                renamed[f'{block}attn1.to_{own}.{part.removeprefix("attn.qkv.")}'] = rows
+            continue
+        start = next((start for start in ORIGINAL_BLOCK_NAMES if part.startswith(start)), '')
+        renamed[block + ORIGINAL_BLOCK_NAMES.get(start, '') + part[len(start) :]] = tensor
+    return renamed
 
 
 def share_embedding(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class PretrainedTextEncoder(PretrainedPart):
         unused = {
             part: None for part in list(inspect.signature(pipeline.__init__).parameters)[1:] if part not in needed
         }
-        self.pipeline = load_part(lambda: pipeline.from_pretrained(name, torch_dtype=dtype, **unused, **options), what)
+        self.pipeline = load_part(lambda: pipeline.from_pretrained(name, dtype=dtype, **unused, **options), what)
         for part in self.encoders:
             self.add_module(part, getattr(self.pipeline, part))
 

@@ -92,7 +92,7 @@ class PretrainedVAE(PretrainedPart):
     def _load(self, name: str, dtype: torch.dtype, what: str, options: dict[str, Any]) -> nn.Module:
         from diffusers import AutoModel
 
-        return load_part(lambda: AutoModel.from_pretrained(name, torch_dtype=dtype, **options), what)
+        return load_part(lambda: AutoModel.from_pretrained(name, dtype=dtype, **options), what)
 
     def _plan(self, name: str, subfolder: str | None, dtype: torch.dtype, what: str) -> nn.Module | None:
         folder = local_folder(name)
