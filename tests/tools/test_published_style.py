@@ -49,4 +49,4 @@ def test_it_evaluates_by_its_own_section(trainings):
     assert 'val_step1' in json.dumps(results)
     folders = (published.folder / 'viz' / PUBLISHED / 'step1').iterdir()
     images = {folder.name: len(list(folder.glob('0*.png'))) for folder in folders}
-    assert images == {'5': 16, '10': 16, '12': 16}
+    assert images == {'5': 16, '10': 16, 'iter_12': 16}
