@@ -8,9 +8,12 @@ and is only visible there when all of it has arrived.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import posixpath
+import re
 import shutil
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -21,11 +24,14 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from lakonlab.cache import cache_directory
-from lakonlab.storage.local import directory_lock, is_remote
+from lakonlab.storage.local import DirectoryInUseError, directory_lock, is_remote
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
 LOCK_SECONDS = 3600.0
+#: What a killed download left is removed when nothing was written to it for so long.
+STALE_SECONDS = 3600.0
+PARTIAL_MARK = '.part-'
 #: Prefix of published configs for files that are to be staged in memory; they are read where they are.
 STAGED = 'tmp:'
 
@@ -38,7 +44,8 @@ def fetch(uri: str | Path) -> Path:
     """A local path with the content of a file, or of a folder of the hub.
 
     Args:
-        uri: Local path or URL.
+        uri: Local path or URL. What ends in a suffix is a file on the hub, anything else or with a slash at its end
+            is a folder.
 
     Returns:
         The path; of a local one, itself, whether it exists or not.
@@ -58,8 +65,9 @@ def require_known_scheme(uri: str) -> None:
     Raises:
         FetchError: The scheme is unknown.
     """
-    if is_remote(uri.removeprefix(STAGED)):
-        _handler(uri)
+    text = uri.removeprefix(STAGED)
+    if is_remote(text):
+        _handler(text)
 
 
 def sibling(uri: str | Path, name: str) -> str:
@@ -95,9 +103,11 @@ def _from_hub(uri: str) -> Path:
     if len(parts) < 3 or not all(parts[:2]):
         raise FetchError(f'{uri!r}: expected huggingface://organisation/repository/path')
     repository, _, revision = '/'.join(parts[:2]).partition('@')
-    path = '/'.join(parts[2:]).rstrip('/')
+    path = '/'.join(parts[2:])
+    is_file = re.fullmatch(r'.*\.[A-Za-z][A-Za-z0-9]*', path) is not None  # a version, like v0.1, is no suffix
+    path = path.rstrip('/')
     try:
-        if PurePosixPath(path).suffix:
+        if is_file:
             return Path(hf_hub_download(repository, path, revision=revision or None))
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[f'{path}/*'])) / path
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
@@ -118,14 +128,27 @@ def _from_web(uri: str) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with directory_lock(folder, LOCK_SECONDS):  # processes that need the same file wait for one download
-        if not path.exists():
-            _download(uri, path)
+    try:
+        with directory_lock(folder, LOCK_SECONDS):  # processes that need the same file wait for one download
+            if not path.exists():
+                _remove_stale(folder)
+                _download(uri, path)
+    except DirectoryInUseError as error:
+        raise FetchError(
+            f'{uri!r}: another process has been downloading it for more than {LOCK_SECONDS:.0f} s; stop that one, or '
+            'download the file yourself and name its path'
+        ) from error
     return path
 
 
+def _remove_stale(folder: Path) -> None:
+    for path in folder.glob(f'.*{PARTIAL_MARK}*'):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
 def _download(uri: str, path: Path) -> None:
-    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}')
+    temporary = path.with_name(f'.{path.name}{PARTIAL_MARK}{uuid.uuid4().hex}')
     try:
         with (
             urllib.request.urlopen(uri, timeout=TIMEOUT_SECONDS) as response,
@@ -144,8 +167,8 @@ def _download(uri: str, path: Path) -> None:
         os.replace(temporary, path)
     except urllib.error.HTTPError as error:
         raise FetchError(f'{uri!r} cannot be downloaded: status {error.code} {error.reason}; check the URL') from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, 'reason', error)
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        reason = getattr(error, 'reason', None) or str(error) or type(error).__name__
         raise FetchError(f'{uri!r} cannot be downloaded: {reason}; check the URL and the network') from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,17 +8,23 @@ factor of 1.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lakonlab.models.architecture.loading import PretrainedError, locate_weights, read_weights
+from lakonlab.models.architecture.loading import PretrainedError, obtain_weights, read_weights
 
 TRANSFORMER_PREFIX = 'transformer.'
 POLICY_KEY = 'policy_config'
 SIDES = ('.lora_A.weight', '.lora_B.weight')
+ALPHA = '.alpha'
+#: The names of ``SIDES`` in files of other tools.
+DOWN, UP = '.lora_down.weight', '.lora_up.weight'
+#: Parts of names in files of adapters whose product is not all that they add.
+UNSUPPORTED = ('dora_scale', 'lora_magnitude_vector')
 
 
 class Adapter(NamedTuple):
@@ -43,22 +49,21 @@ def read_adapter(path: str, key: str = 'pretrained_adapter') -> Adapter:
         FileNotFoundError: There is nothing there.
         PretrainedError: It cannot be read.
     """
-    state = {
-        name.removeprefix(TRANSFORMER_PREFIX).replace('.default.', '.'): tensor
-        for name, tensor in read_weights(path, key).items()
-    }
+    state = {_own_name(name): tensor for name, tensor in read_weights(path, key).items()}
     lora = {name: tensor for name, tensor in state.items() if '.lora_' in name}
     tensors = {name: tensor for name, tensor in state.items() if name not in lora}
     return Adapter(lora, tensors, _policy_of(path, key))
 
 
+def _own_name(name: str) -> str:
+    """A name in a file, relative to the transformer and without that of the adapter in a training run."""
+    return re.sub(r'(\.lora_[AB])\.default\.', r'\1.', name.removeprefix(TRANSFORMER_PREFIX))
+
+
 def _policy_of(path: str, key: str) -> dict[str, Any]:
     from safetensors import safe_open
 
-    from lakonlab.storage.fetch import fetch
-
-    located = locate_weights(path, key)
-    file = fetch(located)
+    file = obtain_weights(path, key)
     if file.suffix != '.safetensors':
         return {}
     with safe_open(file, framework='pt') as content:
@@ -88,16 +93,21 @@ def read_lora(
         PretrainedError: It cannot be read, or holds anything but low-rank matrices of the transformer.
     """
     state = read_weights(path, key)
-    is_plain = all(name.endswith(SIDES) for name in state)
-    if converter is not None and not is_plain:
+    unsupported = [name for name in state if any(part in name for part in UNSUPPORTED)]
+    if unsupported:
+        raise PretrainedError(
+            f'{key}={path!r} holds magnitudes beside its low-rank matrices (DoRA), which cannot be merged: '
+            f'{", ".join(unsupported[:8])}'
+        )
+    if converter is not None:
         state = _converted(state, converter, path, key)
     lora: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     strangers = []
     for name, tensor in state.items():
-        own = name.removeprefix(TRANSFORMER_PREFIX).replace('.default.', '.')
-        if own.endswith('.alpha'):
-            alphas[own.removesuffix('.alpha')] = float(tensor)
+        own = _own_name(name).replace(DOWN, SIDES[0]).replace(UP, SIDES[1])
+        if own.endswith(ALPHA):
+            alphas[own.removesuffix(ALPHA)] = float(tensor)
         elif own.endswith(SIDES):
             lora[own] = tensor
         else:
@@ -112,6 +122,7 @@ def read_lora(
 
 
 def _converted(state: dict[str, Tensor], converter: str, path: str, key: str) -> dict[str, Tensor]:
+    """The same matrices in the layout of diffusers, which leaves alone what is in it already."""
     import inspect
 
     import diffusers.loaders
@@ -120,14 +131,19 @@ def _converted(state: dict[str, Tensor], converter: str, path: str, key: str) ->
     if loader is None:
         raise PretrainedError(f'lora_converter={converter!r} is no class of diffusers.loaders')
     options = {'return_alphas': True} if 'return_alphas' in inspect.signature(loader.lora_state_dict).parameters else {}
+    # some layouts have alpha multiplied into the matrices, which is not to be rounded to their precision
+    precise = {_own_name(name): value.float() if value.is_floating_point() else value for name, value in state.items()}
     try:
-        result = loader.lora_state_dict(dict(state), **options)
-    except (ValueError, KeyError, AttributeError, AssertionError) as error:
-        raise PretrainedError(f'{key}={path!r} has no layout that {converter} knows: {error}') from error
+        result = loader.lora_state_dict(precise, **options)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise PretrainedError(
+            f'{key}={path!r} has no layout that {converter} knows ({type(error).__name__}: {error}); '
+            f'its names are like {", ".join(sorted(state)[:3])}'
+        ) from error
     if not isinstance(result, tuple):
         return result
     matrices, alphas = result
-    return {**matrices, **{f'{name.removesuffix(".alpha")}.alpha': alpha for name, alpha in (alphas or {}).items()}}
+    return {**matrices, **{f'{name.removesuffix(ALPHA)}{ALPHA}': alpha for name, alpha in (alphas or {}).items()}}
 
 
 @torch.no_grad()
@@ -148,14 +164,18 @@ def merge_lora(
         key: Config key that they come from, for messages.
 
     Raises:
-        PretrainedError: A layer does not exist, lacks one of its matrices, or they do not fit.
+        PretrainedError: A layer does not exist, lacks one of its matrices, or they do not fit; nothing was changed.
     """
     layers = sorted({name.removesuffix(side) for name in lora for side in SIDES if name.endswith(side)})
     modules = dict(transformer.named_modules())
-    for layer in layers:
-        problem = _misfit(modules, lora, layer)
-        if problem is not None:
-            raise PretrainedError(f'{key}: {problem}; these are no matrices for {type(transformer).__name__}')
+    problems = [f'{name} is no low-rank matrix' for name in lora if not name.endswith(SIDES)]
+    problems += [f'{layer} has an alpha, but no matrices' for layer in sorted(set(alphas or ()) - set(layers))]
+    problems += [problem for layer in layers if (problem := _misfit(modules, lora, layer)) is not None]
+    if problems:
+        more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
+        raise PretrainedError(
+            f'{key}: {"; ".join(problems[:8])}{more}; these are no matrices for {type(transformer).__name__}'
+        )
     for layer in layers:
         down, up = (lora[f'{layer}{side}'].float() for side in SIDES)
         weight = modules[layer].weight
@@ -173,7 +193,10 @@ def _misfit(modules: Mapping[str, nn.Module], lora: Mapping[str, Tensor], layer:
         return f'there is no layer {layer!r}'
     down, up = (lora[f'{layer}{side}'] for side in SIDES)
     weight = modules[layer].weight
-    expected = (up.shape[0], down[0].numel())
-    if down.shape[0] != up[0].numel() or (weight.shape[0], weight[0].numel()) != expected:
+    matrices_fit = min(down.dim(), up.dim(), weight.dim()) >= 2 and (
+        down.shape[0] == up.shape[1:].numel()
+        and (weight.shape[0], weight.shape[1:].numel()) == (up.shape[0], down.shape[1:].numel())
+    )
+    if not matrices_fit:
         return f'{layer} has weights {tuple(weight.shape)}, its matrices {tuple(down.shape)} and {tuple(up.shape)}'
     return None

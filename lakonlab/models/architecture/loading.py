@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme, sibling
+from lakonlab.storage.fetch import STAGED, FetchError, fetch, require_known_scheme, sibling
 from lakonlab.storage.local import is_remote
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def locate_weights(path: str, key: str = 'pretrained') -> Path | str:
     """
     try:
         require_known_scheme(path)
-        if is_remote(path) and not path.startswith('tmp:'):
+        if _is_download(path):
             return path
         local = fetch(path)
     except FetchError as error:
@@ -85,12 +85,47 @@ def _locate_local(local: Path, path: str, key: str) -> Path:
         found = find_checkpoint(local)
     except CheckpointError as error:
         raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
+    if found is None and local.is_dir():
+        raise PretrainedError(f'{key}={path!r} is a folder without weights{_advice(local)}')
     if found is None:
         raise FileNotFoundError(
             f'{key}={path!r} does not exist (working directory {str(Path.cwd())!r}); '
             f'train or download those weights first, or correct the config key `{key}`'
         )
     return found
+
+
+def _advice(folder: Path) -> str:
+    """What a user who named this folder may have meant."""
+    children = sorted(child for child in folder.iterdir() if not child.name.startswith('.'))
+    inner = [child.name for child in children if any((child / name).is_file() for name in FOLDER_NAMES)]
+    if inner:
+        return f'; its subfolders {", ".join(inner)} hold some: name one of them'
+    names = ', '.join(child.name for child in children[:8]) or 'nothing'
+    return f': expected {FOLDER_NAMES[1]}, {FOLDER_NAMES[3]}, their indices, or checkpoints of a run; found {names}'
+
+
+def obtain_weights(path: str, key: str = 'pretrained') -> Path:
+    """Find what a config names, and download it if it is remote.
+
+    Args:
+        path: See :func:`locate_weights`.
+        key: Config key that names it, for messages.
+
+    Returns:
+        The local file or the directory of the checkpoint; of sharded weights, their index.
+
+    Raises:
+        FileNotFoundError: There is nothing there.
+        PretrainedError: It is of a kind that cannot be read, or cannot be downloaded.
+    """
+    found = locate_weights(path, key)
+    if isinstance(found, Path):
+        return found
+    try:
+        return _locate_local(fetch(found), path, key)
+    except FetchError as error:
+        raise PretrainedError(f'{key}: {error}') from error
 
 
 def read_weights(path: str, key: str = 'pretrained') -> dict[str, Tensor]:
@@ -109,15 +144,7 @@ def read_weights(path: str, key: str = 'pretrained') -> dict[str, Tensor]:
         FileNotFoundError: There is nothing there.
         PretrainedError: It cannot be read.
     """
-    found = locate_weights(path, key)
-    uri: str | Path = found
-    if isinstance(found, str):
-        try:
-            found = _locate_local(fetch(path), path, key)
-        except FetchError as error:
-            raise PretrainedError(f'{key}: {error}') from error
-        if Path(path).name != found.name:  # a folder: the shards are beside the index that was found in it
-            uri = found
+    found = obtain_weights(path, key)
     if found.is_dir():
         from lakonlab.storage.checkpoint import CheckpointError, load_model_state
 
@@ -126,34 +153,36 @@ def read_weights(path: str, key: str = 'pretrained') -> dict[str, Tensor]:
         except CheckpointError as error:
             raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
     elif found.name.endswith(INDEX_SUFFIX):
-        state = _read_shards(found, uri, key)
+        state = _read_shards(found, path, key)
     else:
-        state = _read_file(found, key)
+        state = _read_file(found, path, key)
     return select_network(state)
 
 
-def _read_shards(index: Path, uri: str | Path, key: str) -> dict[str, Tensor]:
+def _read_shards(index: Path, path: str, key: str) -> dict[str, Tensor]:
     """All tensors that an index lists, from the files beside it."""
+    named = _named(index, path, key)
     try:
-        files = json.loads(index.read_text(encoding='utf-8'))['weight_map']
         by_file: dict[str, list[str]] = {}
-        for name, file in files.items():
-            by_file.setdefault(file, []).append(name)
+        for name, file in json.loads(index.read_text(encoding='utf-8'))['weight_map'].items():
+            by_file.setdefault(str(file), []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PretrainedError(f'{key}={str(uri)!r} is no index of sharded weights: {error!r}') from error
+        raise PretrainedError(f'{named} is no index of sharded weights: {error!r}') from error
+    # of a remote folder all shards are there already; beside a remote index each is downloaded now
+    remote_index = path.removeprefix(STAGED).partition('?')[0].endswith(INDEX_SUFFIX)
     state: dict[str, Tensor] = {}
     for file, names in by_file.items():
         try:
-            shard = fetch(sibling(uri, file))
+            shard = fetch(sibling(path.removeprefix(STAGED) if remote_index else index, file))
         except FetchError as error:
-            raise PretrainedError(f'{key}={str(uri)!r}: {error}') from error
+            raise PretrainedError(f'{named}: {error}') from error
         if not shard.is_file():
-            raise PretrainedError(f'{key}={str(uri)!r} lists {file}, which is not beside it: download all its shards')
-        tensors = _read_file(shard, key)
+            raise PretrainedError(f'{named} lists {file}, which is not beside it: download all its shards')
+        tensors = _read_file(shard, path, key)
         missing = [name for name in names if name not in tensors]
         if missing:
             raise PretrainedError(
-                f'{key}={str(uri)!r} says that {file} holds {missing[0]!r}'
+                f'{named} says that {file} holds {missing[0]!r}'
                 f'{f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""}, which it does not: index and '
                 'shards are not of the same model'
             )
@@ -161,37 +190,48 @@ def _read_shards(index: Path, uri: str | Path, key: str) -> dict[str, Tensor]:
     return state
 
 
-def _read_file(path: Path, key: str) -> dict[str, Tensor]:
-    if path.suffix in SAFETENSORS_SUFFIXES:
+def _is_download(path: str) -> bool:
+    return is_remote(path.removeprefix(STAGED))
+
+
+def _named(file: Path, path: str, key: str) -> str:
+    """For messages: what the user named, and the file it led to."""
+    return f'{key}={path!r}' if str(file) == path else f'{key}={path!r}: {str(file)!r}'
+
+
+def _read_file(file: Path, path: str, key: str) -> dict[str, Tensor]:
+    named = _named(file, path, key)
+    again = '; if the server has another file there, delete this one and run again' if _is_download(path) else ''
+    if file.suffix in SAFETENSORS_SUFFIXES:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return load_file(file)
         except SafetensorError as error:
-            raise PretrainedError(f'{key}={str(path)!r} is not a readable safetensors file: {error}') from error
+            raise PretrainedError(f'{named} is not a readable safetensors file: {error}{again}') from error
     try:
         # some published checkpoints keep their command line beside the tensors, as a namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or unsafe files
         raise PretrainedError(
-            f'{key}={str(path)!r} cannot be read as a file of plain tensors ({type(error).__name__}: {error}); '
-            'files that hold other Python objects are refused, convert them to .safetensors'
+            f'{named} cannot be read as a file of plain tensors ({type(error).__name__}: {error}); '
+            f'files that hold other Python objects are refused, convert them to .safetensors{again}'
         ) from error
-    return _unwrap(state, path, key)
+    return _unwrap(state, named)
 
 
-def _unwrap(state, path: Path, key: str) -> dict[str, Tensor]:
+def _unwrap(state: object, named: str) -> dict[str, Tensor]:
     for name in STATE_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
             break
     if not isinstance(state, Mapping):
-        raise PretrainedError(f'{key}={str(path)!r} holds a {type(state).__name__}, expected a dict of tensors')
+        raise PretrainedError(f'{named} holds a {type(state).__name__}, expected a dict of tensors')
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise PretrainedError(f'{key}={str(path)!r} holds no tensors; its keys are {sorted(map(str, state))[:10]}')
+        raise PretrainedError(f'{named} holds no tensors; its keys are {sorted(map(str, state))[:10]}')
     return tensors
 
 
@@ -218,6 +258,7 @@ def load_strictly(
     ignored: Sequence[str] = (),
     allowed_missing: Sequence[str] = (),
     assign: bool = False,
+    key: str = 'pretrained',
 ) -> None:
     """Copy tensors into a network, refusing anything that does not fit.
 
@@ -229,9 +270,11 @@ def load_strictly(
         allowed_missing: Names, or patterns with ``*``, that ``state`` may lack.
         assign: Whether the tensors become those of the network instead of being copied, as networks without memory
             need it.
+        key: Config key that names the tensors, for messages.
 
     Raises:
-        PretrainedError: Names are missing, unexpected, or have another shape; all are named.
+        PretrainedError: Names are missing, unexpected, or have another shape, or tensors of the network are left
+            without values; all are named.
     """
     own = network.state_dict()
     state = {name: tensor for name, tensor in state.items() if name in own or not _matches(name, ignored)}
@@ -248,20 +291,19 @@ def load_strictly(
             problems.append(f'  {len(names)} {title}:\n' + ''.join(f'    {name}\n' for name in names))
     if problems:
         raise PretrainedError(
-            f'pretrained={where!r} does not fit {type(network).__name__}:\n'
+            f'{key}={where!r} does not fit {type(network).__name__}:\n'
             + ''.join(problems)
-            + '  Check that the config key `pretrained` names weights of this architecture and that the arguments of '
+            + f'  Check that the config key `{key}` names weights of this architecture and that the arguments of '
             'the network (layers, heads, channels, classes) are those they were trained with.'
         )
     network.load_state_dict(state, strict=not allowed_missing, assign=assign)
-    if assign:
-        tensors = [*network.named_parameters(), *network.named_buffers()]
-        empty = [name for name, tensor in tensors if tensor.is_meta]
-        if empty:
-            raise PretrainedError(
-                f'pretrained={where!r} leaves {len(empty)} tensors of {type(network).__name__} without values: '
-                f'{", ".join(empty[:8])}'
-            )
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise PretrainedError(
+            f'{key}={where!r} leaves {len(empty)} tensors of {type(network).__name__} without values: '
+            f'{", ".join(empty[:8])}'
+        )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -280,7 +322,8 @@ def load_pretrained(network: nn.Module, path: str, source=None) -> None:
         FileNotFoundError: There is nothing at ``path``.
         PretrainedError: It cannot be read or does not fit.
     """
-    if any(parameter.is_meta for parameter in network.parameters()):
+    parameters = list(network.parameters())
+    if parameters and all(parameter.is_meta for parameter in parameters):
         locate_weights(path)
         return
     state = network.remap_pretrained(read_weights(path), source)

@@ -73,58 +73,145 @@ def test_merging_equals_fusing_by_diffusers(family, dtype, scale, tmp_path):
         ), name
 
 
+ALPHA = 1.5  # half the rank
+
+
+def product(lora, layer, alphas=()):
+    """What a layer's matrices add to its weights."""
+    down, up = lora[f'{layer}.lora_A.weight'].float(), lora[f'{layer}.lora_B.weight'].float()
+    return dict(alphas).get(layer, down.shape[0]) / down.shape[0] * up @ down
+
+
+def renamed(lora, down='lora_A.weight', up='lora_B.weight', change=lambda layer: layer, alpha=None):
+    """The same matrices under the names of another tool."""
+    file = {}
+    for name, value in lora.items():
+        layer, side = name.split('.lora_')
+        file[f'{change(layer)}.{down if side == "A.weight" else up}'] = value
+        if alpha is not None:
+            file[f'{change(layer)}.alpha'] = torch.tensor(alpha)
+    return file
+
+
+def flat_name(layer):
+    return 'lora_unet_' + layer.replace('.', '_')
+
+
+LAYOUTS = {
+    'without a prefix': dict(),
+    'diffusers': dict(change='transformer.{}'.format),
+    'a training run': dict(down='lora_A.default.weight', up='lora_B.default.weight'),
+    'diffusers with alpha': dict(change='transformer.{}'.format, alpha=ALPHA),
+}
+OF_QWEN = {
+    'lightx2v': dict(down='lora_down.weight', up='lora_up.weight', alpha=ALPHA),
+    'lightx2v without alpha': dict(down='lora_down.weight', up='lora_up.weight'),
+    'comfy': dict(change='diffusion_model.{}'.format),
+    'comfy with alpha': dict(change='diffusion_model.{}'.format, alpha=ALPHA),
+    'kohya': dict(down='lora_down.weight', up='lora_up.weight', change=flat_name, alpha=ALPHA),
+}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ('family', 'layout'),
+    [(family, name) for family in TARGETS for name in LAYOUTS] + [('QwenImage', name) for name in OF_QWEN],
+)
+def test_layouts(family, layout, dtype, tmp_path):
+    """Whatever the names and whoever applies alpha: alpha / rank B A is added to the same layers."""
+    plain = {name: value.to(dtype) for name, value in matrices(family, '').items()}
+    options = {**LAYOUTS, **OF_QWEN}[layout]
+    save_file(renamed(plain, **options), tmp_path / 'lora.safetensors')
+    lora, alphas = read_lora(str(tmp_path / 'lora.safetensors'), f'{family}LoraLoaderMixin')
+    assert lora.keys() == plain.keys()
+    for layer in {name.split('.lora_')[0] for name in plain}:
+        expected = product(plain, layer) * (0.5 if options.get('alpha') else 1)
+        torch.testing.assert_close(product(lora, layer, alphas), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize('family', list(TARGETS))
-def test_alpha(family, tmp_path):
-    """The factor is alpha / rank, whichever layout says it."""
-    plain = matrices(family, '')
-    layer = next(iter(plain)).removesuffix('.lora_A.weight')
-    before = transformer(family)
-    doubled = transformer(family)
-    single = {name: value for name, value in plain.items() if name.startswith(layer)}
-    merge_lora(doubled, single, 1.0, {layer: 2.0 * RANK})
-    merged = transformer(family)
-    merge_lora(merged, single)
-    weights = [dict(model.named_parameters())[f'{layer}.weight'] for model in (before, merged, doubled)]
-    torch.testing.assert_close(weights[2] - weights[0], 2 * (weights[1] - weights[0]), rtol=1e-4, atol=1e-5)
+def test_alpha_equals_that_of_diffusers(family):
+    plain, merged, fused = matrices(family, ''), transformer(family), transformer(family)
+    layers = sorted({name.split('.lora_')[0] for name in plain})
+    alphas = {layer: 0.5 + place for place, layer in enumerate(layers)}
+    merge_lora(merged, plain, 0.75, alphas)
+    named = {f'transformer.{layer}.alpha': alpha for layer, alpha in alphas.items()}
+    fused.load_lora_adapter(matrices(family), prefix='transformer', network_alphas=named)
+    fused.fuse_lora(0.75)
+    fused.unload_lora()
+    expected = fused.state_dict()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_layout_of_other_tools(tmp_path):
-    """``diffusion_model.<layer>.lora_down.weight`` with an alpha, as few-step Qwen-Image adapters are published."""
-    layer, alpha = 'transformer_blocks.0.img_mlp.net.2', 1.5
-    plain = {name: value for name, value in matrices('QwenImage', '').items() if name.startswith(layer)}
-    file = {
-        f'diffusion_model.{layer}.lora_down.weight': plain[f'{layer}.lora_A.weight'],
-        f'diffusion_model.{layer}.lora_up.weight': plain[f'{layer}.lora_B.weight'],
-        f'diffusion_model.{layer}.alpha': torch.tensor(alpha),
-    }
+def test_layout_of_kohya_for_flux(tmp_path):
+    """The fused projections of FLUX, at its width, are taken apart."""
+    width, rank = 3072, 2
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(size, generator=generator) for size in ((rank, width), (7 * width, rank)))
+    name = 'lora_unet_single_blocks_0_linear1'
+    file = {f'{name}.lora_down.weight': down, f'{name}.lora_up.weight': up, f'{name}.alpha': torch.tensor(1.0)}
     save_file(file, tmp_path / 'lora.safetensors')
-    lora, alphas = read_lora(str(tmp_path / 'lora.safetensors'), 'QwenImageLoraLoaderMixin')
-    found, expected = transformer('QwenImage'), transformer('QwenImage')
-    merge_lora(found, lora, 1.0, alphas)
-    merge_lora(expected, plain, alpha / RANK)
-    for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor, expected.state_dict()[name])
+    lora, alphas = read_lora(str(tmp_path / 'lora.safetensors'), 'FluxLoraLoaderMixin')
+    parts = [f'single_transformer_blocks.0.{part}' for part in ('attn.to_q', 'attn.to_k', 'attn.to_v', 'proj_mlp')]
+    assert {layer.split('.lora_')[0] for layer in lora} == set(parts)
+    for part, rows in zip(parts, up.split([width, width, width, 4 * width])):
+        found = {f'{part}.lora_A.weight': lora[f'{part}.lora_A.weight']}
+        found[f'{part}.lora_B.weight'] = lora[f'{part}.lora_B.weight'][-8:]
+        torch.testing.assert_close(product(found, part, alphas), rows[-8:] @ down / rank)
 
 
-def test_layout_that_nobody_knows(tmp_path):
-    save_file({'lora_unet_nothing.lora_down.weight': torch.zeros(1)}, tmp_path / 'lora.safetensors')
-    with pytest.raises(PretrainedError, match='FluxLoraLoaderMixin'):
-        read_lora(str(tmp_path / 'lora.safetensors'), 'FluxLoraLoaderMixin')
-    with pytest.raises(PretrainedError, match=r"lora_converter='Nobody'"):
-        read_lora(str(tmp_path / 'lora.safetensors'), 'Nobody')
+def test_convolutions():
+    """Against the convolution of a convolution."""
+    layer = torch.nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    model = torch.nn.ModuleDict({'conv': layer})
+    down, up, images = torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1), torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        added = torch.nn.functional.conv2d(torch.nn.functional.conv2d(images, down, padding=1), up)
+        expected = layer(images) + 0.5 * added
+        merge_lora(model, {'conv.lora_A.weight': down, 'conv.lora_B.weight': up}, 0.5)
+        torch.testing.assert_close(layer(images), expected)
+
+
+def test_half_precision_is_rounded_once():
+    model, plain = transformer('Flux').bfloat16(), matrices('Flux', '')
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    merge_lora(model, {name: value.half() for name, value in plain.items()}, 0.3)
+    for layer in {name.split('.lora_')[0] for name in plain}:
+        exact = before[f'{layer}.weight'].double() + 0.3 * product(
+            {name: value.half() for name, value in plain.items()}, layer
+        )
+        found = model.get_submodule(layer).weight
+        away = (found.double() - exact).abs()
+        step = torch.maximum(exact.abs(), torch.tensor(2.0**-20)) * 2.0**-8
+        assert (away <= step * 1.001).all(), layer
+        assert found.dtype == torch.bfloat16
+    touched = {f'{name.split(".lora_")[0]}.weight' for name in plain}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name not in touched)
+
+
+Q = 'transformer_blocks.0.attn.to_q'
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda lora: lora.pop('transformer_blocks.0.attn.to_q.lora_B.weight'), r'to_q has no lora_B.weight'),
+        (lambda lora: lora.pop(f'{Q}.lora_B.weight'), r'to_q has no lora_B\.weight'),
+        (lambda lora: lora.pop(f'{Q}.lora_A.weight'), r'to_q has no lora_A\.weight'),
         (
             lambda lora: lora.update({'x.lora_A.weight': torch.zeros(3, 3), 'x.lora_B.weight': torch.zeros(3, 3)}),
             r"no layer 'x'",
         ),
         (
-            lambda lora: lora.update({'transformer_blocks.0.attn.to_q.lora_A.weight': torch.zeros(3, 31)}),
+            lambda lora: lora.update({f'{Q}.lora_A.weight': torch.zeros(3, 31)}),
             r'to_q has weights \(32, 32\), its matrices \(3, 31\)',
+        ),
+        (lambda lora: lora.update({f'{Q}.lora_A.weight': torch.zeros(2, 32)}), r'its matrices \(2, 32\) and \(32, 3\)'),
+        (lambda lora: lora.update({f'{Q}.lora_A.weight': torch.zeros(())}), r'its matrices \(\) and \(32, 3\)'),
+        (lambda lora: lora.update({f'{Q}.lora_B.bias': torch.zeros(32)}), r'to_q\.lora_B\.bias is no low-rank matrix'),
+        (
+            lambda lora: lora.update({f'{Q}.lora_magnitude_vector.weight': torch.zeros(32)}),
+            r'to_q\.lora_magnitude_vector\.weight is no low-rank matrix',
         ),
     ],
 )
@@ -132,10 +219,71 @@ def test_misfits_are_named_before_anything_changes(change, message):
     lora = matrices('Flux', '')
     change(lora)
     model = transformer('Flux')
-    with pytest.raises(PretrainedError, match=message):
+    with pytest.raises(
+        PretrainedError, match=rf'pretrained_lora: .*{message}.* no matrices for FluxTransformer2DModel'
+    ):
         merge_lora(model, lora)
     expected = transformer('Flux').state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_all_misfits_are_told_at_once():
+    lora = {name.replace('blocks.0', 'blocks.7'): value for name, value in matrices('Flux', '').items()}
+    with pytest.raises(PretrainedError, match=r"no layer 'single.*7.*; there is no layer 'trans.*7") as caught:
+        merge_lora(transformer('Flux'), lora, key='pretrained_adapter')
+    assert str(caught.value).startswith('pretrained_adapter: ')
+
+
+def test_alpha_of_a_layer_without_matrices():
+    with pytest.raises(PretrainedError, match=r'norm has an alpha, but no matrices'):
+        merge_lora(transformer('Flux'), matrices('Flux', ''), alphas={'norm': 1.0})
+
+
+@pytest.mark.parametrize('name', ['dora_scale', 'lora_magnitude_vector.weight'])
+def test_magnitudes_are_not_dropped(name, tmp_path):
+    save_file({**matrices('Flux'), f'transformer.{Q}.{name}': torch.ones(32)}, tmp_path / 'lora.safetensors')
+    with pytest.raises(PretrainedError, match=rf'pretrained_lora=.*DoRA.*{Q}\.{name}'):
+        read_lora(str(tmp_path / 'lora.safetensors'), 'FluxLoraLoaderMixin')
+
+
+def test_converters_refuse(tmp_path):
+    path = str(tmp_path / 'lora.safetensors')
+    save_file({'lora_unet_some_unet.lora_down.weight': torch.zeros(1, 2), 'y.alpha': torch.ones(1, 2)}, path)
+    for converter in ('FluxLoraLoaderMixin', 'QwenImageLoraLoaderMixin'):
+        with pytest.raises(PretrainedError, match=rf'pretrained_lora=.*no layout that {converter} knows'):
+            read_lora(path, converter)
+    with pytest.raises(PretrainedError, match="lora_converter='FluksLoraLoaderMixin' is no class of diffusers"):
+        read_lora(path, 'FluksLoraLoaderMixin')
+
+
+def test_export_of_a_training_checkpoint(tmp_path):
+    """Whichever of both files is named, the adapter is the same; of a checkpoint, that of the average."""
+    state = {**matrices('Flux', ''), 'norm_out.linear.bias': torch.ones(4), 'proj_out_means.bias': torch.ones(3)}
+    save_file(state, tmp_path / 'a.safetensors')
+    checkpoint = {}
+    for prefix, factor in (('diffusion.denoising.', 0), ('diffusion_ema.denoising.', 1)):
+        for name, value in state.items():
+            side = name.replace('lora_A.', 'lora_A.default.').replace('lora_B.', 'lora_B.default.')
+            checkpoint[prefix + side] = factor * value
+    torch.save({'state_dict': checkpoint, 'meta': {'iter': 1}, 'optimizer': {}}, tmp_path / 'iter_1.pth')
+    exported, trained = (read_adapter(str(tmp_path / name)) for name in ('a.safetensors', 'iter_1.pth'))
+    for own, expected in ((trained.lora, exported.lora), (trained.tensors, exported.tensors)):
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in own.items())
+    assert set(exported.tensors) == {'norm_out.linear.bias', 'proj_out_means.bias'}
+    assert exported.policy == trained.policy == {}
+
+
+@pytest.mark.parametrize('where', ['file', 'folder', 'server'])
+def test_policy_is_found_wherever_the_file_is(where, tmp_path, monkeypatch):
+    folder = tmp_path / 'student_v0.1'
+    folder.mkdir()
+    path = folder / 'diffusion_pytorch_model.safetensors'
+    save_file(matrices('Flux', ''), path, metadata={'policy_config': '{"type": "GMFlow"}'})
+    if where == 'server':
+        monkeypatch.setattr('lakonlab.models.architecture.loading.fetch', lambda uri: folder)
+    name = {'file': str(path), 'folder': str(folder), 'server': 'huggingface://org/model/student_v0.1'}[where]
+    assert read_adapter(name).policy == {'type': 'GMFlow'}
 
 
 def test_file_without_matrices(tmp_path):
@@ -144,13 +292,14 @@ def test_file_without_matrices(tmp_path):
         read_lora(str(tmp_path / 'a.safetensors'))
 
 
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('weights')
+    return {family: tiny.teacher_file(family, folder) for family in tiny.SIZES}
+
+
 class TestExport:
     """Files in the published layout, as a training run would be exported."""
-
-    @pytest.fixture(scope='class')
-    def weights(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp('weights')
-        return {family: tiny.teacher_file(family, folder) for family in tiny.SIZES}
 
     def trained(self, family, policy, weights):
         """A student whose every trained tensor was moved."""

@@ -9,9 +9,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from lakonlab.models.architecture.diffusers.dit import keep_prediction_rows, share_embedding
-from lakonlab.models.architecture.loading import PretrainedError, read_weights
+from lakonlab.models.architecture.loading import PretrainedError, load_strictly, read_weights
 from lakonlab.registry import MODULES
 from lakonlab.storage.checkpoint import write_checkpoint
 from tests import tiny_text_image
@@ -270,20 +271,34 @@ class TestShards:
     def test_local(self, name, folder, teacher):
         assert same(build('DiTTransformer2DModelMod', pretrained=str(folder / name)), teacher)
 
-    def test_server(self, folder, teacher, monkeypatch, tmp_path):
+    @pytest.fixture
+    def url(self, folder, monkeypatch, tmp_path):
         monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
         handler = functools.partial(QuietHandler, directory=str(folder))
         server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}/diffusion_pytorch_model.safetensors.index.json'
-        try:
-            with torch.device('meta'):
-                build('DiTTransformer2DModelMod', pretrained=url)
-            assert not (tmp_path / 'cache').exists()
-            assert same(build('DiTTransformer2DModelMod', pretrained=url), teacher)
-        finally:
-            server.shutdown()
-            server.server_close()
+        threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+        server.server_close()
+
+    @pytest.mark.parametrize('prefix', ['', 'tmp:'])
+    @pytest.mark.parametrize('query', ['', '?download=true'])
+    def test_server(self, prefix, query, url, teacher, tmp_path):
+        url = f'{prefix}{url}/diffusion_pytorch_model.safetensors.index.json{query}'
+        with torch.device('meta'):
+            build('DiTTransformer2DModelMod', pretrained=url)
+        assert not (tmp_path / 'cache').exists()
+        assert same(build('DiTTransformer2DModelMod', pretrained=url), teacher)
+
+    def test_damaged_download(self, folder, url):
+        (folder / 'a-2.safetensors').write_bytes(b'<html>')
+        with pytest.raises(PretrainedError, match=r"pretrained='http://.*cache.*a-2\.safetensors' is not a.*delete"):
+            read_weights(f'{url}/diffusion_pytorch_model.safetensors.index.json')
+
+    def test_shard_that_the_server_lacks(self, folder, url):
+        (folder / 'a-2.safetensors').unlink()
+        with pytest.raises(PretrainedError, match=r'pretrained_adapter=.*http://.*/a-2\.safetensors.*status 404'):
+            read_weights(f'{url}/diffusion_pytorch_model.safetensors.index.json', 'pretrained_adapter')
 
     def test_missing_shard(self, folder):
         (folder / 'a-2.safetensors').unlink()
@@ -294,6 +309,29 @@ class TestShards:
         save_file({'x': torch.zeros(1)}, folder / 'a-2.safetensors')
         with pytest.raises(PretrainedError, match=r'says that a-2\.safetensors holds .* and \d+ more tensors'):
             build('DiTTransformer2DModelMod', pretrained=str(folder))
+
+    def test_index_that_leads_elsewhere(self, folder):
+        text = json.dumps({'weight_map': {'x': '../../secret.safetensors'}})
+        (folder / 'diffusion_pytorch_model.safetensors.index.json').write_text(text)
+        with pytest.raises(PretrainedError, match='which is not in its folder'):
+            read_weights(str(folder))
+
+    def test_pickled_shards(self, teacher, tmp_path):
+        state = teacher.state_dict()
+        for file, names in (('a.bin', list(state)[:9]), ('b.bin', list(state)[9:])):
+            torch.save({name: state[name] for name in names}, tmp_path / file)
+        index = {name: 'a.bin' if place < 9 else 'b.bin' for place, name in enumerate(state)}
+        (tmp_path / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': index}))
+        assert same(build('DiTTransformer2DModelMod', pretrained=str(tmp_path)), teacher)
+
+    def test_folder_of_a_whole_pipeline(self, folder):
+        with pytest.raises(PretrainedError, match='is a folder without weights; its subfolders model hold some'):
+            read_weights(str(folder.parent))
+
+    def test_folder_of_something_else(self, tmp_path):
+        (tmp_path / 'readme.txt').touch()
+        with pytest.raises(PretrainedError, match=r'without weights: expected .*safetensors.*found readme\.txt'):
+            read_weights(str(tmp_path))
 
     @pytest.mark.parametrize('text', ['{', '[]', '{"weight_map": 3}'])
     def test_damaged_index(self, folder, text):
@@ -332,3 +370,53 @@ def test_nothing_is_left_without_values(tmp_path):
     save_file({name: value for name, value in state.items() if name not in removed}, weights)
     with pytest.raises(PretrainedError, match=rf'{len(removed)} missing:\n\s+transformer_blocks\.1\.img_mlp'):
         build_teacher()
+
+
+class TestStrictly:
+    """The last step, on modules of torch."""
+
+    def module(self, device='cpu'):
+        module = nn.Linear(2, 3, device=device)
+        module.register_buffer('table', torch.ones(2, device=device))
+        return module
+
+    def test_report_names_everything_and_changes_nothing(self):
+        module = self.module()
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        state = {'weight': torch.zeros(3, 4), 'table': torch.zeros(2), 'scale': torch.zeros(1)}
+        with pytest.raises(PretrainedError) as caught:
+            load_strictly(module, state, 'x', key='pretrained_vae')
+        for part in ("pretrained_vae='x' does not fit Linear", '1 missing:\n    bias\n', '1 unexpected:\n    scale\n'):
+            assert part in str(caught.value)
+        assert 'weight: (3, 4) in the file, (3, 2) in the network' in str(caught.value)
+        assert 'config key `pretrained_vae`' in str(caught.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+    def test_patterns(self):
+        module = self.module()
+        state = {'weight': torch.zeros(3, 2), 'old.a': torch.zeros(1), 'old.b': torch.zeros(1)}
+        load_strictly(module, state, 'x', ignored=['old.*'], allowed_missing=['bia?', 'table'])
+        assert not module.weight.any()
+        with pytest.raises(PretrainedError, match=r'2 unexpected:\n    old\.a\n    old\.b'):
+            load_strictly(module, state, 'x', ignored=['older.*'], allowed_missing=['bia?', 'table'])
+
+    def test_assigned_tensors_are_those_of_the_file(self):
+        module, state = (
+            self.module('meta'),
+            {'weight': torch.zeros(3, 2), 'bias': torch.zeros(3), 'table': torch.ones(2)},
+        )
+        module.bias.requires_grad_(False)
+        load_strictly(module, state, 'x', assign=True)
+        assert module.weight.data_ptr() == state['weight'].data_ptr()
+        assert module.weight.requires_grad
+        assert not module.bias.requires_grad
+
+    @pytest.mark.filterwarnings('ignore:.*copying from a non-meta parameter')
+    @pytest.mark.parametrize('assign', [True, False])
+    def test_what_stays_without_memory_is_named(self, assign):
+        module = nn.Sequential(self.module('meta'), nn.Linear(2, 2))
+        module[0].register_buffer('temporary', torch.ones(1, device='meta'), persistent=False)
+        state = {f'0.{name}': torch.zeros(tensor.shape) for name, tensor in self.module().state_dict().items()}
+        state |= {f'1.{name}': tensor for name, tensor in nn.Linear(2, 2).state_dict().items()}
+        with pytest.raises(PretrainedError, match=r"pretrained='x' leaves .* without values: .*0\.temporary"):
+            load_strictly(module, state, 'x', assign=assign)
