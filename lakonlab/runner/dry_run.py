@@ -12,6 +12,7 @@ from mmengine.config import Config
 from torch import nn
 
 from lakonlab.config.load import resolved_text
+from lakonlab.models.architecture.roles import named_state
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.hooks.checkpoint import run_directory
 from lakonlab.runner.resume import find_starting_point
@@ -19,6 +20,8 @@ from lakonlab.runner.sections import training_loader_options
 
 MEBIBYTE = 2**20
 MISSING = 'MISSING'
+WEIGHT_KEYS = ('pretrained', 'pretrained_adapter', 'pretrained_lora')
+"""Arguments of networks that name files of weights."""
 
 
 def build_on_meta(cfg: Mapping[str, Any], locate: bool = True) -> nn.Module:
@@ -36,7 +39,7 @@ def build_on_meta(cfg: Mapping[str, Any], locate: bool = True) -> nn.Module:
 
 def _without_pretrained(node: Any) -> Any:
     if isinstance(node, Mapping):
-        return {key: _without_pretrained(value) for key, value in node.items() if key != 'pretrained'}
+        return {key: _without_pretrained(value) for key, value in node.items() if key not in WEIGHT_KEYS}
     return node
 
 
@@ -54,7 +57,7 @@ def pretrained_files(cfg: Mapping[str, Any]) -> dict[str, str]:
     files = {}
     for key, path in _pretrained_paths(cfg['model'], 'model'):
         try:
-            files[key] = str(locate_weights(path))
+            files[key] = str(locate_weights(path, key))
         except (FileNotFoundError, PretrainedError) as error:
             files[key] = f'{MISSING}: {error}'
     return files
@@ -63,8 +66,10 @@ def pretrained_files(cfg: Mapping[str, Any]) -> dict[str, str]:
 def _pretrained_paths(node: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, Mapping):
         for key, value in node.items():
-            if key == 'pretrained' and isinstance(value, str):
+            if key in WEIGHT_KEYS and isinstance(value, str):
                 yield f'{path}.{key}', value
+            elif key in WEIGHT_KEYS and isinstance(value, (list, tuple)):
+                yield from ((f'{path}.{key}.{index}', item) for index, item in enumerate(value))
             else:
                 yield from _pretrained_paths(value, f'{path}.{key}')
 
@@ -123,12 +128,12 @@ def estimate_memory(model: nn.Module, optimizer: Mapping[str, Mapping[str, Any]]
         optimiser is known to keep fewer, one byte per number for 8-bit optimisers.
     """
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    state = dict(named_state(model))
+    others = {id(p) for name, p in state.items() if not name.partition('.')[0].endswith('_ema')}
     averages = {
         id(p): p
-        for name, child in model.named_children()
-        if name.endswith('_ema')
-        for p in child.parameters()
-        if p.requires_grad
+        for name, p in state.items()
+        if name.partition('.')[0].endswith('_ema') and id(p) not in others and isinstance(p, nn.Parameter)
     }
     gradients = moments = 0
     for key, options in optimizer.items():

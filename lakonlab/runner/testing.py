@@ -29,7 +29,7 @@ from lakonlab.storage.checkpoint import (
     read_manifest,
     require_checkpoint,
 )
-from lakonlab.storage.local import sha256_of
+from lakonlab.storage.local import is_remote, sha256_of
 
 logger = logging.getLogger('lakonlab.evaluation')
 
@@ -213,13 +213,15 @@ def _fingerprint(cfg: Config) -> str:
 
 
 def _pretrained_digests(cfg: Config) -> dict[str, str | None]:
-    """Dotted key of each ``pretrained`` -> digest of what it names; None if it cannot be found."""
+    """Dotted key of each ``pretrained`` -> digest of what it names, or its URL; None if it cannot be found."""
     digests: dict[str, str | None] = {}
     for key, found in pretrained_files(cfg).items():
-        path = None if found.startswith(MISSING) else Path(found)
-        if path is None:
+        if found.startswith(MISSING):
             digests[key] = None
+        elif is_remote(found):
+            digests[key] = found
         else:
+            path = Path(found)
             digests[key] = content_digest(path, 'model') if path.is_dir() else sha256_of(path)
     return digests
 
