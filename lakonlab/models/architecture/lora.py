@@ -16,17 +16,19 @@ def add_lora(
     transformer: nn.Module,
     target_modules: Sequence[str],
     rank: int,
+    alpha: float | None = None,
     dropout: float = 0.0,
     adapter: str = 'default',
     untouched: Sequence[str] = (),
 ) -> None:
-    """Add an adapter to every layer that a pattern names; the scale of its product is 1.
+    """Add an adapter to every layer that a pattern names.
 
     Args:
         transformer: Changed in place.
         target_modules: Qualified names of layers, or their last parts: ``'ff.net.2'`` names
             ``transformer_blocks.0.ff.net.2`` too.
         rank: Rank of the adapter.
+        alpha: The product of its matrices is multiplied by ``alpha / rank``; None for ``rank``.
         dropout: Probability of dropping an input of the adapter in training.
         adapter: Its name.
         untouched: Qualified names of modules that are never adapted, whatever the patterns say.
@@ -59,7 +61,7 @@ def add_lora(
     before = {parameter: parameter.requires_grad for parameter in transformer.parameters()}
     config = LoraConfig(
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
         init_lora_weights='gaussian',
         target_modules=list(target_modules),

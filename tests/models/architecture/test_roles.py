@@ -211,6 +211,61 @@ def test_precisions(weights, base, compute):
     assert step(model, optimizers(model), data)['skipped'] == ()
 
 
+def test_own_parts_in_the_precision_of_the_base(weights):
+    changes = {f'{part}__denoising__torch_dtype': 'bfloat16' for part in ('diffusion', 'teacher')}
+    model = tiny.build(
+        tiny.config('Flux', 'GM', weights['Flux'], diffusion__denoising__freeze_exclude_fp32=False, **changes)
+    )
+    assert {tensor.dtype for _, tensor in named_state(model)} == {torch.bfloat16}
+    assert step(model, optimizers(model), tiny.batch('Flux'))['skipped'] == ()
+
+
+@pytest.mark.parametrize('alpha', [None, 8.0])
+def test_scale_of_the_adapter(weights, alpha):
+    """What the adapters add is proportional to ``lora_alpha / lora_rank``; the rank here is 4."""
+    data = tiny.batch('Flux')
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], diffusion__denoising__lora_alpha=alpha))
+    merged = copy.deepcopy(model)
+    scale = 1.0 if alpha is None else alpha / 4
+    with torch.no_grad():
+        for network, factor in ((model, 1.0), (merged, scale)):
+            for name, value in tiny.trainable(network).items():
+                if '.lora_B.' in name:
+                    value.fill_(0.01 * factor)
+        for layer in merged.diffusion.denoising.backbone.adapted:
+            layer.scaling['default'] = 1.0
+    outputs = [forward_all(network, data)['student'] for network in (model, merged)]
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5 * outputs[0].abs().max()
+
+
+@kinds
+def test_full_fine_tuning_without_sharing(weights, family, policy):
+    """Everything is trained, nothing is shared, and the average is a whole copy."""
+    changes = {f'diffusion__denoising__{key}': value for key, value in (('freeze', False), ('use_lora', False))}
+    model = tiny.build(
+        tiny.config(
+            family,
+            policy,
+            weights[family],
+            tie_teacher=False,
+            diffusion__denoising__freeze_exclude=[],
+            diffusion__denoising__lora_target_modules=[],
+            **changes,
+        ),
+        family,
+    )
+    data = tiny.batch(family)
+    before = forward_all(model, data)
+    step(model, optimizers(model), data)
+    after = forward_all(model, data)
+    assert torch.equal(before['teacher'], after['teacher'])
+    assert torch.equal(before['ema'], after['ema'])
+    assert not torch.equal(before['student'], after['student'])
+    student, average = (dict(named_state(model.role(role))) for role in ('student', 'ema'))
+    assert all(value.requires_grad for value in student.values() if isinstance(value, torch.nn.Parameter))
+    assert not {id(value) for value in student.values()} & {id(value) for value in average.values()}
+
+
 @pytest.mark.parametrize('tie_teacher', [True, False])
 @pytest.mark.parametrize('tie_ema', [True, False])
 def test_what_is_saved_has_the_same_names_however_it_is_shared(weights, tie_teacher, tie_ema):

@@ -61,6 +61,7 @@ class DiffusersTransformer(Network):
         use_lora: Train adapters in the layers of ``lora_target_modules``.
         lora_target_modules: See :func:`~lakonlab.models.architecture.lora.add_lora`.
         lora_rank: Rank of the adapters.
+        lora_alpha: Their products are multiplied by ``lora_alpha / lora_rank``; None for ``lora_rank``, as in exports.
         lora_dropout: Probability of dropping their inputs in training.
         pretrained_adapter: Export of a trained student: layers that replace the pretrained ones, and adapters, which
             are merged into the weights; with a shared base they become the student's adapters.
@@ -92,6 +93,7 @@ class DiffusersTransformer(Network):
         use_lora: bool = False,
         lora_target_modules: Sequence[str] = (),
         lora_rank: int = 16,
+        lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         pretrained_adapter: str | None = None,
         pretrained_lora: str | Sequence[str] | None = None,
@@ -124,7 +126,12 @@ class DiffusersTransformer(Network):
             )
         self.pretrained_lora_scale = scales
         self.lora_converter = lora_converter
-        self.lora = {'target_modules': list(lora_target_modules), 'rank': lora_rank, 'dropout': lora_dropout}
+        self.lora = {
+            'target_modules': list(lora_target_modules),
+            'rank': lora_rank,
+            'alpha': lora_alpha,
+            'dropout': lora_dropout,
+        }
         self.uses_lora = use_lora
         self.role = STUDENT
         if share_with is None:
@@ -193,6 +200,11 @@ class DiffusersTransformer(Network):
             adapter = read_adapter(self.pretrained_adapter)
             lora = {_with_adapter_name(name): tensor for name, tensor in adapter.lora.items()}
             self._copy_into({**adapter.tensors, **lora}, f'pretrained_adapter={self.pretrained_adapter!r}')
+        if not self.freeze_exclude_fp32:
+            shared = {id(tensor) for tensor in teacher.role_state().values()}
+            for tensor in self.role_state().values():
+                if id(tensor) not in shared and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(self.torch_dtype)
         self._freeze()
 
     def _check_same_base(self, teacher: DiffusersTransformer) -> None:
@@ -391,7 +403,7 @@ class DiffusersTransformer(Network):
         if self.uses_lora:
             paths = {name.rpartition('.lora_')[0] for name in trained if '.lora_' in name}
             paths = sorted(path for path in paths if EMA not in path.split('.'))
-            add_lora(tree, paths, self.lora['rank'], adapter=EMA)
+            add_lora(tree, paths, self.lora['rank'], self.lora['alpha'], adapter=EMA)
             layers = [tree.get_submodule(path) for path in paths]
             copy_adapter(layers, 'default', EMA)
             for layer in layers:
