@@ -1,20 +1,12 @@
-"""FLUX.1 students of the DX policy."""
+"""FLUX.1 student of the DX policy."""
 
 from __future__ import annotations
 
 from lakonlab.models.architecture.diffusers.flux import FluxTransformer2DModel
+from lakonlab.models.architecture.diffusers.students import GridStudent
 from lakonlab.registry import MODULES
 
 
 @MODULES.register_module()
-class DXFluxTransformer2DModel(FluxTransformer2DModel):
-    """FLUX.1 that predicts N velocities, at the points of a time grid or as coefficients of a polynomial in time.
-
-    Args:
-        n_grid: ``N`` points of a grid.
-        p_order: ``N`` coefficients of a polynomial; give this or ``n_grid``.
-        **options: See :class:`~lakonlab.models.architecture.diffusers.flux.FluxTransformer2DModel`.
-    """
-
-    def __init__(self, n_grid: int | None = None, p_order: int | None = None, **options):
-        super().__init__(head={'type': 'DX', 'n_grid': n_grid, 'p_order': p_order}, **options)
+class DXFluxTransformer2DModel(GridStudent, FluxTransformer2DModel):
+    """FLUX.1 that predicts velocities at several times; see both bases for the arguments."""
