@@ -62,6 +62,7 @@ MODULES = LazyRegistry(
         'lakonlab.models.architecture.gmflow.gmdit': ('GMDiTTransformer2DModel', 'GMDiTTransformer2DModelV2'),
         'lakonlab.models.architecture.gmflow.gmmlp2d': ('GMFlowMLP2DDenoiser',),
         'lakonlab.models.architecture.gmflow.spectrum_mlp': ('SpectrumMLP',),
+        'lakonlab.models.architecture.static_policy': ('StaticPolicyNetwork',),
         'lakonlab.models.architecture.dxflow.dxdit': ('DXDiTTransformer2DModel',),
         'lakonlab.models.architecture.diffusers.transformer': ('DiffusersTransformer',),
         'lakonlab.models.architecture.diffusers.pretrained_vae': (
