@@ -309,7 +309,7 @@ class DiffusersTransformer(Network):
         if adapter is not None:
             state = self._overlay(state, adapter.tensors)
         self.load_published(self.remap_pretrained(state), self.pretrained)
-        # weights that are changed below must not be views of a file that is mapped into memory
+        # files are mapped privately: changing the weights below never reaches them
         self.to(self.torch_dtype)
         if adapter is not None:
             merge_lora(self.transformer, adapter.lora)
@@ -337,14 +337,15 @@ class DiffusersTransformer(Network):
     def _copy_into(self, state: Mapping[str, Tensor], where: str) -> None:
         """Copy some tensors, by published names, into those of this role."""
         own = self.role_state()
-        unknown = [name for name in state if name not in own]
-        if unknown:
-            raise PretrainedError(f'{where} holds tensors that this student lacks: {", ".join(unknown[:8])}')
+        problems = [f'{name} is none of this student' for name in state if name not in own]
+        problems += [
+            f'{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
+            for name, tensor in state.items()
+            if name in own and own[name].shape != tensor.shape
+        ]
+        if problems:
+            raise PretrainedError(f'{where} does not fit, {len(problems)} tensors: {"; ".join(problems[:8])}')
         for name, tensor in state.items():
-            if own[name].shape != tensor.shape:
-                raise PretrainedError(
-                    f'{where}: {name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
-                )
             own[name].data.copy_(tensor)
 
     def _published_name(self, name: str) -> str | None:
