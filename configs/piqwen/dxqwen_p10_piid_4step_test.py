@@ -1,0 +1,8 @@
+# Sampling of the published dxqwen_p10_piid_4step.
+_base_ = ['./_dx_p10.py', './_test.py']
+
+name = 'dxqwen_p10_piid_4step_test'
+
+adapter = f'{_base_.adapters}/dxqwen_p10_piid_4step/diffusion_pytorch_model.safetensors'
+model = dict(diffusion=dict(denoising=dict(pretrained_adapter=adapter)))
+evaluation = _base_.evaluation[:1]
