@@ -23,6 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--skip-existing', action='store_true', help='keep finished results of the same checkpoint')
     parser.add_argument('--reuse-viz', action='store_true', help='refused: images on disk are not the samples')
     parser.add_argument('--timer', action='store_true', help='measure sampling speed in every evaluation')
+    parser.add_argument('--dry-run', action='store_true', help='say what would be evaluated, and exit')
     return parser.parse_args()
 
 

@@ -22,7 +22,10 @@ def parse_args() -> argparse.Namespace:
         '--resume-from', help='checkpoint to resume from; it must exist (default: the newest of the run)'
     )
     parser.add_argument('--no-validate', action='store_true', help='do not evaluate while training')
-    parser.add_argument('--dry-run', action='store_true', help='say what would be done, and exit')
+    parser.add_argument('--dry-run', action='store_true', help='say what would be done, plan memory, and exit')
+    parser.add_argument(
+        '--plan-world-size', default='1,8', metavar='N,N', help='numbers of processes that --dry-run plans memory for'
+    )
     return parser.parse_args()
 
 

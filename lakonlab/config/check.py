@@ -32,12 +32,15 @@ SPLIT_NAME = re.compile(r'(train|val|test)\d*')
 LOADER_NAMES = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-def check_config(cfg: Config, training: bool = True) -> None:
+def check_config(cfg: Config, training: bool = True, planning: bool = False, evaluating: bool = True) -> None:
     """Check a config, and drop keys of the published schema that have no effect here, saying so in the log.
 
     Args:
         cfg: The config; legacy keys are removed from it.
         training: Whether it must hold what training needs; without, what evaluation needs.
+        planning: Whether the run is only planned: what this version does not have is noted in the log, not refused.
+        evaluating: Whether the section ``evaluation`` will be used; if not, what this version does not have is only
+            noted there.
 
     Raises:
         ConfigError: Something is wrong; all problems that were found are listed, each with its full key.
@@ -47,8 +50,9 @@ def check_config(cfg: Config, training: bool = True) -> None:
         if cfg.get(key) is not None:
             raise ConfigError(f'{key}: {cfg[key]!r} is not supported; {instead}')
     drop_legacy_keys(cfg)
-    checker = _Checker(cfg.to_dict(), training)
+    checker = _Checker(cfg.to_dict(), training, planning)
     checker.run()
+    checker.report_later(unused=None if evaluating else 'evaluation')
     for note in checker.notes:
         logger.warning('config: %s', note)
     if checker.problems:
@@ -252,9 +256,10 @@ class _Checker(Walker):
             if entry.get(key) is not None:
                 self.check_keys(f'{path}.{key}', entry[key], f'key of {key}', SAMPLE_ARGUMENTS)
         if entry.get('save_best_ckpt'):
-            self.problems.append(
-                f'{path}.save_best_ckpt: found {entry["save_best_ckpt"]!r}, which is not supported: set it to False; '
-                'checkpoint_config.must_save_interval keeps checkpoints to choose from'
+            self.only_plan(
+                f'{path}.save_best_ckpt',
+                f'found {entry["save_best_ckpt"]!r}, which is not supported: set it to False; '
+                'checkpoint_config.must_save_interval keeps checkpoints to choose from',
             )
         self._metrics(entry.get('metrics'), f'{path}.metrics')
         self._evaluation_interval(entry.get('interval', 1), f'{path}.interval')
@@ -322,7 +327,10 @@ class _Checker(Walker):
                 continue
             try:
                 kind = optimizer_class(options['type'])
-            except (ValueError, ImportError) as error:
+            except ImportError as error:
+                self.only_plan(f'{path}.type', str(error))
+                continue
+            except ValueError as error:
                 self.problems.append(f'{path}.type: {error}')
                 continue
             arguments = arguments_of(kind, positional=1)
@@ -357,6 +365,7 @@ class _Checker(Walker):
 
     def _sections(self) -> None:
         self._loop()
+        self.check_plain('fsdp_kwargs', self.section('fsdp_kwargs'), schema.Sharding)
         self._learning_rate()
         self._log()
 

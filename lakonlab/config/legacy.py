@@ -37,6 +37,7 @@ def drop_legacy_keys(cfg: Config) -> None:
     if dropped:
         logger.info('config: without effect here: %s', '; '.join(dropped))
     _rename_types(cfg)
+    _place_older_guidance(cfg)
     train_cfg = cfg.get('train_cfg')
     for old, new in schema.OLDER_TRAIN_KEYS.items():
         if isinstance(train_cfg, Mapping) and train_cfg.get(old) is not None:
@@ -72,3 +73,25 @@ def _rename_types(cfg: Config) -> None:
             renamed.add(old)
     for old in sorted(renamed):
         logger.info('config: %s is called %s here', old, schema.RENAMED_TYPES[old])
+
+
+def _place_older_guidance(cfg: Config) -> None:
+    """Guide the teacher as files did whose ``test_cfg`` says how: up to 0.1.1 it was read by the teacher too.
+
+    ``test_cfg`` still is what the teacher starts from; only ``orthogonal_guidance`` meant another axis.
+    """
+    train_cfg, test_cfg = cfg.get('train_cfg'), cfg.get('test_cfg')
+    if not isinstance(train_cfg, Mapping) or not isinstance(test_cfg, Mapping):
+        return
+    if train_cfg.get('teacher_guidance_scale') is None:
+        return
+    for key in schema.OLDER_TEACHER_KEYS:
+        if test_cfg.get(key):
+            logger.info(
+                'config: test_cfg.%s guides the teacher too; train_cfg.teacher_test_cfg.%s would alone', key, key
+            )
+    if test_cfg.get('orthogonal_guidance') and 'orthogonal_guidance_axis' not in test_cfg:
+        test_cfg['orthogonal_guidance_axis'] = 'velocity'
+        logger.info(
+            "config: test_cfg.orthogonal_guidance is that of 0.1.1 and before: orthogonal_guidance_axis='velocity'"
+        )

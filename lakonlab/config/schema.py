@@ -137,6 +137,28 @@ class Loop:
 
 
 @dataclass(kw_only=True)
+class Sharding:
+    """``fsdp_kwargs``, read by the strategies that divide weights among processes."""
+
+    fsdp_modules: Sequence[str] = ()
+    """Dotted paths of the classes whose instances are gathered one at a time."""
+    exclude_keys: Sequence[str] = ()
+    """Children of the model that every process holds whole."""
+    wrap_frozen_modules: bool = False
+    """Divide what is frozen too."""
+    ignore_frozen_parameters: bool = False
+    """Leave frozen parameters of a divided module whole."""
+    param_dtype: str | None = 'bfloat16'
+    """Precision that weights are gathered in."""
+    reduce_dtype: str | None = 'float32'
+    """Precision that gradients are summed in."""
+    buffer_dtype: str | None = 'bfloat16'
+    """Precision of buffers."""
+    hybrid_sharding: bool = True
+    """Divide within a node and repeat between nodes."""
+
+
+@dataclass(kw_only=True)
 class CustomImports:
     """``custom_imports``."""
 
@@ -198,6 +220,9 @@ LEGACY_KEYS: dict[str, str] = {
     'optimizer_config': 'gradient clipping is set in train_cfg (<key>_grad_clip)',
     'momentum_config': 'momentum is constant',
     'data.num_threads': 'it is no argument of a data loader',
+    'data.train_dataloader.num_threads': 'it is no argument of a data loader',
+    'data.val_dataloader.num_threads': 'it is no argument of a data loader',
+    'data.test_dataloader.num_threads': 'it is no argument of a data loader',
     'data.val_workers_per_gpu': 'set data.test_dataloader.workers_per_gpu',
     'runner.ckpt_fp16': 'what a run resumes from is never rounded',
     'runner.ckpt_fp16_ema': 'what a run resumes from is never rounded',
@@ -209,6 +234,8 @@ LEGACY_KEYS: dict[str, str] = {
     'checkpoint_config.filename_tmpl': 'checkpoints are named iter_<N>',
     'checkpoint_config.sync_buffer': 'buffers are saved as they are',
     'lr_config.warmup_by_epoch': 'schedules count iterations',
+    'fsdp_kwargs.tie_key_mappings': 'what teacher, student and average share follows from tie_teacher and tie_ema',
+    'fsdp_kwargs.use_orig_params': 'parameters always keep their own identity',
 }
 """Dotted keys of the published schema that are accepted and have no effect here -> why."""
 
@@ -228,8 +255,31 @@ RENAMED_TYPES: dict[str, str] = {'ExponentialMovingAverageHookMod': 'Exponential
 OLDER_TRAIN_KEYS: dict[str, str] = {
     'teacher_guidance_scale': 'teacher_test_cfg.guidance_scale',
     'teacher_distilled_guidance_scale': 'teacher_test_cfg.distilled_guidance_scale',
+    'gm_dropout': 'policy_dropout',
 }
 """Older key of ``train_cfg`` that is still read -> its present place there."""
+
+OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
+"""Keys of ``test_cfg`` that guide the teacher of files that have ``train_cfg.teacher_guidance_scale``."""
+
+LATER_TYPES: dict[str, tuple[str, ...]] = {
+    'dataset': ('ImagePrompt', 'ConcatDataset', 'Subset'),
+    'metric': (
+        'InceptionMetrics',
+        'CLIPSimilarity',
+        'HPSv2',
+        'HPSv3',
+        'VQAScore',
+        'ColorStats',
+        'DPGBenchExport',
+        'GenEvalExport',
+        'HPSv3BenchmarkExport',
+    ),
+}
+"""Registry -> published names that are known and that this version does not have.
+
+A run that needs one is refused; a plan of a run (``--dry-run``) notes it and leaves its arguments unchecked.
+"""
 
 REFUSED_KEYS: dict[str, str] = {
     'fp16': "choose precision by the network's torch_dtype and autocast_dtype",

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.registry import Registry
 
+from lakonlab.config import schema
 from lakonlab.config.errors import describe_unknown, nearest
 from lakonlab.config.signature import Arguments, arguments_of, field_types, fits, type_name
 from lakonlab.registry import DATASETS, FEATURE_EXTRACTORS, METRICS, MODULES
@@ -17,7 +18,7 @@ INJECTED = frozenset({'train_cfg', 'test_cfg', 'num_timesteps'})
 """Constructor arguments that the surrounding object fills in."""
 PLAIN_ARGUMENTS = frozenset({'log_cfgs', 'data_info', 'rescale_cfg', 'sampler_kwargs', 'policy_kwargs'})
 """Arguments whose dicts are not built, even if they have a ``type``; they are checked by what they belong to."""
-BUILT_ARGUMENTS = frozenset({'diffusion', 'teacher', 'vae', 'denoising', 'flow_loss'})
+BUILT_ARGUMENTS = frozenset({'diffusion', 'teacher', 'vae', 'text_encoder', 'denoising', 'flow_loss'})
 """Arguments whose dicts are built, so that they must have a ``type``."""
 METRIC_ARGUMENTS = {'extractor': FEATURE_EXTRACTORS, 'reference': DATASETS}
 """Arguments of metrics that are built -> registry of what they name."""
@@ -29,15 +30,19 @@ class Walker:
     Args:
         cfg: The config's values.
         training: Whether it must hold what training needs.
+        planning: Whether the run is only planned, so that it may name what this version does not have.
     """
 
-    def __init__(self, cfg: dict[str, Any], training: bool):
+    def __init__(self, cfg: dict[str, Any], training: bool, planning: bool = False):
         self.cfg = cfg
         self.training = training
+        self.planning = planning
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.classes: dict[str, type] = {}
         """Dotted key -> class, of every dict with a ``type`` that was found."""
+        self.later: dict[tuple[str, str], list[str]] = {}
+        """Registry and name of what this version does not have -> dotted keys that name it."""
 
     def section(self, key: str) -> dict[str, Any]:
         """A section that is a dict; empty if it is absent or, which is reported, of another type."""
@@ -52,6 +57,15 @@ class Walker:
     def unknown(self, path: str, value: Any, what: str, valid: Iterable[str]) -> None:
         """Report a key that does not exist."""
         self.problems.append(describe_unknown(path, what, path.rsplit('.', 1)[-1], valid, value=value))
+
+    def only_plan(self, path: str, message: str) -> None:
+        """Report what can be planned and not run.
+
+        Args:
+            path: Its key.
+            message: What is said of it.
+        """
+        (self.notes if self.planning else self.problems).append(f'{path}: {message}')
 
     def check_keys(self, path: str, section: Any, what: str, valid: Iterable[str]) -> bool:
         """Check that a value is a dict of known keys; whether it is a dict."""
@@ -140,10 +154,28 @@ class Walker:
         except ImportError as error:
             self.problems.append(f'{path}.type: {name!r} cannot be imported: {error}')
             return None
-        if kind is None:
+        if kind is None and name in schema.LATER_TYPES.get(registry.name, ()):
+            self.later.setdefault((registry.name, name), []).append(f'{path}.type')
+        elif kind is None:
             names = getattr(registry, 'names', lambda: sorted(registry.module_dict))()
-            self.problems.append(describe_unknown(f'{path}.type', registry.name, name, names))
+            known = [*names, *schema.LATER_TYPES.get(registry.name, ())]
+            self.problems.append(describe_unknown(f'{path}.type', registry.name, name, known))
         return kind
+
+    def report_later(self, unused: str | None = None) -> None:
+        """Say once of every name what it means that this version does not have it.
+
+        Args:
+            unused: Section that the run does not use.
+        """
+        for (kind, name), paths in self.later.items():
+            needed = [path for path in paths if unused is None or not path.startswith(f'{unused}.')]
+            where = ', '.join(needed or paths)
+            text = f'{name!r} is a {kind} that is not part of this version'
+            if self.planning or not needed:
+                self.notes.append(f'{where}: {text}; its arguments are not checked')
+            else:
+                self.problems.append(f'{where}: {text}; --dry-run says what the run would be')
 
     def check_arguments(
         self, node: Mapping[str, Any], path: str, owner: str, arguments: Arguments, extra: Sequence[str] = ()

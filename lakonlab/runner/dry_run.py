@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from mmengine.config import Config
 from torch import nn
 
 from lakonlab.config.load import resolved_text
-from lakonlab.models.architecture.roles import named_state
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.hooks.checkpoint import run_directory
+from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, plan, recommendation, table
+from lakonlab.runner.memory_sizes import sizes_of
 from lakonlab.runner.resume import find_starting_point
 from lakonlab.runner.sections import training_loader_options
 
@@ -115,54 +116,9 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def estimate_memory(model: nn.Module, optimizer: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Bytes that training holds on one device, activations excepted.
-
-    Args:
-        model: The model; on the meta device is enough.
-        optimizer: Section ``optimizer`` of the config.
-
-    Returns:
-        Rows (what, bytes), the last is their sum. Weights count all parameters and buffers, the EMA's shown apart;
-        gradients have the size of what is optimised; so has each moment of the optimiser, two of them unless the
-        optimiser is known to keep fewer, one byte per number for 8-bit optimisers.
-    """
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    state = dict(named_state(model))
-    others = {id(p) for name, p in state.items() if not name.partition('.')[0].endswith('_ema')}
-    averages = {
-        id(p): p
-        for name, p in state.items()
-        if name.partition('.')[0].endswith('_ema') and id(p) not in others and isinstance(p, nn.Parameter)
-    }
-    gradients = moments = 0
-    for key, options in optimizer.items():
-        trained = [p for p in model.get_submodule(key).parameters() if p.requires_grad]
-        gradients += sum(_bytes(p) for p in trained)
-        if str(options['type']).endswith('8bit'):
-            moments += sum(2 * p.numel() for p in trained)
-        else:
-            moments += _number_of_moments(options) * sum(_bytes(p) for p in trained)
-    ema = sum(_bytes(p) for p in averages.values())
-    rows = [
-        ('weights', sum(_bytes(t) for t in tensors.values()) - ema),
-        ('EMA', ema),
-        ('gradients', gradients),
-        ('optimizer', moments),
-    ]
-    return [*rows, ('sum', sum(size for _, size in rows))]
-
-
-def _number_of_moments(options: Mapping[str, Any]) -> int:
-    name = options['type']
-    if name == 'SGD':
-        return int(bool(options.get('momentum', 0)))
-    if name in ('Adagrad', 'Lion', 'Muon', 'RMSprop'):
-        return 1 + int(name == 'RMSprop' and bool(options.get('momentum', 0)))
-    return 2 + int(bool(options.get('amsgrad', False)))
-
-
-def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = None) -> str:
+def dry_run(
+    cfg: Config, work_dir: str, seed: int, resume_from: str | None = None, world_sizes: Sequence[int] = (1, 8)
+) -> str:
     """Describe the run that a checked config would make.
 
     Args:
@@ -170,6 +126,7 @@ def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = Non
         work_dir: Directory of its logs.
         seed: Its seed.
         resume_from: Checkpoint named on the command line.
+        world_sizes: Numbers of processes to plan memory for.
 
     Returns:
         The description; its last line says so if a file that the run needs is missing.
@@ -177,16 +134,15 @@ def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = Non
     model = build_on_meta(cfg, locate=False)
     files = pretrained_files(cfg)
     parts = [
-        _title('config'),
+        title('config'),
         resolved_text(cfg).rstrip(),
-        _title('parameters'),
-        _parameter_table(model, cfg.optimizer),
-        _title('length'),
+        title('parameters'),
+        parameter_table(model, cfg.optimizer),
+        title('length'),
         _length(cfg),
-        _title('memory per process, without activations (estimate)'),
-        *(f'  {what:<12}{size / MEBIBYTE:>12,.1f} MB' for what, size in estimate_memory(model, cfg.optimizer)),
-        '  gradients and each moment of the optimizer have the size of the optimised parameters',
-        _title('files'),
+        title('memory of one process'),
+        *_memory(model, cfg, world_sizes),
+        title('files'),
         _places(cfg, work_dir, seed, resume_from),
         *(f'  {key}\n{" " * 18}{found}' for key, found in files.items()),
     ]
@@ -196,11 +152,39 @@ def dry_run(cfg: Config, work_dir: str, seed: int, resume_from: str | None = Non
     return '\n'.join(parts)
 
 
-def _title(text: str) -> str:
+def _memory(model: nn.Module, cfg: Config, world_sizes: Sequence[int]) -> list[str]:
+    sizes, notes = sizes_of(model, cfg)
+    sharding = (cfg.get('fsdp_kwargs') or {}).get('hybrid_sharding', True)
+    plans = [plan(sizes, strategy, size, sharding) for size in world_sizes for strategy in STRATEGIES]
+    single = [
+        ('frozen', sizes.frozen + sizes.resident),
+        ('trainable', sizes.trainable),
+        ('EMA', sizes.average),
+        ('gradients', sizes.gradients),
+        ('optimizer', sizes.optimizer),
+        ('activations', sizes.kept),
+        ('the same, checkpointing', sizes.checkpointed),
+    ]
+    network = getattr(model.diffusion, 'denoising', None)
+    return [
+        *(f'  {what:<24}{"unknown" if size is None else f"{size / MEBIBYTE:,.1f} MB":>16}' for what, size in single),
+        '',
+        *table([entry for entry in plans if entry.strategy == 'ddp' or entry.world_size > 1]),
+        '',
+        *(f'  {sentence}' for sentence in recommendation(plans, bool(getattr(network, 'checkpointing', False)))),
+        '',
+        *(f'  {note}.' for note in notes),
+        f'  {OVERHEAD / 2**30:.0f} GB are set aside on every card for the driver and libraries; see docs/memory.md.',
+    ]
+
+
+def title(text: str) -> str:
+    """A heading."""
     return f'\n{text}\n{"-" * len(text)}'
 
 
-def _parameter_table(model: nn.Module, trained: Iterable[str]) -> str:
+def parameter_table(model: nn.Module, trained: Iterable[str] = ()) -> str:
+    """Rows of :func:`count_parameters` as text."""
     rows = count_parameters(model, trained)
     width = max(len(row[0]) for row in rows)
     lines = [f'  {"module":<{width}} {"parameters":>16} {"trainable":>16} {"MB":>10}']
@@ -215,14 +199,25 @@ def _length(cfg: Config) -> str:
     batch = training_loader_options(cfg.data)['samples_per_gpu']
     micro = (cfg.get('train_cfg') or {}).get('grad_accum_batch_size') or batch
     micro = max(1, min(micro, batch))
-    size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
     samples = cfg.total_iters * batch
+    kind = cfg.data.train.get('type')
+    if DATASETS.get(kind) is None:
+        return _length_table(cfg, batch, micro, f'unknown, {kind!r} is not part of this version')
+    try:
+        size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
+        epochs = f'{samples / size:,.1f} of {size:,} samples'
+    except (OSError, ValueError) as error:
+        epochs = f'unknown, the data set cannot be opened: {error}'
+    return _length_table(cfg, batch, micro, epochs)
+
+
+def _length_table(cfg: Config, batch: int, micro: int, epochs: str) -> str:
     return '\n'.join(
         [
             f'  batch           {batch:,} = {batch // micro} micro-batches of {micro:,}, 1 process',
             f'  iterations      {cfg.total_iters:,}',
-            f'  samples         {samples:,}',
-            f'  epochs          {samples / size:,.1f} of {size:,} samples',
+            f'  samples         {cfg.total_iters * batch:,}',
+            f'  epochs          {epochs}',
         ]
     )
 

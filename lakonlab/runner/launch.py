@@ -19,7 +19,7 @@ from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError, describe_unknown
 from lakonlab.config.load import dump_config, load_config
 from lakonlab.config.options import parse_options
-from lakonlab.runner.paths import require_local_paths
+from lakonlab.runner.paths import check_local_paths
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -58,7 +58,8 @@ def train(args: Namespace) -> int:
 
     Args:
         args: ``config``, ``work_dir``, ``resume_from``, ``no_validate``, ``seed``, ``diff_seed``, ``deterministic``,
-            ``cfg_options``, ``launcher``, ``dry_run`` and the deprecated ``gpus``, ``gpu_ids``, ``gpu_id``.
+            ``cfg_options``, ``launcher``, ``dry_run``, ``plan_world_size`` and the deprecated ``gpus``, ``gpu_ids``,
+            ``gpu_id``.
 
     Returns:
         The exit status.
@@ -69,9 +70,11 @@ def train(args: Namespace) -> int:
         cfg = _prepare(args, training=True)
         if args.dry_run:
             from lakonlab.runner.dry_run import dry_run
+            from lakonlab.runner.memory_plan import parse_world_sizes
 
             with _impossible_values():
-                print(dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from))  # noqa: T201
+                world_sizes = parse_world_sizes(getattr(args, 'plan_world_size', None) or '1,8')
+                print(dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from, world_sizes))  # noqa: T201
             return 0
 
         from lakonlab.runner.dry_run import build_on_meta
@@ -99,8 +102,8 @@ def test(args: Namespace) -> int:
 
     Args:
         args: ``config``, ``ckpt``, ``data``, ``work_dir``, ``seed``, ``diff_seed``, ``deterministic``, ``cfg_options``,
-            ``launcher``, ``skip_existing``, ``reuse_viz``, ``timer`` and the deprecated ``gpus``, ``gpu_ids``,
-            ``gpu_id``.
+            ``launcher``, ``skip_existing``, ``reuse_viz``, ``timer``, ``dry_run`` and the deprecated ``gpus``,
+            ``gpu_ids``, ``gpu_id``.
 
     Returns:
         The exit status.
@@ -115,6 +118,12 @@ def test(args: Namespace) -> int:
             )
         cfg = _prepare(args, training=False)
         _check_splits(cfg, args.data)
+        if args.dry_run:
+            from lakonlab.runner.evaluation_plan import evaluation_plan
+
+            with _impossible_values():
+                print(evaluation_plan(cfg, args.ckpt, args.data))  # noqa: T201
+            return 0
 
     from lakonlab.runner.log import attach_log_handlers, detach_log_handlers
     from lakonlab.runner.testing import evaluate_checkpoint
@@ -160,10 +169,11 @@ def require_one_process(launcher: str) -> None:
 def _prepare(args: Namespace, training: bool) -> Config:
     """The checked config, with the directory and seed of this run filled in."""
     cfg = load_config(args.config, parse_options(args.cfg_options or ()))
-    check_config(cfg, training=training)
+    planning = getattr(args, 'dry_run', False)
+    check_config(cfg, training=training, planning=planning, evaluating=not getattr(args, 'no_validate', False))
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs') / cfg.name)
     options = {'--resume-from': getattr(args, 'resume_from', None), '--ckpt': getattr(args, 'ckpt', None)}
-    require_local_paths(cfg, options)
+    check_local_paths(cfg, options, planning)
     configured = cfg.get('seed')
     cfg.seed = args.seed if args.seed is not None else DEFAULT_SEED if configured is None else configured
     return cfg

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.storage.local import is_remote
+
+logger = logging.getLogger('lakonlab.config')
 
 
 def require_local(path: str | Path | None, setting: str, use: str = 'written') -> None:
@@ -28,19 +31,27 @@ def require_local(path: str | Path | None, setting: str, use: str = 'written') -
         )
 
 
-def require_local_paths(cfg: Mapping[str, Any], options: Mapping[str, str | None]) -> None:
+def check_local_paths(cfg: Mapping[str, Any], options: Mapping[str, str | None], planning: bool = False) -> None:
     """Apply :func:`require_local` to every directory that a config and a command line name.
 
     Args:
         cfg: The config, with ``work_dir``.
         options: Options of the command line that name checkpoints.
+        planning: Whether the run is only planned, so that a remote directory is worth a warning.
 
     Raises:
-        ConfigError: One of them is not local.
+        ConfigError: One of them is not local, and the run is more than a plan.
     """
-    require_local(cfg['work_dir'], 'work_dir')
-    require_local((cfg.get('checkpoint_config') or {}).get('out_dir'), 'checkpoint_config.out_dir')
+    out_dir = (cfg.get('checkpoint_config') or {}).get('out_dir')
+    written = {'work_dir': cfg['work_dir'], 'checkpoint_config.out_dir': out_dir}
     for number, entry in enumerate(cfg.get('evaluation') or ()):
-        require_local(entry.get('viz_dir'), f'evaluation[{number}].viz_dir')
-    for setting, path in {**options, **{key: cfg.get(key) for key in ('resume_from', 'load_from')}}.items():
-        require_local(path, setting, 'read')
+        written[f'evaluation[{number}].viz_dir'] = entry.get('viz_dir')
+    read = {**options, **{key: cfg.get(key) for key in ('resume_from', 'load_from')}}
+    for use, paths in {'written': written, 'read': read}.items():
+        for setting, path in paths.items():
+            try:
+                require_local(path, setting, use)
+            except ConfigError as error:
+                if not planning:
+                    raise
+                logger.warning('config: %s', error)

@@ -40,6 +40,15 @@ class RoleSwitch(nn.Module):
         """Call the module of the role in force."""
         return self._modules[self.role](*args, **kwargs)
 
+    def __getattr__(self, name: str):
+        """What a module around this one asks of it (such as ``weight.dtype``), asked of the module of the role."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == 'role' or 'role' not in self.__dict__:
+                raise
+            return getattr(self._modules[self.role], name)
+
 
 class Backbone:
     """A module tree that several roles play.
@@ -151,6 +160,28 @@ class SharedNetwork(Protocol):
 
     def as_average(self) -> nn.Module:
         """A network that shares everything frozen and holds a copy of everything trained."""
+
+
+def callable_places(tree: nn.Module, path: str) -> list[str]:
+    """The module at a path, or the parts of a container that is iterated over and never called itself."""
+    module = tree.get_submodule(path)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [place for name, _ in module.named_children() for place in callable_places(tree, f'{path}.{name}')]
+    return [path]
+
+
+def outermost_trained(tree: nn.Module, name: str) -> str:
+    """The largest module around a trained parameter that is called and whose parameters are all trained."""
+    path, _, _ = name.rpartition('.')
+    while '.' in path:
+        parent = path.rpartition('.')[0]
+        module = tree.get_submodule(parent)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, RoleSwitch)):
+            break
+        if not all(parameter.requires_grad for parameter in module.parameters()):
+            break
+        path = parent
+    return path
 
 
 def average_of(module: nn.Module) -> nn.Module:

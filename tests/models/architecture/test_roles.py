@@ -281,6 +281,33 @@ def test_what_is_saved_has_the_same_names_however_it_is_shared(weights, tie_teac
     assert not any('base_layer' in name for name in student)
 
 
+@pytest.mark.parametrize('key', ['transformer_blocks', 'norm_q', 'to_out'])
+@pytest.mark.parametrize('tie_teacher', [True, False])
+def test_any_part_may_be_trained(weights, key, tie_teacher):
+    """Lists of blocks, norms inside of attention, layers in a list: with and without a base that is shared."""
+    model = tiny.build(
+        tiny.config(
+            'Flux',
+            'DX',
+            weights['Flux'],
+            tie_teacher=tie_teacher,
+            diffusion__denoising__freeze_exclude=['self.proj_out', 'norm_out', key],
+            diffusion__denoising__use_lora=False,
+        )
+    )
+    data = tiny.batch('Flux')
+    before = forward_all(model, data)
+    for iteration in range(2):
+        step(model, optimizers(model), data, iteration)
+    after = forward_all(model, data)
+    assert torch.equal(before['teacher'], after['teacher'])
+    assert torch.equal(before['ema'], after['ema'])
+    assert not torch.equal(before['student'], after['student'])
+    trained = tiny.trainable(model)
+    assert any(key in name for name in trained)
+    assert all(key in name or 'proj_out.' in name or 'norm_out.' in name for name in trained)
+
+
 def test_other_trained_parts_are_the_students_own(weights):
     """A block, and a single bias, beside adapters."""
     model = tiny.build(

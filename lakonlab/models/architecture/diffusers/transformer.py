@@ -28,7 +28,15 @@ from lakonlab.models.architecture.loading import PretrainedError, load_strictly,
 from lakonlab.models.architecture.lora import add_lora, copy_adapter
 from lakonlab.models.architecture.network import Network, at_least
 from lakonlab.models.architecture.packed_head import HEADS, PlainOutput, hand_on_condition
-from lakonlab.models.architecture.roles import EMA, STUDENT, TEACHER, Backbone, average_of
+from lakonlab.models.architecture.roles import (
+    EMA,
+    STUDENT,
+    TEACHER,
+    Backbone,
+    average_of,
+    callable_places,
+    outermost_trained,
+)
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODULES
 
@@ -386,7 +394,8 @@ class DiffusersTransformer(Network):
     def _trained_places(self) -> list[str]:
         """Outermost modules of the tree, adapters excepted, that the config wants trained and that are not the head."""
         roots, loose = select(self.transformer, self.freeze_exclude, self._published_name)
-        places = [*roots, *(name.rpartition('.')[0] for name in loose)]
+        places = [place for root in roots for place in callable_places(self.transformer, root)]
+        places += [name.rpartition('.')[0] for name in loose]
         return [path for path in places if '.lora_' not in path and not self._in_switch(path)]
 
     def _in_switch(self, path: str) -> bool:
@@ -401,6 +410,9 @@ class DiffusersTransformer(Network):
             switch = backbone.switches.get(path)
             own = tree.get_submodule(path) if switch is None else switch.get_submodule(STUDENT)
             backbone.give(path, EMA, average_of(own))
+        for switch in backbone.switches.values():
+            if not hasattr(switch, EMA):  # nothing to average, such as dropout
+                switch.add_module(EMA, average_of(switch.get_submodule(STUDENT)))
         if self.uses_lora:
             paths = {name.rpartition('.lora_')[0] for name in trained if '.lora_' in name}
             paths = sorted(path for path in paths if EMA not in path.split('.'))
@@ -423,7 +435,7 @@ class DiffusersTransformer(Network):
         for path in self.backbone.switches:
             if name.startswith(f'{path}.'):
                 return path
-        return name.rpartition('.')[0]
+        return outermost_trained(self.backbone.tree, name)
 
     @property
     def checkpointing(self) -> bool:

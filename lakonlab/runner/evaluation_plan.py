@@ -1,0 +1,64 @@
+"""What an evaluation would do, without doing it: nothing is sampled, loaded or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config
+
+from lakonlab.config.load import resolved_text
+from lakonlab.runner.dry_run import MISSING, build_on_meta, parameter_table, pretrained_files, title
+from lakonlab.runner.testing import find_weights
+from lakonlab.storage.checkpoint import CheckpointError
+
+
+def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence[str] | None = None) -> str:
+    """Describe the evaluations that a checked config would make.
+
+    Args:
+        cfg: The config, with ``work_dir``.
+        checkpoint: Named on the command line.
+        splits: Only entries of these data splits; None for all.
+
+    Returns:
+        The description; its last line says so if weights that are needed are missing.
+    """
+    files = pretrained_files(cfg)
+    missing = [key for key, found in files.items() if found.startswith(MISSING)]
+    try:
+        weights = find_weights(cfg, checkpoint)
+        origin = f'{weights.checkpoint or "those the model is built with"} ({weights.reason})'
+    except CheckpointError as error:
+        origin = f'{MISSING}: {error}'
+        missing.append('a checkpoint')
+    entries = [entry for entry in cfg.evaluation if splits is None or entry.get('data', 'val') in splits]
+    lines = [
+        title('config'),
+        resolved_text(cfg).rstrip(),
+        title('parameters'),
+        parameter_table(build_on_meta(cfg, locate=False)),
+        title('weights'),
+        f'  {origin}',
+        *(f'  {key}\n{" " * 18}{found}' for key, found in files.items()),
+        title('evaluations'),
+        *(line for entry in entries for line in _describe(entry, cfg)),
+        f'  results         {cfg.work_dir}/results.json',
+    ]
+    if missing:
+        lines.append(f'\nThis evaluation cannot start yet: the weights of {", ".join(missing)} are missing.')
+    return '\n'.join(lines)
+
+
+def _describe(entry: Mapping[str, Any], cfg: Config) -> list[str]:
+    split = entry.get('data', 'val')
+    metrics = entry.get('metrics') or ()
+    metrics = [metrics] if isinstance(metrics, Mapping) else metrics
+    names = ', '.join('_'.join(filter(None, (metric.get('prefix'), metric['type']))) for metric in metrics)
+    settings = {**(cfg.get('test_cfg') or {}), **((entry.get('sample_kwargs') or {}).get('test_cfg_override') or {})}
+    return [
+        f'  {"_".join(filter(None, (split, entry.get("prefix"))))}',
+        f'    data          {cfg.data[split]["type"]}, split {split!r}',
+        f'    sampling      {", ".join(f"{key}={value!r}" for key, value in settings.items()) or "defaults"}',
+        f'    metrics       {names or "none"}',
+    ]
