@@ -27,6 +27,7 @@ from lakonlab.datasets.checkerboard import CheckerboardData
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.registry import MODULES
 from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
+from lakonlab.ui.arguments import default_device, device, positive, positive_float
 from lakonlab.ui.toy_histogram import PICTURE_SIZE, picture, save_picture, share_on_white_squares, writable_picture
 
 BOARD_SCALE = 4
@@ -52,34 +53,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--out', default='gmflow_toymodel.png', help='the picture (gmflow_toymodel.png)')
     parser.add_argument('--seed', type=int, default=2021, help='seed of everything (2021)')
-    parser.add_argument('--device', type=device, help='(cuda if there is one, else cpu)')
+    parser.add_argument('--device', type=device, help='(an accelerator if there is one, else cpu)')
     parser.add_argument('--quick', action='store_true', help=f'other defaults: {QUICK}')
     options, _ = parser.parse_known_args(arguments)
     if options.quick:
         parser.set_defaults(**QUICK)
     options = parser.parse_args(arguments)
-    options.device = options.device or torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    options.device = options.device or default_device()
     try:
         options.out = writable_picture(options.out)
     except ValueError as error:
         parser.error(f'argument --out: {error}')
     return options
-
-
-def positive(text: str) -> int:
-    """A positive whole number."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text}: expected a positive number')
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A positive finite number."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'{text}: expected a positive number')
-    return value
 
 
 def divisor(text: str) -> int:
@@ -88,14 +73,6 @@ def divisor(text: str) -> int:
     if PICTURE_SIZE % value:
         raise argparse.ArgumentTypeError(f'{text}: expected a divisor of {PICTURE_SIZE}')
     return value
-
-
-def device(text: str) -> torch.device:
-    """A device on which tensors can be made."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f'{text}: cannot be used: {str(error).splitlines()[0]}') from error
 
 
 def train(flow: nn.Module, data: CheckerboardData, options: argparse.Namespace) -> None:

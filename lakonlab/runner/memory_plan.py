@@ -124,13 +124,15 @@ def recommendation(plans: Iterable[Plan], checkpointing: bool) -> list[str]:
         grouped: dict[str, list[str]] = {}
         for need, name in fitting:
             grouped.setdefault(need, []).append(name)
-        parts = [
-            f'{" and ".join(names)} {"needs" if len(names) == 1 else "need"} {need}' for need, names in grouped.items()
-        ]
+        parts = [f'{_listed(names)} {"needs" if len(names) == 1 else "need"} {need}' for need, names in grouped.items()]
         where = f'on {world_size} processes ' if world_size > 1 else ''
         sentence = where + ', '.join(parts)
         sentences.append(sentence[0].upper() + sentence[1:] + '.')
     return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(names[:-1]) + ' and ' + names[-1] if len(names) > 1 else names[0]
 
 
 def table(plans: Sequence[Plan]) -> list[str]:

@@ -134,7 +134,7 @@ def _activations(model: nn.Module, cfg: Mapping[str, Any], notes: list[str]) -> 
         totals.append(max(own.peak, own.held + teacher) + policy)
     notes.append(
         f'activations are of micro-batches of {batch_size:,} with latents {" x ".join(map(str, latent_size))}'
-        + (f', while the teacher is asked about {asked} times as many states at once' if asked else '')
+        + (f', and the teacher is asked about {asked} states of each sample at once' if asked else '')
     )
     return totals[0], totals[1]
 

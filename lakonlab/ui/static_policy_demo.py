@@ -1,324 +1,170 @@
-"""A static policy fitted to the trajectories of a teacher: what the toy experiments of pi-Flow do.
-
-There is no network to speak of. For each of a few pairs of noise and condition one policy, made of plain parameters, is
-trained by imitation (``PiFlowImitationDataFree`` with one segment) until following it leads where the teacher's own ODE
-leads. The pictures show how well that can be done with this kind of policy.
-"""
+"""Command lines of the toy experiments with static policies."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lakonlab.models.diffusions.piflow_policies import Policy
-from lakonlab.ops.random_source import RandomSource, SeededSource
-from lakonlab.ops.rollout_schedule import rollout_schedule
-from lakonlab.ops.shapes import batch_size_of, expand_like
-from lakonlab.ops.time_shift import warp
-from lakonlab.registry import MODELS
-from lakonlab.runner.guard import SkipGuard
-from lakonlab.ui.toy_trajectory import loss_picture, trajectory_picture
+from lakonlab.models.diffusions.piflow_policies import POLICY_CLASSES
+from lakonlab.runner.launch import run_command
+from lakonlab.ui.arguments import default_device, device, not_negative, positive, positive_float
+from lakonlab.ui.static_policy_experiment import Experiment, Settings, Subject
+from lakonlab.ui.static_policy_teachers import class_subject, label_of, prompt_subject
+from lakonlab.ui.toy_histogram import writable_picture
 
-SEGMENTS, SHOWN_EVERY = 16, 4
-LOG_INTERVAL = 100
-MIXTURE_SPREAD = 0.5
-SHOWN_PAIRS = 3
-BEFORE, AFTER = 'policy before training', 'policy'
+DTYPES = ('float32', 'bfloat16', 'float16')
+JAY = 17
+LABEL_NAMES = 'data/imagenet/imagenet1000_clsidx_to_labels.txt'
+PROMPT = (
+    'A tram passes under flowering cherry trees in an old town after the rain, the sky and the trees mirrored in the '
+    'wet rails, photographed at dusk with a long lens'
+)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is imitated.
+def class_demo(description: str, arguments: Sequence[str] | None = None) -> int:
+    """Fit static policies to a class-conditional teacher.
 
     Args:
-        model_type: Kind of model that knows the conditions, such as ``'LatentDiffusionClassImage'``.
-        teacher: Config of the frozen teacher.
-        latent_size: Shape (C, H, W) of its latents.
-        conditions: The batch without noise; as many policies are fitted as it has rows.
-        names: What each of the rows shows.
-        guidance: Sampling section of the teacher (``guidance_scale``, ``guidance_interval``, ...).
-        vae: Config of the autoencoder; None for pixels.
-    """
-
-    model_type: str
-    teacher: Mapping[str, Any]
-    latent_size: tuple[int, int, int]
-    conditions: Mapping[str, Any]
-    names: Sequence[str]
-    guidance: Mapping[str, Any]
-    vae: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How it is imitated.
-
-    Args:
-        out: The picture, a PNG file; the losses go to ``<stem>.loss.png`` beside it.
-        policy_type: Name in :data:`~lakonlab.models.diffusions.piflow_policies.POLICY_CLASSES`.
-        num_components: Components K of a mixture, or values N of ``x_0`` of a DX policy.
-        num_iters: Iterations.
-        lr: Learning rate of Adam.
-        num_intermediates: States of an iteration at which the teacher is asked.
-        total_substeps: Euler steps with which policy and teacher are followed, a multiple of 16.
-        seed: Seed of everything.
-        picture_interval: Iterations between pictures of the present state, ``<stem>.iter<N>.png``; 0 for none.
-    """
-
-    out: Path
-    policy_type: str = 'GMFlow'
-    num_components: int = 32
-    num_iters: int = 5000
-    lr: float = 5e-3
-    num_intermediates: int = 2
-    total_substeps: int = 128
-    seed: int = 42
-    picture_interval: int = 500
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How it went.
-
-    Args:
-        losses: Mean squared error of the velocity, per iteration.
-        rmse_before: Root mean square distance of the first policy's samples to the teacher's.
-        rmse_after: The same of the trained policy.
-        rmse_one_step: The same of one Euler step of the teacher.
-        files: What was written.
-    """
-
-    losses: list[float]
-    rmse_before: float
-    rmse_after: float
-    rmse_one_step: float
-    files: list[Path]
-
-
-class PinnedSource(RandomSource):
-    """Some draws are always the same tensors, the others come from another source.
-
-    Args:
-        pinned: Name -> the draw.
-        others: Where the others come from.
-    """
-
-    def __init__(self, pinned: Mapping[str, Tensor], others: RandomSource):
-        self.pinned, self.others = dict(pinned), others
-
-    def uniform(self, name, shape, dtype=torch.float32, device='cpu'):
-        return self._draw(self.others.uniform, name, shape, dtype, device)
-
-    def normal(self, name, shape, dtype=torch.float32, device='cpu'):
-        return self._draw(self.others.normal, name, shape, dtype, device)
-
-    def _draw(self, draw, name, shape, dtype, device) -> Tensor:
-        if name in self.pinned:
-            return self.pinned[name].to(device=device, dtype=dtype).reshape(tuple(shape))
-        return draw(name, shape, dtype, device)
-
-
-class TeacherPolicy(Policy):
-    """The teacher as a policy, which asks its network at every substep.
-
-    Args:
-        teacher: Called as ``teacher(return_u=True, x_t=..., t=..., **kwargs)``.
-        x_t_src: Noise, (B, C, *).
-        **kwargs: Conditions and guidance of the teacher.
-    """
-
-    def __init__(self, teacher: nn.Module, x_t_src: Tensor, **kwargs):
-        super().__init__(x_t_src, torch.ones(len(x_t_src), dtype=torch.float64), eps=0.0)
-        self.teacher, self.kwargs = teacher, kwargs
-
-    @classmethod
-    def output_shapes(cls, state_shape: tuple[int, ...], num_components: int) -> tuple[int, ...]:
-        """It is made from no output."""
-        raise TypeError('a teacher is no policy that a network could predict')
-
-    @torch.no_grad()
-    def pi(self, x_t: Tensor, sigma_t: Tensor) -> Tensor:
-        t = sigma_t.reshape(-1).cpu() * self.teacher.num_timesteps
-        return self.teacher(return_u=True, x_t=x_t, t=t.to(x_t.dtype), **self.kwargs).to(x_t.dtype)
-
-    def detach(self) -> TeacherPolicy:
-        return self
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """Where a policy leads.
-
-    Args:
-        states: States from noise to data, (T, B, C, *).
-        denoised: What the policy expects ``x_0`` to be there, (T, B, C, *).
-    """
-
-    states: Tensor
-    denoised: Tensor
-
-    def distance(self, other: Trajectory) -> list[float]:
-        """Root mean square difference of the states at each of the T times."""
-        return (self.states - other.states).square().flatten(1).mean(dim=1).sqrt().tolist()
-
-
-@torch.no_grad()
-def follow(policy: Policy, noise: Tensor, total_substeps: int, shift: float) -> Trajectory:
-    """Follow a policy from pure noise to data.
-
-    Args:
-        policy: The policy.
-        noise: (B, C, *).
-        total_substeps: Euler steps in all, a multiple of 16.
-        shift: Shift of the schedule.
+        description: For ``--help``.
+        arguments: Command line; None for that of the process.
 
     Returns:
-        The states at 17 equally spaced schedule times.
+        The exit code.
     """
-    raw_times = torch.linspace(1, 0, SEGMENTS + 1, dtype=torch.float64)
-    states, denoised = [noise], []
-    for raw_src, raw_dst in zip(raw_times[:-1].tolist(), raw_times[1:].tolist()):
-        src, dst = (torch.full((len(noise),), raw, dtype=torch.float64) for raw in (raw_src, raw_dst))
-        x_t, sigma = states[-1], warp(src, shift)
-        denoised.append(x_t - expand_like(sigma, x_t) * policy.pi(x_t, sigma))
-        states.append(policy.rollout(x_t, rollout_schedule(src, dst, total_substeps, shift)))
-    return Trajectory(torch.stack(states), torch.stack([*denoised, states[-1]]))
-
-
-def build_model(subject: Subject, settings: Settings) -> nn.Module:
-    """The model of an experiment: the teacher, and static policies as the student."""
-    sampler = dict(subject.teacher.get('timestep_sampler') or {}, logit_normal_enable=False)
-    pairs = batch_size_of(dict(subject.conditions))
-    diffusion = dict(
-        type='PiFlowImitationDataFree',
-        policy_type=settings.policy_type,
-        policy_kwargs=dict(shift=sampler.get('shift', 1.0)) if settings.policy_type == 'DX' else None,
-        denoising=dict(
-            type='StaticPolicyNetwork',
-            policy_type=settings.policy_type,
-            state_shape=(pairs, *subject.latent_size),
-            num_components=settings.num_components,
-        ),
-        # twice a half of the mean squared error
-        flow_loss=dict(type='DiffusionMSELoss', rescale_mode='constant', rescale_cfg=dict(scale=2.0)),
-        num_timesteps=subject.teacher['num_timesteps'],
-        timestep_sampler=sampler,
+    parser = _parser(description, 'viz/piflow_dit_imagenet_toymodel/output.png')
+    parser.add_argument(
+        '--teacher',
+        help='checkpoint of a class-conditional teacher trained here, such as checkpoints/dit_digits_teacher/latest; '
+        'or weights of the published ImageNet teacher (those from the hub)',
     )
-    model = dict(
-        type=subject.model_type,
-        diffusion=diffusion,
-        teacher=dict(subject.teacher),
-        vae=None if subject.vae is None else dict(subject.vae),
-        train_cfg=dict(
-            nfe=1,
-            total_substeps=settings.total_substeps,
-            num_intermediate_states=settings.num_intermediates,
-            teacher_test_cfg=dict(subject.guidance),
-        ),
-        test_cfg=dict(nfe=1, total_substeps=settings.total_substeps, latent_size=subject.latent_size),
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument('--name', help=f'ImageNet class, looked up in {LABEL_NAMES}')
+    labels.add_argument(
+        '--class-label', type=not_negative, nargs='+', metavar='LABEL', help=f'classes by number ({JAY}, a jay, or 3)'
     )
-    return MODELS.build(model)
+
+    def subject(options: argparse.Namespace) -> Subject:
+        chosen = options.class_label or [JAY if options.teacher is None else 3]
+        if options.name is not None:
+            chosen = [label_of(options.name, LABEL_NAMES)]
+        pairs = options.batch_size or len(chosen)
+        return class_subject(options.teacher, chosen, pairs, options.guidance_scale, options.dtype)
+
+    return _main(parser, subject, arguments)
 
 
-class Experiment:
-    """Static policies, their teacher, and what they begin at.
+def prompt_demo(description: str, arguments: Sequence[str] | None = None) -> int:
+    """Fit static policies to Qwen-Image.
 
     Args:
-        subject: What is imitated.
-        settings: How.
-        device: Where.
+        description: For ``--help``.
+        arguments: Command line; None for that of the process.
+
+    Returns:
+        The exit code.
     """
+    parser = _parser(description, 'viz/piflow_qwen_toymodel/output.png')
+    parser.add_argument('--teacher', metavar='FOLDER', help='pipeline as diffusers saves it (Qwen/Qwen-Image)')
+    parser.add_argument('--prompt', nargs='+', default=[PROMPT], help='one or several texts')
+    parser.add_argument('--h', type=positive, default=768, help='height of the images in pixels (768)')
+    parser.add_argument('--w', type=positive, default=1360, help='width of the images in pixels (1360)')
 
-    def __init__(self, subject: Subject, settings: Settings, device: torch.device | str = 'cpu'):
-        self.subject, self.settings = subject, settings
-        self.model = build_model(subject, settings).to(device)
-        self.batch = dict(subject.conditions)
-        self.diffusion = self.model.diffusion
-        source = SeededSource(settings.seed, step=settings.num_iters)  # no iteration has this number
-        shape = (batch_size_of(self.batch), *subject.latent_size)
-        self.noise = self.model.patchify(source.normal('noise', shape, device=device))
-        self.shift = self.diffusion.timestep_sampler.get_shift(self.noise[0, 0].numel())
-        scale, section = self.model.teacher_guidance()
-        conditions = self.model.conditions_of(self.batch, needs_negative=True)
-        self.teacher = TeacherPolicy(
-            self.model.teacher,
-            self.noise,
-            guidance_scale=scale,
-            test_cfg=section,
-            **self.model.with_guidance(conditions, scale),
+    def subject(options: argparse.Namespace) -> Subject:
+        pairs, size = options.batch_size or len(options.prompt), (options.h, options.w)
+        scale, dtype = options.guidance_scale, options.dtype
+        return prompt_subject(options.teacher, options.prompt, pairs, size, scale, dtype, options.device)
+
+    return _main(parser, subject, arguments)
+
+
+def _parser(description: str, out: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--policy-type', choices=sorted(POLICY_CLASSES), default='GMFlow', help='(GMFlow)')
+    parser.add_argument(
+        '-k',
+        '--num-gaussians',
+        type=positive,
+        default=32,
+        help='components of the mixture, or values of a DX grid (32)',
+    )
+    parser.add_argument(
+        '--cfg', '--guidance-scale', dest='guidance_scale', type=float, help="the teacher's guidance (4, or its own)"
+    )
+    parser.add_argument('--num-iters', '--iters', type=positive, default=5000, help='iterations (5000)')
+    parser.add_argument('--lr', type=positive_float, default=5e-3, help='learning rate (5e-3)')
+    parser.add_argument('--lr-schedule', choices=['constant', 'cosine'], default='constant', help='(constant)')
+    parser.add_argument(
+        '--num-intermediates', type=positive, default=2, help='states per iteration that the teacher is asked at (2)'
+    )
+    parser.add_argument(
+        '--window-substeps', type=not_negative, help='window of the averaged velocity (0; 3 for the DX policy)'
+    )
+    parser.add_argument('--batch-size', type=positive, help='noises, each with a policy (one per class or prompt)')
+    parser.add_argument('--seed', type=int, default=42, help='seed of everything (42)')
+    parser.add_argument('--out', default=out, help=f'the picture ({out})')
+    parser.add_argument(
+        '--picture-interval',
+        type=not_negative,
+        default=500,
+        help='iterations between pictures, 0 for one at the end (500)',
+    )
+    parser.add_argument('--device', type=device, help='(an accelerator if there is one, else cpu)')
+    parser.add_argument('--dtype', choices=DTYPES, help='of the teacher (bfloat16, on the cpu float32)')
+    return parser
+
+
+def _read(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    options.device = options.device or default_device()
+    options.dtype = options.dtype or ('float32' if options.device.type == 'cpu' else 'bfloat16')
+    scale = options.guidance_scale
+    if scale is not None and not (scale in (0, 1) or 1 < scale < float('inf')):
+        parser.error(f'argument --cfg/--guidance-scale: {scale}: expected 1 (no guidance) or more')
+    try:
+        options.out = writable_picture(options.out)
+    except ValueError as error:
+        parser.error(f'argument --out: {error}')
+    return options
+
+
+def _main(
+    parser: argparse.ArgumentParser,
+    subject: Callable[[argparse.Namespace], Subject],
+    arguments: Sequence[str] | None,
+) -> int:
+    options = _read(parser, arguments)
+
+    def run(options: argparse.Namespace) -> int:
+        torch.manual_seed(options.seed)
+        settings = Settings(
+            out=Path(options.out),
+            policy_type=options.policy_type,
+            num_components=options.num_gaussians,
+            num_iters=options.num_iters,
+            lr=options.lr,
+            lr_schedule=options.lr_schedule,
+            num_intermediates=options.num_intermediates,
+            window_substeps=options.window_substeps,
+            seed=options.seed,
+            picture_interval=options.picture_interval,
         )
-        is_mixture = self.diffusion.denoising.has_names
-        u = self.teacher.pi(self.noise, self.teacher.sigma_t_src)
-        self.diffusion.denoising.start_from(u, MIXTURE_SPREAD if is_mixture else 0.0, source)
-        self.optimizer = torch.optim.Adam(self.diffusion.parameters(), lr=settings.lr)
+        experiment = Experiment(subject(options), settings, options.device)
+        fit = experiment.run(say)
+        say(
+            f'RMSE to the solved teacher: {fit.rmse_before:.4f} before training, {fit.rmse_after:.4f} after; '
+            f'one Euler step of the teacher: {fit.rmse_one_step:.4f}'
+        )
+        for file in fit.files:
+            say(f'saved {file}')
+        return 0
 
-    def policy(self) -> Policy:
-        """The present policies."""
-        sigma = torch.ones(len(self.noise), dtype=torch.float64)
-        output = self.diffusion.pred(self.noise, sigma * self.diffusion.num_timesteps)
-        return self.diffusion.build_policy(output, self.noise, sigma).detach()
+    return run_command(run, options)
 
-    def follow(self, policy: Policy) -> Trajectory:
-        """Where a policy leads from the noise."""
-        return follow(policy, self.noise, self.settings.total_substeps, self.shift)
 
-    def step(self, iteration: int) -> tuple[Tensor, Sequence[str]]:
-        """One iteration; returns the loss, and what made no step because its gradient is no number."""
-        source = PinnedSource({'noise': self.noise}, SeededSource(self.settings.seed, step=iteration))
-        status = {'iteration': iteration}
-        output = self.model.train_step(self.batch, {'diffusion': self.optimizer}, running_status=status, source=source)
-        return torch.as_tensor(output['log_vars']['loss_diffusion']), output['skipped']
-
-    def draw(self, teacher: Trajectory, before: Trajectory, now: Trajectory, path: Path) -> None:
-        """Save the picture of the first pairs."""
-        sigmas = warp(torch.linspace(1, 0, SEGMENTS + 1, dtype=torch.float64), self.shift).tolist()
-        rows = {}
-        for pair, name in enumerate(self.subject.names[:SHOWN_PAIRS]):
-            for what, part in {'state': 'states', 'expected end': 'denoised'}.items():
-                for label, trajectory in {'teacher': teacher, 'policy': now}.items():
-                    latents = getattr(trajectory, part)[::SHOWN_EVERY, pair]
-                    images = self.model.decode_latents(self.model.unpatchify(latents))
-                    rows[f'{name}\n{label}, {what}'] = images / 2 + 0.5
-        errors = {BEFORE: before.distance(teacher), AFTER: now.distance(teacher)}
-        trajectory_picture(rows, sigmas[::SHOWN_EVERY], errors, sigmas, path)
-
-    def run(self, say: Callable[[str], None]) -> Fit:
-        """Train, and save the pictures.
-
-        Args:
-            say: Takes lines of progress.
-
-        Raises:
-            TrainingDivergedError: Many iterations in a row made no step.
-        """
-        settings, out = self.settings, self.settings.out
-        teacher, before = self.follow(self.teacher), self.follow(self.policy())
-        losses: list[Tensor] = []
-        files: list[Path] = []
-        guard = SkipGuard()
-        begin = time.perf_counter()
-        for i in range(settings.num_iters):
-            loss, skipped = self.step(i)
-            guard.update(i, skipped, {'loss': float(loss)} if skipped else {}, {'diffusion': settings.lr})
-            losses.append(loss)
-            is_last = i + 1 == settings.num_iters
-            if (i + 1) % LOG_INTERVAL == 0 or is_last:
-                recent = torch.stack(losses[-LOG_INTERVAL:]).mean().item()
-                say(f'iteration {i + 1}: loss {recent:.3e}, {time.perf_counter() - begin:.0f} s')
-            if settings.picture_interval and (i + 1) % settings.picture_interval == 0 and not is_last:
-                files.append(out.with_name(f'{out.stem}.iter{i + 1:04d}.png'))
-                self.draw(teacher, before, self.follow(self.policy()), files[-1])
-        after = self.follow(self.policy())
-        files += [out, out.with_name(f'{out.stem}.loss.png')]
-        self.draw(teacher, before, after, out)
-        values = torch.stack(losses).tolist()
-        loss_picture(values, files[-1])
-        one_step = Trajectory(teacher.denoised[:1], teacher.denoised[:1])
-        end = Trajectory(teacher.states[-1:], teacher.states[-1:])
-        return Fit(values, before.distance(teacher)[-1], after.distance(teacher)[-1], one_step.distance(end)[0], files)
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True, file=sys.stdout)  # noqa: T201 (what the demo is for)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-CELL, LABEL_WIDTH, CURVE_WIDTH = 1.1, 1.9, 4.2  # inches
+CELL, LABEL_WIDTH, CURVE_WIDTH, CURVE_HEIGHT = 1.0, 1.5, 4.2, 4.0  # inches
 COLOURS = ('#555753', '#cc4b00', '#3465a4')
 SMOOTHED_PARTS = 200
 
@@ -51,9 +51,9 @@ def trajectory_picture(
             if row == 0:
                 axes.set_title(rf'$\sigma$ = {sigmas[column]:.2g}', fontsize=8)
             if column == 0:
-                axes.set_ylabel(label, rotation=0, ha='right', va='center', fontsize=8)
+                axes.set_ylabel(label, rotation=0, ha='right', va='center', multialignment='right', fontsize=8)
 
-    axes = figure.add_axes(box(left + 0.7, 0.35, CURVE_WIDTH - 0.85, total_height - 0.85))
+    axes = figure.add_axes(box(left + 0.7, 0.35, CURVE_WIDTH - 0.85, min(total_height, CURVE_HEIGHT) - 0.85))
     for (label, values), colour in zip(errors.items(), COLOURS):
         axes.plot(error_sigmas, values, label=label, color=colour)
     axes.set(xlabel=r'noise level $\sigma$', xlim=(1, 0), ylim=(0, None))
