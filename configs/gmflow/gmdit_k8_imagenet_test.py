@@ -3,8 +3,12 @@ _base_ = ['./gmdit_k8_imagenet_8gpus.py']
 
 name = 'gmdit_k8_imagenet_test'
 
+weights = 'huggingface://Lakonik/gmflow_imagenet_k8_ema/transformer/diffusion_pytorch_model.bf16.safetensors'
 model = dict(
-    diffusion=dict(denoising=dict(torch_dtype='bfloat16', autocast_dtype=None, checkpointing=False)),
+    vae=dict(type='PretrainedVAE', model_name_or_path='stabilityai/sd-vae-ft-ema', del_encoder=True, use_slicing=True),
+    diffusion=dict(
+        denoising=dict(pretrained=weights, torch_dtype='bfloat16', autocast_dtype=None, checkpointing=False)
+    ),
     inference_only=True,
 )
 
@@ -23,7 +27,7 @@ evaluation = [
         prefix=f'{solver}_g{scale}_steps{steps}',
         interval=None,
         feed_batch_size=125,
-        viz_num=0,  # without an autoencoder there is nothing to look at
+        viz_num=256,
         metrics=[dict(type='SamplingSpeed')],
         sample_kwargs=dict(
             test_cfg_override=dict(guidance_scale=scale, num_timesteps=steps, num_substeps=substeps, **solvers[solver]),

@@ -51,7 +51,7 @@ class FluxTransformer2DModel(DiffusersTransformer):
             'type': 'FluxTransformer2DModel',
             'patch_size': 1,
             'in_channels': in_channels,
-            'out_channels': out_channels,
+            'out_channels': in_channels if out_channels is None else out_channels,
             'num_layers': num_layers,
             'num_single_layers': num_single_layers,
             'attention_head_dim': attention_head_dim,
