@@ -111,12 +111,24 @@ def _guidance_problems(path: str, section: Mapping[str, Any], part: _Part) -> It
                 f'{path}.guidance_interval: found {list(interval)}, expected [low, high] with '
                 f'0 <= low <= high <= {end}, in units of num_timesteps'
             )
+        elif end > 1 and 0 < high <= 1:
+            yield (
+                f'{path}.guidance_interval: found {list(interval)}, which is next to nothing of times up to {end}; '
+                f'it is in units of num_timesteps, so that the same part of them is {[low * end, high * end]}'
+            )
 
 
 def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
     """A DX grid is laid out over one segment, so it must know how long segments are and how time is shifted."""
     policy = student.node.get('policy_kwargs') or {}
     shift = policy.get('shift', 1.0)
+    for path, section, role in sampling_sections(cfg):
+        other = section.get('shift')
+        if role != 'teacher' and other is not None and not math.isclose(shift, other, rel_tol=SEGMENT_TOLERANCE):
+            yield (
+                f'{path}.shift: found {other}, but the grid of model.diffusion.policy_kwargs is laid out for shift='
+                f'{shift}; sample with that shift, or train a policy for the other'
+            )
     if not math.isclose(shift, student.shift, rel_tol=SEGMENT_TOLERANCE):
         yield (
             f'model.diffusion.policy_kwargs.shift: found {shift}, expected {student.shift}, the shift of '

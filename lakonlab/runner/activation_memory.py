@@ -110,8 +110,8 @@ class ActivationMemory:
 def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpointing: bool) -> ActivationMemory:
     """Measure a network that is built on the meta device.
 
-    Networks repeat blocks, and memory grows by the same amount with each, so lists of blocks are cut to one and to two
-    blocks and the rest is extrapolated.
+    Networks repeat blocks, and memory grows by the same amount with each but the first and the last, so lists of blocks
+    are cut to two and to three blocks and the rest is extrapolated.
 
     Args:
         network: On the meta device; has an attribute ``checkpointing``; changed back to how it was.
@@ -193,12 +193,12 @@ def _cut(lists: list[tuple[nn.Module, str]], counts: tuple[int, ...]) -> Iterato
 def _extrapolated(network: nn.Module, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
     """Measurements that grow linearly with the length of every list of blocks."""
     lists = block_lists(network)
-    with _cut(lists, (1,) * len(lists)):
+    with _cut(lists, (2,) * len(lists)):
         least = measure()
     total = least
     for position, (owner, name) in enumerate(lists):
         length = len(getattr(owner, name))
-        with _cut(lists, tuple(2 if other == position else 1 for other in range(len(lists)))):
+        with _cut(lists, tuple(3 if other == position else 2 for other in range(len(lists)))):
             more = measure()
-        total = tuple(sum_ + (length - 1) * (two - one) for sum_, one, two in zip(total, least, more))
+        total = tuple(sum_ + (length - 2) * (three - two) for sum_, two, three in zip(total, least, more))
     return total

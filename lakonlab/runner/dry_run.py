@@ -18,6 +18,7 @@ from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, plan, recommendati
 from lakonlab.runner.memory_sizes import sizes_of
 from lakonlab.runner.resume import find_starting_point
 from lakonlab.runner.sections import training_loader_options
+from lakonlab.storage.local import is_remote
 
 MEBIBYTE = 2**20
 MISSING = 'MISSING'
@@ -224,23 +225,38 @@ def _length_table(cfg: Config, batch: int, micro: int, epochs: str) -> str:
 
 def _places(cfg: Config, work_dir: str, seed: int, resume_from: str | None) -> str:
     section = cfg.get('checkpoint_config')
-    run_dir = run_directory((section or {}).get('out_dir'), work_dir)
-    start = find_starting_point(
-        run_dir,
-        resume_from=resume_from,
-        configured_resume_from=cfg.get('resume_from'),
-        load_from=cfg.get('load_from'),
-        auto_resume=(cfg.get('runner') or {}).get('auto_resume', True) and bool(section),
-    )
+    out_dir = (section or {}).get('out_dir')
     lines = [
         f'  logs            {work_dir}',
-        f'  checkpoints     {run_dir if section else "none (checkpoint_config is not set)"}',
+        f'  checkpoints     {_run_directory(out_dir, work_dir) if section else "none (checkpoint_config is not set)"}',
     ]
     for entry in cfg.get('evaluation') or ():
         name = '_'.join(part for part in (entry.get('data', 'val'), entry.get('prefix', '')) if part)
         if entry.get('viz_num') != 0:
             lines.append(f'  images          {entry.get("viz_dir") or Path("viz") / str(cfg.name) / name}')
+    lines.append(f'  run             {_start(cfg, work_dir, resume_from)}, seed {seed}')
+    return '\n'.join(lines)
+
+
+def _run_directory(out_dir: str | None, work_dir: str) -> str:
+    return str(run_directory(out_dir, work_dir)) if out_dir is None or not is_remote(out_dir) else out_dir
+
+
+def _start(cfg: Config, work_dir: str, resume_from: str | None) -> str:
+    """Where the run begins, as far as that can be looked at."""
+    section = cfg.get('checkpoint_config')
+    out_dir = (section or {}).get('out_dir')
+    named = [resume_from, cfg.get('resume_from'), cfg.get('load_from')]
+    remote = next((path for path in [*named, out_dir] if path is not None and is_remote(path)), None)
+    if remote is not None:
+        return f'begins where {remote} says, which is not looked at'
+    start = find_starting_point(
+        run_directory(out_dir, work_dir),
+        resume_from=resume_from,
+        configured_resume_from=cfg.get('resume_from'),
+        load_from=cfg.get('load_from'),
+        auto_resume=(cfg.get('runner') or {}).get('auto_resume', True) and bool(section),
+    )
     what = {'resume': 'resumes from', 'weights': 'starts with the weights of', 'fresh': 'starts from the beginning'}
     origin = '' if start.checkpoint is None else f' {start.checkpoint}'
-    lines.append(f'  run             {what[start.mode]}{origin} ({start.reason}), seed {seed}')
-    return '\n'.join(lines)
+    return f'{what[start.mode]}{origin} ({start.reason})'

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
 from lakonlab.runner.dry_run import MISSING, build_on_meta, parameter_table, pretrained_files, title
 from lakonlab.runner.testing import find_weights
@@ -29,7 +30,7 @@ def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence
     try:
         weights = find_weights(cfg, checkpoint)
         origin = f'{weights.checkpoint or "those the model is built with"} ({weights.reason})'
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         origin = f'{MISSING}: {error}'
         missing.append('a checkpoint')
     entries = [entry for entry in cfg.evaluation if splits is None or entry.get('data', 'val') in splits]

@@ -401,6 +401,10 @@ def test_argument_that_belongs_at_the_top_level():
         ),
         ({'train_cfg.teacher_test_cfg.guidance_interval': [0, 600]}, 'train_cfg.teacher_test_cfg.guidance_interval'),
         ({'train_cfg.teacher_test_cfg.guidance_interval': [0.7, 0.1]}, 'train_cfg.teacher_test_cfg.guidance_interval'),
+        (
+            {'model.teacher.num_timesteps': 1000, 'model.diffusion.num_timesteps': 1000},
+            'train_cfg.teacher_test_cfg.guidance_interval',
+        ),
         ({'model.teacher.num_timesteps': 1000}, 'model.diffusion.num_timesteps'),
         ({'train_cfg.grad_accum_batch_size': 7}, 'train_cfg.grad_accum_batch_size'),
     ],
@@ -439,6 +443,15 @@ def test_grid_that_fits_the_segments():
 def test_grid_that_does_not_fit_the_segments(segment_size, shift, key):
     with pytest.raises(ConfigError, match=rf'model\.diffusion\.policy_kwargs\.{key}: found'):
         check_config(dx_config(segment_size, shift, nfe=4, final_step_size_scale=0.5))
+
+
+def test_grid_sampled_with_another_shift():
+    cfg = dx_config(1 / 3.5, 3.2, nfe=4, final_step_size_scale=0.5)
+    cfg.test_cfg.shift = 3.2
+    check_config(cfg)
+    cfg.test_cfg.shift = 1.0
+    with pytest.raises(ConfigError, match=r'test_cfg\.shift: found 1.0, but the grid .* laid out for shift=3.2'):
+        check_config(cfg)
 
 
 def test_other_number_of_steps_than_trained_is_only_noted(caplog):

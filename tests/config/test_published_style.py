@@ -1,0 +1,163 @@
+"""Published-style files are used unmodified: what they mean, what is said of them, and what a run of them would be.
+
+The files are written in the schema of October 2025: older key names, FSDP options, loops at module level,
+``latest.txt``, two bases that both hold ``model``. That such a file trains to the bits of our own is in ``tests/tools``.
+"""
+
+import collections
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+import pytest
+
+from lakonlab.config.check import check_config
+from lakonlab.config.errors import ConfigError
+from lakonlab.config.load import load_config
+from lakonlab.registry import MODULES
+from lakonlab.runner import launch
+from lakonlab.runner.dry_run import build_on_meta
+from tests.tools.test_command_line import arguments
+
+STYLE = Path(__file__).parents[1] / 'data' / 'published_style'
+QWEN, IMAGENET = STYLE / 'qwen.py', STYLE / 'dit_imagenet.py'
+OWN = Path(__file__).parents[2] / 'configs'
+QWEN_REPORTS = [
+    'workflow',
+    'mp_start_method',
+    'data.train_dataloader.num_threads',
+    'runner.ckpt_fp16 (',
+    'runner.ckpt_bf16_optim',
+    'checkpoint_config.create_symlink',
+    'fsdp_kwargs.tie_key_mappings',
+    'fsdp_kwargs.use_orig_params',
+    'evaluation.clear_reals',
+    'ExponentialMovingAverageHookMod is called',
+    'train_cfg.teacher_guidance_scale is the older name',
+    'train_cfg.gm_dropout is the older name',
+    "'ImagePrompt' is a dataset that is not part",
+    "'CLIPSimilarity' is a metric that is not part",
+    "'HPSv2' is a metric that is not part",
+    "'ColorStats' is a metric that is not part",
+]
+IMAGENET_REPORTS = [
+    'data.val_workers_per_gpu',
+    'runner.is_dynamic_ddp',
+    'test_cfg.guidance_interval guides the teacher too',
+    'test_cfg.orthogonal_guidance guides the teacher too',
+    "orthogonal_guidance_axis='velocity'",
+    'train_cfg.gm_dropout is the older name',
+    "'InceptionMetrics' is a metric that is not part",
+    "'AdamW8bit' needs bitsandbytes",
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def checked(path, **options):
+    cfg = load_config(path)
+    check_config(cfg, planning=True, **options)
+    return cfg
+
+
+@pytest.mark.parametrize(('path', 'reports'), [(QWEN, QWEN_REPORTS), (IMAGENET, IMAGENET_REPORTS)])
+def test_what_has_another_name_or_no_meaning_is_said_once(path, reports, caplog):
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        checked(path)
+    said = collections.Counter({text: caplog.text.count(text) for text in reports})
+    assert said == dict.fromkeys(reports, 1), said
+
+
+@pytest.mark.parametrize('path', [QWEN, IMAGENET])
+@pytest.mark.parametrize('section', ['train_cfg', 'test_cfg', 'runner', 'data', 'checkpoint_config', 'fsdp_kwargs'])
+def test_nothing_is_dropped_silently(path, section):
+    """A key that is neither known nor said to be without effect is an error."""
+    cfg = load_config(path)
+    cfg[section] = {**(cfg.get(section) or {}), 'surely_unknown': 1}
+    with pytest.raises(ConfigError, match=rf'{section}\.surely_unknown: '):
+        check_config(cfg, planning=True)
+
+
+@pytest.mark.parametrize('path', [QWEN, IMAGENET])
+def test_a_real_run_is_refused_by_what_is_not_here(path):
+    with pytest.raises(ConfigError) as error:
+        check_config(load_config(path))
+    assert ('ImagePrompt' if path == QWEN else 'AdamW8bit') in str(error.value)
+    assert '--dry-run says what the run would be' in str(error.value)
+
+
+def test_metrics_that_are_not_here_do_not_stop_a_run_that_measures_nothing():
+    values = load_config(IMAGENET, {'optimizer.diffusion.type': 'AdamW'})
+    values.checkpoint_config.out_dir, values.evaluation[0].viz_dir = 'checkpoints', 'viz'
+    check_config(values, evaluating=False)
+    assert values.evaluation[0].metrics.type == 'InceptionMetrics'
+
+
+def test_older_keys_mean_what_the_present_ones_mean(monkeypatch):
+    """The sections of the parts, as they see them, equal those of our own config."""
+    cfg = checked(IMAGENET)
+    own = load_config(OWN / 'piflow_imagenet' / 'gmdit_k32_imagenet_piid_1step_8gpus.py')
+    models = {}
+    for name, config in {'published style': cfg, 'own': own}.items():
+        config.model.diffusion.denoising.num_layers = config.model.teacher.denoising.num_layers = 1
+        models[name] = build_on_meta(config, locate=False)
+    ours, theirs = models['own'], models['published style']
+    assert theirs.diffusion.train_section() == ours.diffusion.train_section()
+    assert theirs.diffusion.train_section().policy_dropout == 0.05
+    scale, section = theirs.teacher_guidance()
+    assert scale == ours.teacher_guidance()[0] == 2.7
+    # orthogonal_guidance of the published-style file is 0.5, along the velocity as up to 0.1.1
+    read = theirs.teacher.test_section(section)
+    expected = ours.teacher.test_section(ours.teacher_guidance()[1])
+    assert list(read.guidance_interval) == list(expected.guidance_interval) == [0, 600]
+    assert (read.orthogonal_guidance, read.orthogonal_guidance_axis) == (0.5, 'velocity')
+
+
+def test_helper_variables_and_loops_of_a_file():
+    cfg = checked(QWEN)
+    assert [entry.prefix for entry in cfg.evaluation] == ['cool', 'warm']
+    assert [entry.sample_kwargs.test_cfg_override.temperature for entry in cfg.evaluation] == [0.3, 1.0]
+    assert cfg.checkpoint_config.interval == 100
+    assert cfg.custom_hooks[0].type == 'ExponentialMovingAverageHook'
+    assert cfg.model.text_encoder.type == 'PretrainedQwenImageTextEncoder'
+    assert cfg.model.diffusion.denoising.lora_rank == 256
+    assert MODULES.get(cfg.model.vae.type) is not None
+
+
+def output_of(command, *args, **options):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert command(arguments(*args, cfg_options=None, no_validate=False, dry_run=True, **options)) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize('path', [QWEN, IMAGENET])
+def test_the_tools_plan_it(path, tmp_path):
+    plan = output_of(launch.train, path, plan_world_size='8,32')
+    assert 'This run cannot start' not in plan
+    sharded = [line.split() for line in plan.splitlines() if line.split()[:1] == ['fsdp']]
+    assert [row[1] for row in sharded] == ['8', '32']
+    if path == QWEN:
+        assert 'begins' not in plan
+        assert 'starts from the beginning' in plan
+        assert '21,421,519,490' in plan
+    else:
+        assert 'begins where s3://bucket/checkpoints/ says' in plan
+
+    plan = output_of(launch.test, path)
+    names = ['val_cool', 'val_warm'] if path == QWEN else ['val_step1']
+    listed = [line.strip() for line in plan.splitlines()]
+    assert [name for name in names if name in listed] == names
+    assert ('temperature=1.0' in plan) == (path == QWEN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_that_cannot_start_is_said(tmp_path):
+    (tmp_path / 'x.py').write_text(
+        f"_base_ = {str(QWEN)!r}\nmodel = dict(diffusion=dict(denoising=dict(pretrained='x')))"
+    )
+    plan = output_of(launch.test, tmp_path / 'x.py')
+    assert 'This evaluation cannot start yet: the weights of model.diffusion.denoising.pretrained' in plan
