@@ -39,8 +39,8 @@ def check_config(cfg: Config, training: bool = True, planning: bool = False, eva
         cfg: The config; legacy keys are removed from it.
         training: Whether it must hold what training needs; without, what evaluation needs.
         planning: Whether the run is only planned: what this version does not have is noted in the log, not refused.
-        evaluating: Whether the section ``evaluation`` will be used; if not, what this version does not have is only
-            noted there.
+        evaluating: Whether the section ``evaluation`` will be used. What this version does not have is only noted in
+            sections and data sets that are not used.
 
     Raises:
         ConfigError: Something is wrong; all problems that were found are listed, each with its full key.
@@ -52,13 +52,23 @@ def check_config(cfg: Config, training: bool = True, planning: bool = False, eva
     drop_legacy_keys(cfg)
     checker = _Checker(cfg.to_dict(), training, planning)
     checker.run()
-    checker.report_later(unused=None if evaluating else 'evaluation')
+    checker.report_later(unused=_unused(checker, training, evaluating))
     for note in checker.notes:
         logger.warning('config: %s', note)
     if checker.problems:
         where = cfg.filename or 'config'
         listed = '\n'.join(f'  {problem}' for problem in checker.problems)
         raise ConfigError(f'{where} cannot be used:\n{listed}')
+
+
+def _unused(checker: _Checker, training: bool, evaluating: bool) -> list[str]:
+    """Dotted keys of what a run leaves alone."""
+    entries = checker.cfg.get('evaluation') if evaluating else ()
+    used = {entry.get('data', 'val') for entry in entries or () if isinstance(entry, Mapping)}
+    if training:
+        used.add('train')
+    unused = [f'data.{split}' for split in checker.splits() if split not in used]
+    return unused if evaluating else [*unused, 'evaluation']
 
 
 def import_custom_modules(cfg: Mapping[str, Any]) -> None:

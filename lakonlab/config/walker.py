@@ -162,14 +162,15 @@ class Walker:
             self.problems.append(describe_unknown(f'{path}.type', registry.name, name, known))
         return kind
 
-    def report_later(self, unused: str | None = None) -> None:
+    def report_later(self, unused: Sequence[str] = ()) -> None:
         """Say once of every name what it means that this version does not have it.
 
         Args:
-            unused: Section that the run does not use.
+            unused: Dotted keys of sections that the run does not use.
         """
+        prefixes = tuple(f'{key}.' for key in unused)
         for (kind, name), paths in self.later.items():
-            needed = [path for path in paths if unused is None or not path.startswith(f'{unused}.')]
+            needed = [path for path in paths if not path.startswith(prefixes)]
             where = ', '.join(needed or paths)
             text = f'{name!r} is a {kind} that is not part of this version'
             if self.planning or not needed:

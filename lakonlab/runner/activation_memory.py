@@ -110,8 +110,9 @@ class ActivationMemory:
 def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpointing: bool) -> ActivationMemory:
     """Measure a network that is built on the meta device.
 
-    Networks repeat blocks, and memory grows by the same amount with each but the first and the last, so lists of blocks
-    are cut to two and to three blocks and the rest is extrapolated.
+    Networks repeat blocks, and what is held grows by the same amount with each but the first and the last, so lists of
+    blocks are cut to two and to three blocks and the rest is extrapolated. What a backward pass takes beyond what is
+    held, to go through one block, does not grow with their number.
 
     Args:
         network: On the meta device; has an attribute ``checkpointing``; changed back to how it was.
@@ -122,7 +123,14 @@ def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpoin
     network.train()
     network.checkpointing = checkpointing
     try:
-        return ActivationMemory(*_extrapolated(network, lambda: training_memory(network, inputs)))
+        measured: list[tuple[int, int]] = []
+
+        def held() -> int:
+            measured.append(training_memory(network, inputs))
+            return measured[-1][0]
+
+        total = _extrapolated(network, held)
+        return ActivationMemory(total, total + max(peak - held for held, peak in measured))
     finally:
         network.checkpointing = was_checkpointing
         network.train(was_training)
@@ -130,7 +138,7 @@ def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpoin
 
 def measure_inference(network: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Most bytes alive in a forward pass without gradient; see :func:`measure_training`."""
-    return _extrapolated(network, lambda: (inference_memory(network, inputs),))[0]
+    return _extrapolated(network, lambda: inference_memory(network, inputs))
 
 
 def training_memory(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -190,15 +198,13 @@ def _cut(lists: list[tuple[nn.Module, str]], counts: tuple[int, ...]) -> Iterato
             setattr(owner, name, blocks)
 
 
-def _extrapolated(network: nn.Module, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-    """Measurements that grow linearly with the length of every list of blocks."""
+def _extrapolated(network: nn.Module, measure: Callable[[], int]) -> int:
+    """A measurement that grows linearly with the length of every list of blocks."""
     lists = block_lists(network)
     with _cut(lists, (2,) * len(lists)):
-        least = measure()
-    total = least
+        total = least = measure()
     for position, (owner, name) in enumerate(lists):
         length = len(getattr(owner, name))
         with _cut(lists, tuple(3 if other == position else 2 for other in range(len(lists)))):
-            more = measure()
-        total = tuple(sum_ + (length - 2) * (three - two) for sum_, two, three in zip(total, least, more))
+            total += (length - 2) * (measure() - least)
     return total

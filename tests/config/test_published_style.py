@@ -1,7 +1,7 @@
 """Published-style files are used unmodified: what they mean, what is said of them, and what a run of them would be.
 
 The files are written in the schema of October 2025: older key names, FSDP options, loops at module level,
-``latest.txt``, two bases that both hold ``model``. That such a file trains to the bits of our own is in ``tests/tools``.
+``latest.txt``, two bases that both hold ``model``. ``tests/tools`` trains one.
 """
 
 import collections
@@ -95,6 +95,14 @@ def test_metrics_that_are_not_here_do_not_stop_a_run_that_measures_nothing():
     values.checkpoint_config.out_dir, values.evaluation[0].viz_dir = 'checkpoints', 'viz'
     check_config(values, evaluating=False)
     assert values.evaluation[0].metrics.type == 'InceptionMetrics'
+
+
+def test_data_sets_that_are_not_here_do_not_stop_a_run_that_leaves_them_alone():
+    values = load_config(QWEN)
+    values.data.train = dict(type='Digits')
+    check_config(values, evaluating=False)
+    with pytest.raises(ConfigError, match=r"data\.val\.type: 'ImagePrompt' is a dataset"):
+        check_config(values)
 
 
 def test_older_keys_mean_what_the_present_ones_mean(monkeypatch):

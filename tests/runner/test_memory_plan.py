@@ -51,6 +51,16 @@ NETWORKS = {
         lora_target_modules=tiny.LORA_TARGETS['QwenImage'],
         **{**tiny.SIZES['QwenImage'], 'num_layers': 5},
     ),
+    'qwen image of which the first block is hardly trained': dict(
+        type='GMQwenImageTransformer2DModel',
+        num_gaussians=3,
+        freeze=True,
+        freeze_exclude=['proj_out_means', 'proj_out_logweights', 'proj_out_logstds', 'norm_out', 'lora'],
+        use_lora=True,
+        lora_rank=4,
+        lora_target_modules=['img_mlp.net.2'],
+        **{**tiny.SIZES['QwenImage'], 'num_layers': 7},
+    ),
 }
 
 
@@ -66,7 +76,7 @@ def peak_of(events) -> int:
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_activations_are_what_a_real_pass_allocates(name, checkpointing):
-    """All blocks, real values, the allocator's record; against shapes of one and two blocks."""
+    """All blocks, real values, the allocator's record; against shapes of two and three blocks."""
     size = (4, 32, 32)
     options = {**NETWORKS[name], 'checkpointing': checkpointing}
     network = MODULES.build(options).train()
@@ -82,7 +92,7 @@ def test_activations_are_what_a_real_pass_allocates(name, checkpointing):
     with torch.device('meta'):
         planned = MODULES.build(options)
     found = measure_training(planned, planned.example_inputs(4, size), checkpointing)
-    assert found.peak == pytest.approx(real, rel=0.15)
+    assert found.peak == pytest.approx(real, rel=0.05)
     assert found.held <= found.peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
         network(**inputs)
