@@ -1,4 +1,6 @@
 # GMFlow on ImageNet 256x256, in latents of the Stable Diffusion autoencoder computed before training.
+_base_ = ['../_base_/imagenet.py', '../_base_/runtime.py']
+
 name = 'gmdit_k8_imagenet_8gpus'
 
 model = dict(
@@ -10,14 +12,10 @@ model = dict(
             num_gaussians=8,
             logstd_inner_dim=1024,
             gm_num_logstd_layers=2,
-            num_attention_heads=16,
-            attention_head_dim=72,
-            in_channels=4,
-            num_layers=28,
-            sample_size=32,
             torch_dtype='float32',
             autocast_dtype='bfloat16',
             checkpointing=True,
+            **_base_.transformer,
         ),
         spectrum_net=dict(type='SpectrumMLP', base_size=(4, 32, 32), layers=[64, 8], torch_dtype='float32'),
         spectral_loss_weight=4.0,
@@ -52,47 +50,12 @@ lr_config = dict(policy='fixed', warmup='linear', warmup_iters=1000, warmup_rati
 total_iters = 200000
 custom_hooks = [
     dict(
-        type='ExponentialMovingAverageHook',
-        module_keys=('diffusion_ema',),
-        interp_mode='lerp',
-        interval=1,
+        _base_.custom_hooks[0],
         start_iter=0,
         momentum_policy='rampup',
         momentum_cfg=dict(ema_kimg=30000, ema_rampup=0.05, batch_size=4096, eps=1e-8),
-        priority='VERY_HIGH',
     )
 ]
 
-data = dict(
-    workers_per_gpu=4,
-    persistent_workers=True,
-    prefetch_factor=64,
-    train=dict(
-        type='ImageNet',
-        data_root='data/imagenet/train_cache',
-        datalist_path='data/imagenet/train_cache.txt',
-        label2name_path='data/imagenet/imagenet1000_clsidx_to_labels.txt',
-        negative_label=1000,
-    ),
-    test=dict(
-        type='ImageNet',
-        label2name_path='data/imagenet/imagenet1000_clsidx_to_labels.txt',
-        negative_label=1000,
-        latent_size=(4, 32, 32),
-        test_mode=True,
-        num_test_images=50000,
-    ),
-    train_dataloader=dict(samples_per_gpu=512),
-    test_dataloader=dict(samples_per_gpu=125),
-)
-
-log_config = dict(interval=10, hooks=[dict(type='TextLoggerHook'), dict(type='TensorboardLoggerHook')])
-checkpoint_config = dict(
-    interval=1000, must_save_interval=40000, by_epoch=False, max_keep_ckpts=1, out_dir='checkpoints/'
-)
-runner = dict(type='DynamicIterBasedRunner', pass_training_status=True, ckpt_trainable_only=True, gc_interval=20)
-dist_params = dict(backend='nccl')
-log_level = 'INFO'
-load_from = None
+checkpoint_config = dict(interval=1000, must_save_interval=40000)
 module_wrapper = 'ddp'
-cudnn_benchmark = True

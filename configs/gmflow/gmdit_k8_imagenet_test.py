@@ -5,7 +5,7 @@ name = 'gmdit_k8_imagenet_test'
 
 weights = 'huggingface://Lakonik/gmflow_imagenet_k8_ema/transformer/diffusion_pytorch_model.bf16.safetensors'
 model = dict(
-    vae=dict(type='PretrainedVAE', model_name_or_path='stabilityai/sd-vae-ft-ema', del_encoder=True, use_slicing=True),
+    vae=_base_.vae,
     diffusion=dict(
         denoising=dict(pretrained=weights, torch_dtype='bfloat16', autocast_dtype=None, checkpointing=False)
     ),
@@ -23,7 +23,7 @@ steps_and_substeps = [(8, 16), (32, 4)]
 evaluation = [
     dict(
         type='GenerativeEvalHook',
-        data='test',
+        data='val',
         prefix=f'{solver}_g{scale}_steps{steps}',
         interval=None,
         feed_batch_size=125,

@@ -1,4 +1,6 @@
 # GMFlow on points of a checkerboard: a mixture of 64 Gaussians, and transitions to much lower noise as targets.
+_base_ = ['../_base_/runtime.py']
+
 name = 'gmmlp_k64_checkerboard'
 
 model = dict(
@@ -26,18 +28,7 @@ test_cfg = dict(sampler='FlowSDE', output_mode='sample', order=2, num_timesteps=
 optimizer = {'diffusion': dict(type='AdamW', lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)}
 lr_config = dict(policy='fixed', warmup='linear', warmup_iters=1000, warmup_ratio=0.001)
 total_iters = 200000
-custom_hooks = [
-    dict(
-        type='ExponentialMovingAverageHook',
-        module_keys=('diffusion_ema',),
-        interp_mode='lerp',
-        interval=1,
-        start_iter=0,
-        momentum_policy='karras',
-        momentum_cfg=dict(gamma=7.0),
-        priority='VERY_HIGH',
-    )
-]
+custom_hooks = [dict(_base_.custom_hooks[0], start_iter=0)]
 
 data = dict(
     workers_per_gpu=4,
@@ -49,12 +40,7 @@ data = dict(
     val_dataloader=dict(samples_per_gpu=50000),
 )
 
-log_config = dict(interval=1000, hooks=[dict(type='TextLoggerHook'), dict(type='TensorboardLoggerHook')])
-checkpoint_config = dict(
-    interval=20000, must_save_interval=40000, by_epoch=False, max_keep_ckpts=1, out_dir='checkpoints/'
-)
-runner = dict(type='DynamicIterBasedRunner', pass_training_status=True, ckpt_trainable_only=True, gc_interval=20)
+log_config = dict(interval=1000)
+checkpoint_config = dict(interval=20000, must_save_interval=40000)
 dist_params = dict(backend='gloo')
-log_level = 'INFO'
-load_from = None
 module_wrapper = 'ddp'
