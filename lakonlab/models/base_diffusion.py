@@ -94,6 +94,8 @@ class BaseDiffusion(nn.Module):
         self.teacher = None
         if teacher is not None and not inference_only:
             self.teacher = MODULES.build({**teacher, **sections}).requires_grad_(False).eval()
+        elif teacher is not None and tie_teacher:
+            diffusion = {**diffusion, 'denoising': {**weights_of_base(teacher), **diffusion['denoising']}}
         is_tied = tie_teacher and self.teacher is not None
         has_roles = is_tied and isinstance(self.teacher.denoising, SharedNetwork)
         if has_roles:
@@ -114,7 +116,11 @@ class BaseDiffusion(nn.Module):
         return read_section(self.train_cfg_class, self.train_cfg, 'train_cfg')
 
     def train(self, mode: bool = True) -> BaseDiffusion:
-        """Set the student's mode; teacher, EMA and autoencoder are always in evaluation mode."""
+        """Set the student's mode; teacher, EMA and autoencoder are always in evaluation mode.
+
+        On a base that they share, teacher and EMA change the mode while they play (see
+        :class:`~lakonlab.models.architecture.roles.Backbone`).
+        """
         super().train(mode)
         for module in (self.teacher, self.diffusion_ema, self.vae):
             if module is not None and module is not self.diffusion:
@@ -229,6 +235,12 @@ def average_of_diffusion(diffusion: nn.Module, tie_frozen: bool) -> nn.Module:
 def needs_negative(guidance_scale: float | None) -> bool:
     """Whether guidance of this scale compares with a negative condition."""
     return guidance_scale not in (None, 0, 1)
+
+
+def weights_of_base(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that say which weights a tied student shares with a teacher, for when there is no teacher."""
+    network = teacher['denoising']
+    return {key: network[key] for key in ('pretrained', 'pretrained_lora', 'pretrained_lora_scale') if key in network}
 
 
 def tie_frozen_modules(student: nn.Module, teacher: nn.Module) -> None:

@@ -128,8 +128,13 @@ def _of_equal_length(first: dict[str, Any], second: dict[str, Any]) -> tuple[dic
     """Pad the text tokens of two batches to the longer one, with zeros and a mask that is zero there.
 
     Raises:
-        ValueError: They differ in length and have no mask.
+        ValueError: They differ in length and have no mask, or one has what the other lacks.
     """
+    if first.keys() != second.keys():
+        raise ValueError(
+            f'prompts are embedded as {sorted(first)}, negative prompts as {sorted(second)}: embed both with the same '
+            'text encoder (negative_prompt_embeds_path of the dataset names the embeddings of the latter)'
+        )
     differ = [
         name
         for name, value in first.items()

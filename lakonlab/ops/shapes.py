@@ -56,8 +56,15 @@ def select_rows(data: Any, rows: slice | Tensor) -> Any:
 
 
 def concatenate_rows(first: Any, second: Any) -> Any:
-    """Concatenate two batches of the same structure along the batch dimension."""
+    """Concatenate two batches of the same structure along the batch dimension.
+
+    Raises:
+        ValueError: One has a key that the other lacks.
+    """
     if isinstance(first, dict):
+        if first.keys() != second.keys():
+            alone = sorted(map(str, first.keys() ^ second.keys()))
+            raise ValueError(f'only one of two batches that belong together has {", ".join(alone)}')
         return {key: concatenate_rows(value, second[key]) for key, value in first.items()}
     if isinstance(first, Tensor):
         return torch.cat([first, second])

@@ -1,6 +1,7 @@
-"""How much memory a network's activations take, measured on the meta device: shapes are computed, values are not.
+"""How much memory a network's activations take, measured with tensors that have a shape and a precision but no values.
 
-A dispatch mode watches every operation of a forward and a backward pass and adds up the storages that are alive.
+A dispatch mode watches every operation of a forward and a backward pass and adds up the storages that are alive. The
+tensors are torch's fake ones, which unlike those of the meta device are subject to autocast.
 Gradients of parameters are left out, since a plan counts them apart. Attention is taken to be fused, as it is on GPUs
 and on CPUs: it keeps its inputs, its result and one number per row, never the matrix of weights.
 """
@@ -8,6 +9,7 @@ and on CPUs: it keeps its inputs, its result and one number per row, never the m
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +20,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -123,13 +126,15 @@ def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpoin
     network.train()
     network.checkpointing = checkpointing
     try:
-        measured: list[tuple[int, int]] = []
+        with _faked(network):
+            inputs = {name: _fake(value) for name, value in inputs.items()}
+            measured: list[tuple[int, int]] = []
 
-        def held() -> int:
-            measured.append(training_memory(network, inputs))
-            return measured[-1][0]
+            def held() -> int:
+                measured.append(training_memory(network, inputs))
+                return measured[-1][0]
 
-        total = _extrapolated(network, held)
+            total = _extrapolated(network, held)
         return ActivationMemory(total, total + max(peak - held for held, peak in measured))
     finally:
         network.checkpointing = was_checkpointing
@@ -138,7 +143,39 @@ def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpoin
 
 def measure_inference(network: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Most bytes alive in a forward pass without gradient; see :func:`measure_training`."""
-    return _extrapolated(network, lambda: inference_memory(network, inputs))
+    with _faked(network):
+        inputs = {name: _fake(value) for name, value in inputs.items()}
+        return _extrapolated(network, lambda: inference_memory(network, inputs))
+
+
+@functools.cache
+def _fake_mode() -> FakeTensorMode:
+    """One for all measurements: networks keep tables of positions, which no other mode would take."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fake(value: Any) -> Any:
+    """A stand-in for a tensor on the CPU, without memory; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    stand_in = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device='cpu')
+    return nn.Parameter(stand_in, value.requires_grad) if isinstance(value, nn.Parameter) else stand_in
+
+
+@contextlib.contextmanager
+def _faked(network: nn.Module) -> Iterator[None]:
+    """Put stand-ins into the place of all tensors of a network, and the tensors back."""
+    tables = [table for module in network.modules() for table in (module._parameters, module._buffers, vars(module))]
+    places = [(table, name, value) for table in tables for name, value in table.items() if isinstance(value, Tensor)]
+    with _fake_mode(), torch.device('cpu'):
+        stand_ins = {id(value): _fake(value) for _, _, value in places}
+        try:
+            for table, name, value in places:
+                table[name] = stand_ins[id(value)]
+            yield
+        finally:
+            for table, name, value in places:
+                table[name] = value
 
 
 def training_memory(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[int, int]:

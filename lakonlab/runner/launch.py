@@ -42,6 +42,9 @@ def run_command(command: Callable[[Namespace], int], args: Namespace) -> int:
     Returns:
         The exit status.
     """
+    # read by MKL at its first product: with several threads the bits of a product otherwise differ from call to call,
+    # and a resumed run on CPUs would not end with the same weights
+    os.environ.setdefault('MKL_CBWR', 'AUTO')
     from lakonlab.models.architecture.loading import PretrainedError
     from lakonlab.runner.guard import TrainingDivergedError
     from lakonlab.storage.checkpoint import CheckpointError

@@ -30,6 +30,9 @@ DIT = dict(num_layers=6, num_attention_heads=2, attention_head_dim=32, sample_si
 NETWORKS = {
     'dit': dict(type='DiTTransformer2DModelMod', **DIT),
     'mixture dit': dict(type='GMDiTTransformer2DModelV2', num_gaussians=3, logstd_inner_dim=12, **DIT),
+    'mixture dit in bfloat16': dict(
+        type='GMDiTTransformer2DModelV2', num_gaussians=3, logstd_inner_dim=12, autocast_dtype='bfloat16', **DIT
+    ),
     'flux': dict(
         type='GMFluxTransformer2DModel',
         num_gaussians=3,

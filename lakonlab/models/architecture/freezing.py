@@ -42,7 +42,7 @@ def freeze(
     Args:
         network: The network, changed in place.
         exclude: What stays trainable.
-        exclude_fp32: Whether trainable parts get float32 weights.
+        exclude_fp32: Whether trainable parts get float32 weights, and layers of which single parameters train.
         exclude_autocast_dtype: Precision in which the float32 parts compute: ``'float32'``, or a lower one for
             autocast; None for whatever surrounds them.
         keeps_result: Says of the name of a module whether its result is not cast back to the precision of its input,
@@ -56,22 +56,33 @@ def freeze(
         ValueError: A key matches nothing.
     """
     surrounding = next(network.parameters()).dtype
+
+    def raise_precision(path: str) -> None:
+        module = network.get_submodule(path).float()
+        if exclude_autocast_dtype is None:
+            return
+        dtype = parse_dtype(exclude_autocast_dtype, 'freeze_exclude_autocast_dtype')
+        result_dtype = None if keeps_result(name_of(path)) else surrounding
+        for part in _callable_parts(module):
+            compute_in(part, dtype, result_dtype)
+
     network.requires_grad_(False)
     roots, loose = select(network, exclude, name_of)
     for name in roots:
         module = network.get_submodule(name)
         module.requires_grad_(True)
         if exclude_fp32:
-            module.float()
-            if exclude_autocast_dtype is not None:
-                dtype = parse_dtype(exclude_autocast_dtype, 'freeze_exclude_autocast_dtype')
-                result_dtype = None if keeps_result(name_of(name)) else surrounding
-                for part in _callable_parts(module):
-                    compute_in(part, dtype, result_dtype)
+            raise_precision(name)
+    owners = set()
     for name in loose:
         parameter = network.get_parameter(name).requires_grad_(True)
-        if exclude_fp32:
+        owner = name.rpartition('.')[0]
+        if exclude_fp32 and any(True for _ in network.get_submodule(owner).children()):
             parameter.data = parameter.data.float()
+        elif exclude_fp32:
+            owners.add(owner)
+    for owner in sorted(owners):  # a layer computes in one precision, whichever of its parameters train
+        raise_precision(owner)
     return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 

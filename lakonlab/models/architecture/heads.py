@@ -176,7 +176,7 @@ class MixtureHead:
         for layer in (network.proj_out_means, network.proj_out_logweights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        network.proj_out_means.bias += SCRATCH_BIAS_NOISE * self._bias_noise(network.proj_out_means.bias, source)
+        network.proj_out_means.bias += SCRATCH_BIAS_NOISE * self.bias_noise(network.proj_out_means.bias, source)
         if self.constant_logstd is None:
             init_logstd_layers(network.proj_out_logstds)
 
@@ -205,7 +205,7 @@ class MixtureHead:
         bias = state.pop(f'{output_layer}.bias', weight.new_zeros(len(weight)))  # some teachers have none
         state['proj_out_means.weight'] = repeat_rows(weight, self.num_gaussians, self.patch_size, self.row_order)
         bias = repeat_rows(bias, self.num_gaussians, self.patch_size, self.row_order)
-        state['proj_out_means.bias'] = bias + TEACHER_BIAS_NOISE * self._bias_noise(bias, source)
+        state['proj_out_means.bias'] = bias + TEACHER_BIAS_NOISE * self.bias_noise(bias, source)
         for name, tensor in own.items():
             if name.startswith('proj_out_logweights.'):
                 state[name] = torch.zeros_like(tensor)
@@ -213,7 +213,8 @@ class MixtureHead:
                 state[name] = tensor
         return state
 
-    def _bias_noise(self, like: Tensor, source: RandomSource | None) -> Tensor:
+    def bias_noise(self, like: Tensor, source: RandomSource | None = None) -> Tensor:
+        """Standard normal noise for the biases ``like`` of the means, the same for all pixels of a patch."""
         count = like.numel() // (self.patch_size * self.patch_size)
         noise = (source or TorchSource()).normal('head_bias', (count,))  # on the CPU: the same on every device
         return spread_noise(noise, self.patch_size, self.row_order).to(like)

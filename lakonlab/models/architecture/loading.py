@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -259,6 +259,7 @@ def load_strictly(
     allowed_missing: Sequence[str] = (),
     assign: bool = False,
     key: str = 'pretrained',
+    name_of: Callable[[str], str] = lambda name: name,
 ) -> None:
     """Copy tensors into a network, refusing anything that does not fit.
 
@@ -271,6 +272,7 @@ def load_strictly(
         assign: Whether the tensors become those of the network instead of being copied, as networks without memory
             need it.
         key: Config key that names the tensors, for messages.
+        name_of: Name of a tensor in the network -> its name in messages.
 
     Raises:
         PretrainedError: Names are missing, unexpected, or have another shape, or tensors of the network are left
@@ -278,10 +280,10 @@ def load_strictly(
     """
     own = network.state_dict()
     state = {name: tensor for name, tensor in state.items() if name in own or not _matches(name, ignored)}
-    missing = [name for name in own if name not in state and not _matches(name, allowed_missing)]
+    missing = [name_of(name) for name in own if name not in state and not _matches(name, allowed_missing)]
     unexpected = [name for name in state if name not in own]
     mismatched = [
-        f'{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network'
+        f'{name_of(name)}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network'
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]

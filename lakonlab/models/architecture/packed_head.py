@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.models.architecture.heads import (
+    SCRATCH_BIAS_NOISE,
     GridHead,
     MixtureHead,
     init_logstd_layers,
@@ -36,10 +37,11 @@ def hand_on_condition(norm: nn.Module) -> None:
 
 def _with_condition(norm: nn.Module, args: tuple, kwargs: Mapping[str, Tensor], result: Tensor):
     conditions = [*args[1:], *kwargs.values()]
-    if len(conditions) != 1:
+    if len(conditions) != 1 or conditions[0].dim() != 2:
+        found = ' and '.join(str(tuple(value.shape)) for value in conditions if isinstance(value, Tensor)) or 'nothing'
         raise TypeError(
-            f'{type(norm).__name__} was called with {1 + len(conditions)} arguments, expected the tokens and the '
-            'conditioning embedding; set constant_logstd for a transformer whose output norm has no condition'
+            f'{type(norm).__name__} was called with {found} beside the tokens, expected the conditioning embedding '
+            '(B, D); set constant_logstd for a transformer whose output norm has no such condition'
         )
     return result, conditions[0]
 
@@ -59,6 +61,7 @@ class MixtureLayer(nn.Module):
         self, head: MixtureHead, in_features: int, condition_features: int, inner_features: int, num_logstd_layers: int
     ):
         super().__init__()
+        self.head = head
         self.area = head.patch_size * head.patch_size
         self.patch_major = head.row_order == 'patch_major'
         self.constant_logstd = head.constant_logstd
@@ -75,6 +78,12 @@ class MixtureLayer(nn.Module):
         nn.init.zeros_(self.logweights.bias)
         if self.logstds is not None:
             init_logstd_layers(self.logstds)
+
+    @torch.no_grad()
+    def init_means(self) -> None:
+        """Distinct constant means, for training without a teacher's output layer."""
+        nn.init.zeros_(self.means.weight)
+        self.means.bias.copy_(SCRATCH_BIAS_NOISE * self.head.bias_noise(self.means.bias))
 
     def forward(self, hidden: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Tokens ``(B, L, D)``, with the condition ``(B, D)`` beside them, to rows ``(B, L, rows)`` in float32."""

@@ -18,6 +18,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 STUDENT, EMA, TEACHER = 'student', 'ema', 'teacher'
+#: Where diffusers keeps what ``config`` of a model is, which is a property.
+CONFIG = '_internal_dict'
 #: Role -> name of its LoRA adapter; the teacher has none.
 ADAPTERS = {STUDENT: 'default', EMA: 'ema'}
 LORA_PART = re.compile(r'\.lora_[A-Za-z_]+\.(\w+)(?=\.|$)')
@@ -62,16 +64,30 @@ class Backbone:
         self.switches: dict[str, RoleSwitch] = {}
         self.adapted: list[nn.Module] = []
         self.settings: dict[str, dict[str, object]] = {}  # role -> attributes of the tree while it plays
+        self._modules: list[dict] | None = None
+        self._is_paused = False
         self.current = STUDENT
 
-    def set(self, role: str, name: str, value: object) -> None:
-        """Let an attribute of the tree have another value for a role, and for the average of the student."""
-        others = self.settings.setdefault(TEACHER, {})
-        others.setdefault(name, getattr(self.tree, name))
-        for of in (role, EMA) if role == STUDENT else (role,):
-            self.settings.setdefault(of, {})[name] = value
-        for attribute, current in self.settings.get(self.current, {}).items():
-            setattr(self.tree, attribute, current)
+    def set_out_channels(self, value: int) -> None:
+        """Let the tree have another number of output channels for the student and its average.
+
+        Forward passes read it from an attribute or from the config, so both change with the role.
+        """
+        tree = self.tree
+        before: dict[str, object] = {}
+        after: dict[str, object] = {}
+        if hasattr(tree, 'out_channels'):
+            before['out_channels'], after['out_channels'] = tree.out_channels, value
+        if 'out_channels' in tree.config:
+            before[CONFIG] = tree.config
+            tree.register_to_config(out_channels=value)
+            after[CONFIG] = tree.config
+        self.settings = {TEACHER: before, STUDENT: after, EMA: after}
+        self._apply_settings()
+
+    def _apply_settings(self) -> None:
+        for name, value in self.settings.get(self.current, {}).items():
+            setattr(self.tree, name, value)
 
     def give(self, path: str, role: str, module: nn.Module) -> None:
         """Give a role a module of its own; the module that is there stays with the other role.
@@ -81,6 +97,7 @@ class Backbone:
             role: Whose module it is.
             module: The module.
         """
+        self._modules = None
         if path in self.switches:
             self.switches[path].add_module(role, module)
             return
@@ -89,10 +106,30 @@ class Backbone:
         self.tree.set_submodule(path, self.switches[path])
 
     def find_adapted(self) -> None:
-        """Note the layers that hold LoRA adapters, after some were added."""
+        """Note the layers that hold LoRA adapters of several roles, after some were added.
+
+        Those inside of a module that a role has for itself are that role's, with whatever they hold.
+        """
         from peft.tuners.lora import LoraLayer
 
-        self.adapted = [module for module in self.tree.modules() if isinstance(module, LoraLayer)]
+        self._modules = None
+        self.adapted = [
+            module
+            for name, module in self.tree.named_modules()
+            if isinstance(module, LoraLayer) and not self.in_switch(name)
+        ]
+
+    def activate_adapters(self) -> None:
+        """Let every layer use the student's adapter: peft activates the one that was added last, everywhere."""
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.tree.modules():
+            if isinstance(module, LoraLayer):
+                module._active_adapter = [ADAPTERS[STUDENT]]
+
+    def in_switch(self, path: str) -> bool:
+        """Whether a path leads to a place where every role has a module of its own, or into one."""
+        return any(path == place or path.startswith(f'{place}.') for place in self.switches)
 
     @contextlib.contextmanager
     def playing(self, role: str) -> Iterator[nn.Module]:
@@ -114,12 +151,21 @@ class Backbone:
         self.current = role
         for switch in self.switches.values():
             switch.role = role
-        for name, value in self.settings.get(role, {}).items():
-            setattr(self.tree, name, value)
+        self._apply_settings()
+        if self.tree.training or self._is_paused:
+            self._pause(role != STUDENT)
         for layer in self.adapted:
             layer._disable_adapters = role == TEACHER
             if role != TEACHER:
                 layer._active_adapter = [ADAPTERS[role]]
+
+    def _pause(self, pause: bool) -> None:
+        """Put the tree into evaluation mode, in which teacher and average always are, or back into training mode."""
+        if self._modules is None:
+            self._modules = [vars(module) for module in self.tree.modules()]
+        for attributes in self._modules:  # the attribute itself: the method would walk the tree at every forward pass
+            attributes['training'] = not pause
+        self._is_paused = pause
 
     def name_for(self, role: str, name: str) -> str | None:
         """How a tensor or module of the tree is called from the point of view of a role.
@@ -139,8 +185,7 @@ class Backbone:
                 owner, _, rest = name[len(path) + 1 :].partition('.')
                 if owner != role:
                     return None
-                name = f'{path}.{rest}' if rest else path
-                break
+                return f'{path}.{rest}' if rest else path
         adapter = LORA_PART.search(name)
         if adapter is not None:
             if role == TEACHER or adapter[1] != ADAPTERS[role]:
@@ -182,6 +227,17 @@ def outermost_trained(tree: nn.Module, name: str) -> str:
             break
         path = parent
     return path
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """A module, changed in place, whose layers are as they were before LoRA adapters were added."""
+    from peft.tuners.lora import LoraLayer
+
+    if isinstance(module, LoraLayer):
+        return module.base_layer
+    for name, child in module.named_children():
+        setattr(module, name, without_adapters(child))
+    return module
 
 
 def average_of(module: nn.Module) -> nn.Module:

@@ -384,7 +384,7 @@ class DiTTransformer2DModelMod(DiTBackbone):
         return at_least(fold_tokens(rows, grid, self.patch_size, 1, ROW_ORDER).squeeze(1), hidden_states.dtype)
 
 
-#: Start of a name in the original repository of DiT (also of SiT and REPA) -> start of our name.
+#: Start of a name in the original repository of DiT (also of REPA) -> start of our name.
 ORIGINAL_NAMES = {
     'x_embedder.proj.': 'pos_embed.proj.',
     't_embedder.mlp.0.': 'emb.timestep_embedder.linear_1.',
@@ -405,9 +405,11 @@ ORIGINAL_EXTRAS = ('pos_embed', 'projectors.')
 
 
 def rename_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remap the names of the original repository of DiT, whose checkpoints SiT and REPA follow.
+    """Remap the names of the original repository of DiT, which REPA follows; other files are returned unchanged.
 
-    Files with other names are returned unchanged.
+    Names say nothing of what a network predicts. A teacher here predicts ``noise - data`` at times that grow with the
+    noise, as REPA's do. SiT's checkpoints have the same names, but time and sign are the other way round, and the first
+    DiT's predict noise: they are networks to start from, not teachers.
     """
     if not any(name.startswith('final_layer.') for name in state):
         return dict(state)

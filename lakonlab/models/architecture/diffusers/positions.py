@@ -1,6 +1,7 @@
 """Where tokens are: the position arguments of transformers of the diffusers library, by configuration.
 
-A config maps the name of an argument to ``dict(kind=..., ...)``; :data:`POSITION_KINDS` lists the kinds.
+A config maps the name of an argument to ``dict(kind=..., ...)``; :data:`POSITION_KINDS` lists the kinds. Positions are
+in float32 whatever the network computes in: bfloat16 does not tell whole numbers above 256 apart.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ class Layout(NamedTuple):
     """Columns of image tokens."""
     text_length: int
     device: torch.device
-    dtype: torch.dtype
 
 
 def image_positions(layout: Layout, width: int = 3, row: int = 1, column: int = 2) -> Tensor:
@@ -34,7 +34,7 @@ def image_positions(layout: Layout, width: int = 3, row: int = 1, column: int = 
         row: Which entry holds the row.
         column: Which entry holds the column.
     """
-    positions = torch.zeros(layout.rows, layout.columns, width, device=layout.device, dtype=layout.dtype)
+    positions = torch.zeros(layout.rows, layout.columns, width, device=layout.device)
     positions[..., row] = torch.arange(layout.rows, device=layout.device).unsqueeze(1)
     positions[..., column] = torch.arange(layout.columns, device=layout.device)
     return positions.flatten(0, 1)
@@ -48,7 +48,7 @@ def text_positions(layout: Layout, width: int = 3, index: int | None = None) -> 
         width: Length of a vector.
         index: Which entry holds the index of the token; None for zeros only.
     """
-    positions = torch.zeros(layout.text_length, width, device=layout.device, dtype=layout.dtype)
+    positions = torch.zeros(layout.text_length, width, device=layout.device)
     if index is not None:
         positions[:, index] = torch.arange(layout.text_length, device=layout.device)
     return positions
@@ -86,7 +86,7 @@ def check_positions(positions: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ValueError: A kind is unknown or its arguments do not fit.
     """
-    example = Layout(1, 2, 2, 3, torch.device('cpu'), torch.float32)
+    example = Layout(1, 2, 2, 3, torch.device('cpu'))
     for name, options in positions.items():
         if options.get('kind') not in POSITION_KINDS:
             raise ValueError(

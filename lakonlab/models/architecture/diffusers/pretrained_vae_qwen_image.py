@@ -13,14 +13,14 @@ class PretrainedVAEQwenImage(PretrainedVAE):
     """Qwen-Image's autoencoder, which is one of videos: an image is a video of one frame.
 
     Args:
-        model_name_or_path: Local folder, or repository of the hub.
+        model_name_or_path: Local folder, or repository of the hub; None for ``'Qwen/Qwen-Image'``.
         subfolder: Folder of the autoencoder in it.
         **options: See :class:`~lakonlab.models.architecture.diffusers.pretrained_vae.PretrainedVAE`.
     """
 
-    def __init__(self, model_name_or_path: str | None = 'Qwen/Qwen-Image', subfolder: str | None = 'vae', **options):
-        if options.get('from_pretrained') is not None:
-            model_name_or_path = None
+    def __init__(self, model_name_or_path: str | None = None, subfolder: str | None = 'vae', **options):
+        if model_name_or_path is None and options.get('from_pretrained') is None:
+            model_name_or_path = 'Qwen/Qwen-Image'
         super().__init__(model_name_or_path=model_name_or_path, subfolder=subfolder, **options)
 
     def to_model(self, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -27,7 +27,7 @@ from lakonlab.models.architecture.heads import ROW_ORDERS, fold_tokens, require_
 from lakonlab.models.architecture.loading import PretrainedError, load_strictly, locate_weights, read_weights
 from lakonlab.models.architecture.lora import add_lora, copy_adapter
 from lakonlab.models.architecture.network import Network, at_least
-from lakonlab.models.architecture.packed_head import HEADS, PlainOutput, hand_on_condition
+from lakonlab.models.architecture.packed_head import HEADS, MixtureLayer, PlainOutput, hand_on_condition
 from lakonlab.models.architecture.roles import (
     EMA,
     STUDENT,
@@ -36,13 +36,28 @@ from lakonlab.models.architecture.roles import (
     average_of,
     callable_places,
     outermost_trained,
+    without_adapters,
 )
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODULES
 
+if TYPE_CHECKING:
+    from lakonlab.models.architecture.adapters import Adapter
+
 logger = logging.getLogger(__name__)
 
 NORM, OUTPUT = 'norm_out', 'proj_out'
+#: What teacher and student must have in common to share a base, besides its weights.
+PROPERTIES_OF_BASE = (
+    'torch_dtype',
+    'timestep_scale',
+    'positions',
+    'text',
+    'text_mask',
+    'latents',
+    'patch_size',
+    'row_order',
+)
 LAYOUTS = ('tokens', 'images')
 
 
@@ -72,7 +87,7 @@ class DiffusersTransformer(Network):
         lora_alpha: Their products are multiplied by ``lora_alpha / lora_rank``; None for ``lora_rank``, as in exports.
         lora_dropout: Probability of dropping their inputs in training.
         pretrained_adapter: Export of a trained student: layers that replace the pretrained ones, and adapters, which
-            are merged into the weights; with a shared base they become the student's adapters.
+            are merged into the weights, or with ``use_lora`` become the student's adapters.
         pretrained_lora: Adapters of a style or of a distilled teacher, merged into the weights; one or a list.
         pretrained_lora_scale: Factor of each.
         lora_converter: Class of diffusers that knows the layouts of published adapters of this architecture, such as
@@ -146,9 +161,12 @@ class DiffusersTransformer(Network):
             self._build_own(head)
         else:
             self._build_on(share_with, head)
-        # not registered: only the owner of the tree is its parent
-        if self.checkpointing:
+        if share_with is not None:
+            share_with.checkpointing = self.checkpointing  # only the student has a backward pass
+        elif self.checkpointing:
             self.backbone.tree.enable_gradient_checkpointing()
+        if self.freeze:
+            self._check_trained()
 
     # -- building
 
@@ -165,11 +183,12 @@ class DiffusersTransformer(Network):
             setattr(tree, OUTPUT, layer)
             if self.head.needs_condition:
                 hand_on_condition(tree.get_submodule(NORM))
-            self.backbone.set(STUDENT, 'out_channels', self._packed_channels(layer))
-        self._load()
+            self.backbone.set_out_channels(self._packed_channels(layer))
+        adapter = self._load()
         if self.uses_lora:
             add_lora(tree, **self.lora, untouched=() if layer is None else (OUTPUT,))
             self.backbone.find_adapted()
+            self._load_adapter(adapter, dict(self.role_state()))
         self.to(self.torch_dtype)
         if self.freeze:
             self._freeze()
@@ -188,39 +207,49 @@ class DiffusersTransformer(Network):
         self.transformer = tree
         if layer is not None:
             self.backbone.give(OUTPUT, STUDENT, layer)
-            self.backbone.set(STUDENT, 'out_channels', self._packed_channels(layer))
+            self.backbone.set_out_channels(self._packed_channels(layer))
         if self.uses_lora:
             add_lora(tree, **self.lora, untouched=() if layer is None else (OUTPUT,))
-            self.backbone.find_adapted()
         needed = [NORM] if layer is not None and self.head.needs_condition else []
         for path in (*needed, *self._trained_places()):
             if path not in self.backbone.switches:
-                self.backbone.give(path, STUDENT, copy.deepcopy(tree.get_submodule(path)))
+                own = copy.deepcopy(tree.get_submodule(path))
+                tree.set_submodule(path, without_adapters(tree.get_submodule(path)))
+                self.backbone.give(path, STUDENT, own)
+        self.backbone.find_adapted()
         if needed:
             hand_on_condition(self.backbone.switches[NORM].get_submodule(STUDENT))
         if layer is not None:
             own = self.role_state()
             if not any(tensor.is_meta for tensor in teachers.values()):
-                self._copy_into(self.head.from_output_layer(teachers, own, OUTPUT), 'the teacher')
-        if self.pretrained_adapter is not None and not self._is_meta():
-            from lakonlab.models.architecture.adapters import read_adapter
+                self._fill(own, self.head.from_output_layer(teachers, own, OUTPUT))
+        shared = {id(tensor) for tensor in teacher.role_state().values()}
+        own = {name: tensor for name, tensor in self.role_state().items() if id(tensor) not in shared}
+        if self.pretrained_adapter is not None:
+            locate_weights(self.pretrained_adapter, 'pretrained_adapter')
+            if not self._is_meta():
+                from lakonlab.models.architecture.adapters import read_adapter
 
-            adapter = read_adapter(self.pretrained_adapter)
-            lora = {_with_adapter_name(name): tensor for name, tensor in adapter.lora.items()}
-            self._copy_into({**adapter.tensors, **lora}, f'pretrained_adapter={self.pretrained_adapter!r}')
+                self._load_adapter(read_adapter(self.pretrained_adapter), own)
         if not self.freeze_exclude_fp32:
-            shared = {id(tensor) for tensor in teacher.role_state().values()}
-            for tensor in self.role_state().values():
-                if id(tensor) not in shared and tensor.is_floating_point():
+            for tensor in own.values():
+                if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.torch_dtype)
         self._freeze()
+        if self.compile_kwargs is not None and teacher.compile_kwargs is None:
+            tree.compile(**self.compile_kwargs)
 
     def _check_same_base(self, teacher: DiffusersTransformer) -> None:
         for name, own, other in (
             ('transformer', self.arguments, teacher.arguments),
             ('pretrained', self.pretrained or teacher.pretrained, teacher.pretrained),
             ('pretrained_lora', self.pretrained_lora or teacher.pretrained_lora, teacher.pretrained_lora),
-            ('torch_dtype', self.torch_dtype, teacher.torch_dtype),
+            (
+                'pretrained_lora_scale',
+                self.pretrained_lora_scale or teacher.pretrained_lora_scale,
+                teacher.pretrained_lora_scale,
+            ),
+            *((name, getattr(self, name), getattr(teacher, name)) for name in PROPERTIES_OF_BASE),
         ):
             if own != other:
                 raise ValueError(
@@ -291,26 +320,64 @@ class DiffusersTransformer(Network):
             return layer.out_features // (self.patch_size * self.patch_size)
         return (layer.means.out_features + layer.logweights.out_features) // (self.patch_size * self.patch_size) + 1
 
+    def _load_adapter(self, adapter: Adapter | None, own: Mapping[str, Tensor]) -> None:
+        """Put an export into the student's adapters and own layers.
+
+        Args:
+            adapter: The export; None for nothing.
+            own: Published name -> tensor that the export may change, and, if it is an adapter or of the head, must.
+        """
+        if adapter is None:
+            return
+        lora = {_with_adapter_name(name): tensor for name, tensor in adapter.lora.items()}
+        state = {**adapter.tensors, **lora}
+        everything = self.role_state()
+        problems = {
+            'are of the base that the student shares with its teacher (name their modules in freeze_exclude, or set '
+            'tie_teacher=False)': [name for name in state if name in everything and name not in own],
+            'are none of this student': [name for name in state if name not in everything],
+            'are missing': [n for n in own if n not in state and ('.lora_' in n or n.startswith(OUTPUT))],
+            'have another shape': [n for n in state if n in own and own[n].shape != state[n].shape],
+        }
+        if any(problems.values()):
+            listed = '; '.join(f'{len(names)} {what}: {_some(names)}' for what, names in problems.items() if names)
+            raise PretrainedError(
+                f'pretrained_adapter={self.pretrained_adapter!r}: of its tensors {listed}. The head and '
+                'lora_target_modules and lora_rank must be those that it was trained with.'
+            )
+        self._fill(own, state)
+
     def _is_meta(self) -> bool:
         return any(parameter.is_meta for parameter in self.backbone.tree.parameters())
 
     # -- weights
 
-    def _load(self) -> None:
-        """Read what the config names, straight into place: a transformer that is loaded is built without memory."""
+    def _load(self) -> Adapter | None:
+        """Read what the config names, straight into place: a transformer that is loaded is built without memory.
+
+        Returns:
+            The export whose matrices have yet to become those of the student's adapters.
+        """
+        named = {'pretrained': [self.pretrained], 'pretrained_adapter': [self.pretrained_adapter]}
+        named['pretrained_lora'] = self.pretrained_lora
+        changes = [key for key, paths in named.items() if key != 'pretrained' and any(paths)]
+        if self.pretrained is None and changes:
+            raise ValueError(f'{" and ".join(changes)} need pretrained, the weights that they change')
         if torch.get_default_device().type == 'meta':
-            for path in (self.pretrained, self.pretrained_adapter, *self.pretrained_lora):
-                if path is not None:
-                    locate_weights(path)
-            return
-        if self.pretrained is None and (self.pretrained_adapter is not None or self.pretrained_lora):
-            raise ValueError('pretrained_adapter and pretrained_lora need pretrained, the weights that they change')
+            for key, paths in named.items():
+                for path in paths:
+                    if path is not None:
+                        locate_weights(path, key)
+            return None
         if self.pretrained is None:
-            return
+            output = self.transformer.get_submodule(OUTPUT)
+            if isinstance(output, MixtureLayer):
+                output.init_means()
+            return None
         state = read_weights(self.pretrained)
-        if self.pretrained_adapter is None and not self.pretrained_lora:
+        if not changes:
             self.load_published(self.remap_pretrained(state), self.pretrained)
-            return
+            return None
         from lakonlab.models.architecture.adapters import merge_lora, read_adapter, read_lora
 
         adapter = None if self.pretrained_adapter is None else read_adapter(self.pretrained_adapter)
@@ -319,14 +386,22 @@ class DiffusersTransformer(Network):
         self.load_published(self.remap_pretrained(state), self.pretrained)
         # files are mapped privately: changing the weights below never reaches them
         self.to(self.torch_dtype)
-        if adapter is not None:
-            merge_lora(self.transformer, adapter.lora)
+        if adapter is not None and not self.uses_lora:
+            merge_lora(self.transformer, adapter.lora, key=f'pretrained_adapter={self.pretrained_adapter!r}')
         for path, scale in zip(self.pretrained_lora, self.pretrained_lora_scale):
             lora, alphas = read_lora(path, self.lora_converter)
-            merge_lora(self.transformer, lora, scale, alphas)
+            merge_lora(self.transformer, lora, scale, alphas, key=f'pretrained_lora={path!r}')
+        return adapter if self.uses_lora else None
 
     def _overlay(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A base with the layers of an adapter; what the base's output layer was is gone."""
+        own = self.role_state()
+        foreign = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+        if foreign:
+            raise PretrainedError(
+                f'pretrained_adapter={self.pretrained_adapter!r} holds {len(foreign)} tensors that are none of this '
+                f'student, or have another shape there: {_some(foreign)}'
+            )
         replaced = {name for name in state if name.startswith(f'{OUTPUT}.')}
         if not any(name.startswith(OUTPUT) for name in tensors):
             replaced = set()
@@ -340,19 +415,18 @@ class DiffusersTransformer(Network):
         """See the base class; the tensors become the weights, without a copy."""
         internal = self._internal_names()
         renamed = {internal.get(name, name): tensor for name, tensor in state.items()}
-        load_strictly(self.transformer, renamed, where, self.ignored_keys, self.allowed_missing, assign=True)
+        load_strictly(
+            self.transformer,
+            renamed,
+            where,
+            self.ignored_keys,
+            self.allowed_missing,
+            assign=True,
+            name_of=lambda name: self._published_name(name) or name,
+        )
 
-    def _copy_into(self, state: Mapping[str, Tensor], where: str) -> None:
-        """Copy some tensors, by published names, into those of this role."""
-        own = self.role_state()
-        problems = [f'{name} is none of this student' for name in state if name not in own]
-        problems += [
-            f'{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
-            for name, tensor in state.items()
-            if name in own and own[name].shape != tensor.shape
-        ]
-        if problems:
-            raise PretrainedError(f'{where} does not fit, {len(problems)} tensors: {"; ".join(problems[:8])}')
+    @staticmethod
+    def _fill(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         for name, tensor in state.items():
             own[name].data.copy_(tensor)
 
@@ -396,10 +470,7 @@ class DiffusersTransformer(Network):
         roots, loose = select(self.transformer, self.freeze_exclude, self._published_name)
         places = [place for root in roots for place in callable_places(self.transformer, root)]
         places += [name.rpartition('.')[0] for name in loose]
-        return [path for path in places if '.lora_' not in path and not self._in_switch(path)]
-
-    def _in_switch(self, path: str) -> bool:
-        return any(path == place or path.startswith(f'{place}.') for place in self.backbone.switches)
+        return [path for path in places if '.lora_' not in path and not self.backbone.in_switch(path)]
 
     def as_average(self) -> DiffusersTransformer:
         """A network that shares everything frozen, and holds a copy of everything trained, as the moving average."""
@@ -415,16 +486,17 @@ class DiffusersTransformer(Network):
                 switch.add_module(EMA, average_of(switch.get_submodule(STUDENT)))
         if self.uses_lora:
             paths = {name.rpartition('.lora_')[0] for name in trained if '.lora_' in name}
-            paths = sorted(path for path in paths if EMA not in path.split('.'))
-            add_lora(tree, paths, self.lora['rank'], self.lora['alpha'], adapter=EMA)
+            paths = sorted(path for path in paths if not backbone.in_switch(path))
+            if paths:
+                add_lora(tree, paths, self.lora['rank'], self.lora['alpha'], adapter=EMA)
             layers = [tree.get_submodule(path) for path in paths]
             copy_adapter(layers, 'default', EMA)
             for layer in layers:
                 for matrices in (layer.lora_A, layer.lora_B):
                     matrices[EMA].requires_grad_(False)
                     compute_like(matrices[EMA], matrices['default'])
-            for layer in layers:
-                layer._active_adapter = ['default']
+            backbone.find_adapted()
+            backbone.activate_adapters()
         average = copy.copy(self)
         average.__dict__['_modules'] = {}
         average.role = EMA
@@ -448,6 +520,15 @@ class DiffusersTransformer(Network):
         if 'backbone' in self.__dict__:
             tree = self.backbone.tree
             (tree.enable_gradient_checkpointing if value else tree.disable_gradient_checkpointing)()
+
+    def _check_trained(self) -> None:
+        """Refuse adapters that would never train."""
+        adapters = [tensor for name, tensor in self.role_state().items() if '.lora_' in name]
+        if adapters and not any(tensor.requires_grad for tensor in adapters):
+            raise ValueError(
+                f'use_lora=True, but freeze_exclude={list(self.freeze_exclude)} names none of the adapters: add '
+                "'lora', or set use_lora=False"
+            )
 
     # -- running
 
@@ -501,7 +582,7 @@ class DiffusersTransformer(Network):
         conditions = self._prepare_conditions(conditions)
         text_length = conditions[self.text].shape[1] if self.text in conditions else 0
         device, dtype = hidden_states.device, hidden_states.dtype
-        layout = Layout(len(hidden_states), *grid, text_length, device, self.dtype)
+        layout = Layout(len(hidden_states), *grid, text_length, device)
         inputs = hidden_states.to(self.dtype)
         if self.latents == 'tokens':
             inputs = cut_tokens(inputs, self.patch_size, self.row_order)
@@ -551,7 +632,7 @@ def build_transformer(arguments: Mapping[str, Any]) -> nn.Module:
     """
     import diffusers
 
-    options = {name: value for name, value in arguments.items() if value is not None}
+    options = dict(arguments)
     kind = options.pop('type', None)
     names = [name for name in dir(diffusers) if name.endswith(('Transformer2DModel', 'TransformerModel'))]
     transformer = getattr(diffusers, str(kind), None)
@@ -587,3 +668,7 @@ def _with_adapter_name(name: str) -> str:
     """``x.lora_A.weight`` of a file as ``x.lora_A.default.weight``."""
     head, _, tail = name.rpartition('.')
     return f'{head}.default.{tail}'
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
