@@ -16,6 +16,7 @@ model = dict(
 )
 
 train_cfg = dict(
+    batch_teacher=False,  # at 1024 x 1024 pixels a micro-batch fills a GPU
     total_substeps=128,
     window_substeps=3,
     diffusion_grad_clip=50.0,

@@ -24,6 +24,7 @@ model = dict(
 )
 
 train_cfg = dict(
+    batch_teacher=False,  # 512 images fill a GPU
     num_intermediate_states=2,
     policy_dropout=0.05,
     total_substeps=128,

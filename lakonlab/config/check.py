@@ -22,7 +22,7 @@ from lakonlab.config.consistency import check_consistency
 from lakonlab.config.errors import ConfigError, describe_unknown, nearest
 from lakonlab.config.legacy import drop_legacy_keys
 from lakonlab.config.shared_sections import check_shared_sections
-from lakonlab.config.signature import arguments_of, field_types
+from lakonlab.config.signature import arguments_of, field_types, fits
 from lakonlab.config.walker import Walker
 from lakonlab.registry import DATASETS, HOOKS, METRICS, MODELS, MODULES
 
@@ -49,7 +49,7 @@ def check_config(cfg: Config, training: bool = True, planning: bool = False, eva
     for key, instead in schema.REFUSED_KEYS.items():
         if cfg.get(key) is not None:
             raise ConfigError(f'{key}: {cfg[key]!r} is not supported; {instead}')
-    drop_legacy_keys(cfg)
+    drop_legacy_keys(cfg, training)
     checker = _Checker(cfg.to_dict(), training, planning)
     checker.run()
     checker.report_later(unused=_unused(checker, training, evaluating))
@@ -118,10 +118,13 @@ class _Checker(Walker):
             if key in hints:
                 self.check_value(key, value, hints[key])
             elif key not in schema.HELPER_NAMES and (near := nearest(key, hints, 0.8)) is not None:
-                self.problems.append(
-                    f'{key}: {key!r} is no section of a config; did you mean {near!r}? If it is a helper variable, '
-                    'give it a name that cannot be mistaken for a section.'
-                )
+                could_be = fits(value, hints[near])
+                text = f'{key}: {key!r} is no section of a config; did you mean {near!r}? '
+                if could_be:
+                    text += 'If it is a helper variable, give it a name that cannot be mistaken for a section.'
+                else:
+                    text += f'It is taken for a helper variable, since {near} is no {type(value).__name__}.'
+                (self.problems if could_be else self.notes).append(text)
         required = ['model', 'data', *(('optimizer', 'total_iters') if self.training else ())]
         for key in required:
             if self.cfg.get(key) is None and not any(problem.startswith(f'{key}:') for problem in self.problems):
@@ -243,6 +246,7 @@ class _Checker(Walker):
                     self._evaluation_entry(entry, path)
                 elif entry.get('type') == 'ExponentialMovingAverageHook':
                     self._momentum(entry, path)
+                    self._averages(entry, path)
         if self.cfg.get('checkpoint_config') is not None:
             section = self.section('checkpoint_config')
             node = {'type': 'CheckpointHook', **section}
@@ -253,6 +257,11 @@ class _Checker(Walker):
                     'checkpoint_config.interval: missing; it is the number of iterations between saves'
                 )
             self._ranges('checkpoint_config', section, schema.LEAST_OF_CHECKPOINTS)
+            if section.get('by_epoch'):
+                self.problems.append(
+                    f'checkpoint_config.by_epoch: found {section["by_epoch"]!r}, but intervals count iterations; '
+                    'set it to False'
+                )
             if section.get('max_keep_ckpts', -1) != -1:
                 self.check_whole('checkpoint_config.max_keep_ckpts', section['max_keep_ckpts'], 1, ', or -1 for all')
 
@@ -306,6 +315,16 @@ class _Checker(Walker):
                 f'{path}.interval: found {len(interval["interval"])} intervals, expected one more than the '
                 f'{len(interval["milestones"])} milestones'
             )
+
+    def _averages(self, entry: Mapping[str, Any], path: str) -> None:
+        """Every average is that of a part that is trained."""
+        keys = entry.get('module_keys', ())
+        for key in [keys] if isinstance(keys, str) else keys if isinstance(keys, (list, tuple)) else ():
+            if not str(key).endswith('_ema'):
+                self.problems.append(
+                    f"{path}.module_keys: found {key!r}, expected a name that ends in '_ema'; the rest names the part "
+                    'that it averages'
+                )
 
     def _momentum(self, entry: Mapping[str, Any], path: str) -> None:
         from lakonlab.runner.hooks.ema import MOMENTUM_POLICIES

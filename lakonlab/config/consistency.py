@@ -9,6 +9,8 @@ from typing import Any
 from lakonlab.config.shared_sections import sampling_sections
 from lakonlab.config.signature import arguments_of
 
+SEGMENTS = frozenset({'nfe', 'final_step_size_scale', 'sigmas'})
+GRID_IS_FIXED = 'found True, but the grid of model.diffusion.policy_kwargs is laid out for one shift; set it to False'
 SEGMENT_TOLERANCE = 1e-3
 """Relative difference of segment sizes that is put down to rounding in the config."""
 
@@ -46,12 +48,24 @@ def check_consistency(
         problems.extend(_scale_problems('train_cfg.teacher_guidance_scale', scale, teacher))
     if student.node.get('policy_type') == 'DX':
         problems.extend(_grid_problems(cfg, student))
-    train_nfe, test_nfe = ((cfg.get(key) or {}).get('nfe') for key in ('train_cfg', 'test_cfg'))
-    if train_nfe is not None and test_nfe is not None and train_nfe != test_nfe:
-        notes.append(
-            f'train_cfg.nfe is {train_nfe} and test_cfg.nfe is {test_nfe}: samples differ from what is trained'
-        )
+    notes.extend(_differences(cfg, student))
     problems.extend(_batch_problems(cfg))
+
+
+def _differences(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
+    """How sampling differs from training, where the config says both."""
+    train_cfg, test_cfg = (cfg.get(key) or {} for key in ('train_cfg', 'test_cfg'))
+    trained = {key: train_cfg[key] for key in ('nfe', 'final_step_size_scale') if train_cfg.get(key) is not None}
+    if trained and student.exists:
+        trained['shift'] = student.shift
+    for path, override, role in sampling_sections(cfg):
+        is_entry = path.startswith('evaluation') and role != 'teacher'
+        section = override if is_entry else test_cfg if path == 'test_cfg' else {}
+        for key, value in trained.items():
+            found = section.get(key)
+            if found is not None and found != value:
+                of = 'model.diffusion.timestep_sampler' if key == 'shift' else 'train_cfg'
+                yield f'{of}.{key} is {value} and {path}.{key} is {found}: samples differ from what is trained'
 
 
 class _Part:
@@ -77,7 +91,12 @@ class _Part:
 
     @property
     def shift(self) -> float:
-        return (self.node.get('timestep_sampler') or {}).get('shift', 1.0)
+        return self.timestep_sampler.get('shift', 1.0)
+
+    @property
+    def timestep_sampler(self) -> Mapping[str, Any]:
+        section = self.node.get('timestep_sampler')
+        return section if isinstance(section, Mapping) else {}
 
 
 def _training_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
@@ -88,8 +107,18 @@ def _training_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
     name = student.kind.__name__
     if issubclass(student.kind, GaussianFlow) and student.node.get('flow_loss') is None:
         yield f"model.diffusion.flow_loss: missing; training of {name} needs a loss, dict(type='DiffusionMSELoss', ...)"
-    if issubclass(student.kind, PiFlow) and cfg['model'].get('teacher') is None:
+    if not issubclass(student.kind, PiFlow):
+        return
+    if cfg['model'].get('teacher') is None:
         yield f"model.teacher: missing; {name} is trained by a teacher, dict(type='GaussianFlow', ...)"
+    if student.timestep_sampler.get('logit_normal_enable'):
+        yield (
+            'model.diffusion.timestep_sampler.logit_normal_enable: found True, but pi-ID draws the beginnings of its '
+            'segments uniformly; set it to False'
+        )
+    dropout = (cfg.get('train_cfg') or {}).get('policy_dropout')
+    if dropout and student.node.get('policy_type') == 'DX':
+        yield f'train_cfg.policy_dropout: found {dropout}, but a DX policy has no components to drop; remove it'
 
 
 def _scale_problems(path: str, scale: Any, part: _Part) -> Iterator[str]:
@@ -122,7 +151,11 @@ def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
     """A DX grid is laid out over one segment, so it must know how long segments are and how time is shifted."""
     policy = student.node.get('policy_kwargs') or {}
     shift = policy.get('shift', 1.0)
+    if student.timestep_sampler.get('use_dynamic_shifting'):
+        yield f'model.diffusion.timestep_sampler.use_dynamic_shifting: {GRID_IS_FIXED}'
     for path, section, role in sampling_sections(cfg):
+        if role != 'teacher' and section.get('use_dynamic_shifting'):
+            yield f'{path}.use_dynamic_shifting: {GRID_IS_FIXED}'
         other = section.get('shift')
         if role != 'teacher' and other is not None and not math.isclose(shift, other, rel_tol=SEGMENT_TOLERANCE):
             yield (
@@ -140,10 +173,10 @@ def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
     test_cfg = cfg.get('test_cfg') or {}
     sections = [('train_cfg', cfg.get('train_cfg') or {}), ('test_cfg', test_cfg)]
     for path, override, role in sampling_sections(cfg):
-        if path.startswith('evaluation') and role != 'teacher' and {'nfe', 'final_step_size_scale'} & set(override):
+        if path.startswith('evaluation') and role != 'teacher' and SEGMENTS & set(override):
             sections.append((path, {**test_cfg, **override}))
     for path, section in sections:
-        nfe = section.get('nfe')
+        nfe = section.get('nfe') or len(section.get('sigmas') or ()) or None
         if nfe is None:
             continue
         expected = 1 / (nfe - 1 + section.get('final_step_size_scale', 1.0))

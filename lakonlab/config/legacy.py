@@ -9,20 +9,27 @@ from typing import Any
 from mmengine.config import Config
 
 from lakonlab.config import schema
+from lakonlab.config.errors import ConfigError
 
 logger = logging.getLogger('lakonlab.config')
 
 HOOK_SECTIONS = ('custom_hooks', 'evaluation')
+TEST_WORKERS = 'val_workers_per_gpu'
 
 
-def drop_legacy_keys(cfg: Config) -> None:
+def drop_legacy_keys(cfg: Config, training: bool = True) -> None:
     """Remove keys of the published schema that have no effect here, and give classes their present names.
 
     What was removed is reported in one line of the log; of what has another name, each in a line.
 
     Args:
         cfg: The config, changed in place.
+        training: Whether it is going to be trained.
+
+    Raises:
+        ConfigError: An older key contradicts the present one.
     """
+    _move_test_workers(cfg, training)
     dropped = []
     for dotted, reason in schema.LEGACY_KEYS.items():
         *sections, key = dotted.split('.')
@@ -30,18 +37,81 @@ def drop_legacy_keys(cfg: Config) -> None:
         for section in sections:
             node = node.get(section) if isinstance(node, (Config, Mapping)) else None
         if isinstance(node, (Config, Mapping)) and key in node:
-            if node[key]:
+            if node[key] is not None:
                 dropped.append(f'{dotted} ({reason})')
             node.pop(key)
     dropped += _drop_legacy_arguments(cfg)
+    dropped += _drop_later_defaults(cfg)
+    dropped += _drop_by_type(cfg)
     if dropped:
         logger.info('config: without effect here: %s', '; '.join(dropped))
     _rename_types(cfg)
     _place_older_guidance(cfg)
+    _report_older_names(cfg)
+
+
+def _report_older_names(cfg: Config) -> None:
     train_cfg = cfg.get('train_cfg')
+    if not isinstance(train_cfg, Mapping):
+        return
     for old, new in schema.OLDER_TRAIN_KEYS.items():
-        if isinstance(train_cfg, Mapping) and train_cfg.get(old) is not None:
-            logger.info('config: train_cfg.%s is the older name of train_cfg.%s', old, new)
+        if train_cfg.get(old) is None:
+            continue
+        node: Any = train_cfg
+        for key in new.split('.'):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if node is not None and node != train_cfg[old]:
+            raise ConfigError(
+                f'train_cfg.{old}: found {train_cfg[old]!r}, but train_cfg.{new} is {node!r}; the first is an older '
+                'name of the second: remove it'
+            )
+        logger.info('config: train_cfg.%s is the older name of train_cfg.%s', old, new)
+
+
+def _move_test_workers(cfg: Config, training: bool) -> None:
+    """``data.val_workers_per_gpu`` is for loaders of tools/test.py."""
+    data = cfg.get('data')
+    workers = data.get(TEST_WORKERS) if isinstance(data, Mapping) else None
+    if workers is None:
+        return
+    del data[TEST_WORKERS]
+    if training:
+        logger.info('config: data.%s is for tools/test.py', TEST_WORKERS)
+        return
+    loader = data.get('test_dataloader') or {}
+    data['test_dataloader'] = {'workers_per_gpu': workers, **loader}
+    logger.info('config: data.%s is the older name of data.test_dataloader.workers_per_gpu', TEST_WORKERS)
+
+
+def _drop_later_defaults(cfg: Config) -> list[str]:
+    """Arguments of later versions that say what is the case here anyway; others are left, and unknown."""
+    dropped = []
+    for dotted, reason in schema.LATER_DEFAULTS.items():
+        section, key = dotted.split('.')
+        node = cfg.get(section)
+        if isinstance(node, Mapping) and key in node and not node[key]:
+            node.pop(key)
+            dropped.append(f'{dotted} ({reason})')
+    return dropped
+
+
+def _drop_by_type(cfg: Config) -> list[str]:
+    """Keys that some kinds of students do not read."""
+    model = cfg.get('model')
+    student = model.get('diffusion') if isinstance(model, Mapping) else None
+    if not isinstance(student, Mapping):
+        return []
+    dropped = []
+    for kind, keys in schema.UNREAD_BY.items():
+        if kind not in (student.get('type'), student.get('policy_type')):
+            continue
+        for dotted, reason in keys.items():
+            section, key = dotted.split('.')
+            node = cfg.get(section)
+            if isinstance(node, Mapping) and key in node:
+                node.pop(key)
+                dropped.append(f'{dotted} ({reason})')
+    return dropped
 
 
 def _entries(cfg: Config) -> Iterator[tuple[str, Any]]:
@@ -51,6 +121,10 @@ def _entries(cfg: Config) -> Iterator[tuple[str, Any]]:
         for entry in entries if isinstance(entries, (list, tuple)) else ():
             if isinstance(entry, Mapping):
                 yield section, entry
+    hooks = (cfg.get('log_config') or {}).get('hooks')
+    for entry in hooks if isinstance(hooks, (list, tuple)) else ():
+        if isinstance(entry, Mapping):
+            yield 'log_config.hooks', entry
 
 
 def _drop_legacy_arguments(cfg: Config) -> list[str]:
@@ -90,6 +164,9 @@ def _place_older_guidance(cfg: Config) -> None:
             logger.info(
                 'config: test_cfg.%s guides the teacher too; train_cfg.teacher_test_cfg.%s would alone', key, key
             )
+    present = train_cfg.get('teacher_test_cfg') or {}
+    if 'orthogonal_guidance' in present:
+        return
     if test_cfg.get('orthogonal_guidance') and 'orthogonal_guidance_axis' not in test_cfg:
         test_cfg['orthogonal_guidance_axis'] = 'velocity'
         logger.info(

@@ -203,7 +203,7 @@ MULTIPLIERS = ('lr_mult', 'decay_mult')
 
 LEAST_OF_LOADER = {'samples_per_gpu': 1, 'workers_per_gpu': 0, 'prefetch_factor': 1}
 LEAST_OF_CHECKPOINTS = {'interval': 1, 'must_save_interval': 1}
-LEAST_OF_LOOP = {'gc_interval': 0, 'max_skipped_iters': 0}
+LEAST_OF_LOOP = {'max_skipped_iters': 0}
 
 LOOP_TYPES = ('DynamicIterBasedRunner', 'DynamicIterBasedRunnerMod', 'IterBasedRunner')
 LOGGER_TYPES = ('TextLoggerHook', 'TensorboardLoggerHook', 'WandbLoggerHook')
@@ -223,10 +223,10 @@ LEGACY_KEYS: dict[str, str] = {
     'data.train_dataloader.num_threads': 'it is no argument of a data loader',
     'data.val_dataloader.num_threads': 'it is no argument of a data loader',
     'data.test_dataloader.num_threads': 'it is no argument of a data loader',
-    'data.val_workers_per_gpu': 'set data.test_dataloader.workers_per_gpu',
     'runner.ckpt_fp16': 'what a run resumes from is never rounded',
     'runner.ckpt_fp16_ema': 'what a run resumes from is never rounded',
     'runner.ckpt_bf16_optim': 'what a run resumes from is never rounded',
+    'runner.pass_training_status': 'the iteration is always passed to the model',
     'runner.is_dynamic_ddp': 'strategies are chosen by module_wrapper',
     'runner.fp16_loss_scaler': 'parameters are trained in float32 or bfloat16, which need no loss scaling',
     'runner.use_apex_amp': 'apex is not used',
@@ -246,8 +246,45 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'metric_cpu_offload': 'networks of metrics are moved as needed',
         'dist': 'whether several processes evaluate follows from how many there are',
     },
+    'TextLoggerHook': {
+        'by_epoch': 'lines count iterations',
+        'ignore_last': 'the last line is always written',
+        'out_dir': 'logs are in work_dir',
+        'interval_exp_name': 'the name of the run is in its first lines',
+        'reset_flag': 'averages are of the last interval',
+    },
+    'TensorboardLoggerHook': {
+        'by_epoch': 'curves count iterations',
+        'ignore_last': 'the last point is always written',
+        'reset_flag': 'averages are of the last interval',
+    },
+    'WandbLoggerHook': {
+        'by_epoch': 'curves count iterations',
+        'ignore_last': 'the last point is always written',
+        'reset_flag': 'averages are of the last interval',
+        'log_artifact': 'logs and checkpoints are not uploaded',
+        'out_suffix': 'logs and checkpoints are not uploaded',
+        'with_step': 'curves count iterations',
+    },
 }
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
+
+LATER_DEFAULTS: dict[str, str] = {
+    'model.use_condition_latents': 'there are no condition images',
+    'model.train_cached_latents_as_latents_2': 'there is one kind of latents',
+    'model.vae_2': 'there is one autoencoder',
+    'model.visual_encoder': 'there are no condition images',
+    'train_cfg.teacher_test_cfg_2': 'the teacher is asked once',
+}
+"""Dotted keys of later published versions that may be present while they say None, False or nothing -> why."""
+
+UNREAD_BY: dict[str, dict[str, str]] = {
+    'DX': {'train_cfg.gm_dropout': 'a DX policy has no components to drop'},
+}
+"""Type of the student, or of its policy -> dotted keys that published files have for it, without effect -> why."""
+
+DISTRIBUTED_KEYS = ('fsdp_kwargs', 'find_unused_parameters', 'dist_params')
+"""Top-level keys that only runs of several processes read."""
 
 RENAMED_TYPES: dict[str, str] = {'ExponentialMovingAverageHookMod': 'ExponentialMovingAverageHook'}
 """Published name of a hook -> its name here."""

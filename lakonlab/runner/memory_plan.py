@@ -29,6 +29,7 @@ class Sizes:
         kept: Activations without gradient checkpointing; None if they are not known.
         checkpointed: Activations with it; None if they are not known.
         gathered: Largest unit of weights that a sharding strategy gathers at once.
+        sharded_optimizer: State of the optimisers under strategies that share it out, where that differs.
     """
 
     frozen: int
@@ -40,6 +41,7 @@ class Sizes:
     kept: int | None
     checkpointed: int | None
     gathered: int = 0
+    sharded_optimizer: int | None = None
 
     @property
     def states(self) -> int:
@@ -90,7 +92,10 @@ def plan(sizes: Sizes, strategy: str, world_size: int, hybrid_sharding: bool = T
     gathered, states = 0, sizes.states
     if strategy != 'ddp' and world_size > 1:
         parts = min(world_size, PROCESSES_PER_NODE) if hybrid_sharding else world_size
-        states = sizes.resident + -(-(sizes.states - sizes.resident) // parts)
+        shared = sizes.states - sizes.resident
+        if sizes.sharded_optimizer is not None:
+            shared += sizes.sharded_optimizer - sizes.optimizer
+        states = sizes.resident + -(-shared // parts)
         gathered = 2 * sizes.gathered
     totals = (None if size is None else states + gathered + size for size in (sizes.kept, sizes.checkpointed))
     return Plan(strategy, world_size, states, gathered, *totals)
@@ -182,7 +187,11 @@ def optimizer_bytes(options: Mapping[str, object], sizes: Sequence[tuple[int, in
 
 def number_of_moments(options: Mapping[str, object]) -> int:
     """How many numbers an optimiser keeps for every parameter; two unless it is known to keep fewer."""
-    name = str(options['type']).removesuffix('8bit')
+    name = str(options['type']).removesuffix('8bit').removesuffix('32bit').removeprefix('Paged')
+    if name == 'Adafactor':
+        return 0  # a row and a column for every matrix
+    if name == 'AdEMAMix':
+        return 3
     if name == 'SGD':
         return int(bool(options.get('momentum', 0)))
     if name in ('Adagrad', 'Lion', 'Muon', 'RMSprop'):

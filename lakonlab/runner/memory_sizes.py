@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lakonlab.config.errors import ConfigError, describe_unknown
 from lakonlab.models.architecture.roles import named_state
 from lakonlab.runner.activation_memory import block_lists, measure_inference, measure_training
 from lakonlab.runner.memory_plan import Sizes, optimizer_bytes
@@ -52,13 +53,25 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
         else:
             group = 'frozen' if owner in shared_out else 'resident'
         groups[group] += bytes_of(tensor)
-    state_bytes = 0
+    state_bytes = whole_bytes = 0
     for key, options in optimizer.items():
         own = [p for _, p in named_state(model.get_submodule(key)) if p.requires_grad]
-        state_bytes += optimizer_bytes(options, [(p.numel(), bytes_of(p)) for p in own])
-    for name, child in model.named_children():
-        if not any(True for _ in child.parameters()) and name not in (TEACHER, f'{STUDENT}_ema'):
-            notes.append(f'{name} is on the hub, so its size is not known and not counted')
+        own_sizes = [(p.numel(), bytes_of(p)) for p in own]
+        state_bytes += optimizer_bytes(options, own_sizes)
+        plain = str(options['type']).removesuffix('8bit')
+        whole_bytes += optimizer_bytes({**options, 'type': plain}, own_sizes)
+    if whole_bytes != state_bytes:
+        notes.append('moments of 8 bits cannot be shared out: fsdp and fsdp2 are planned with those of full precision')
+    for name in ('vae', 'text_encoder'):
+        child = getattr(model, name, None)
+        if child is None or any(True for _ in child.parameters()):
+            continue
+        number = getattr(child, 'published_parameters', None)
+        if number is None:
+            notes.append(f'{name} is on the hub: its size is not known, and it is NOT counted')
+            continue
+        groups['resident'] += number * child.torch_dtype.itemsize
+        notes.append(f'{name} is on the hub and taken to be as large as the published one')
     kept, checkpointed = _activations(model, cfg, notes)
     return (
         Sizes(
@@ -67,7 +80,8 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
             optimizer=state_bytes,
             kept=kept,
             checkpointed=checkpointed,
-            gathered=_largest_unit(model),
+            gathered=_largest_unit(model, cfg.get('fsdp_kwargs') or {}),
+            sharded_optimizer=whole_bytes,
         ),
         notes,
     )
@@ -78,17 +92,29 @@ def _shared_out(cfg: Mapping[str, Any]) -> set[str]:
     options = cfg.get('fsdp_kwargs') or {}
     parts = {STUDENT, f'{STUDENT}_ema'}
     if options.get('wrap_frozen_modules'):
-        excluded = options.get('exclude_keys') or ()
-        parts |= {key for key in (TEACHER, 'vae', 'text_encoder') if key not in excluded}
-    return parts
+        parts |= {TEACHER, 'vae', 'text_encoder'}
+    if options.get('ignore_frozen_parameters'):
+        parts.clear()
+    return parts - set(options.get('exclude_keys') or ())
 
 
-def _largest_unit(model: nn.Module) -> int:
-    """Bytes of the largest block of the student, or of all that is in no block."""
+def _largest_unit(model: nn.Module, options: Mapping[str, Any]) -> int:
+    """Bytes of the largest block of the student, or of all that is in no block.
+
+    Raises:
+        ConfigError: ``fsdp_modules`` names a class that the model has no instance of.
+    """
     network = getattr(getattr(model, STUDENT, None), 'denoising', None)
     if network is None:
         return 0
     blocks = [block for owner, name in block_lists(network) for block in getattr(owner, name)]
+    kinds = {f'{type(module).__module__}.{type(module).__qualname__}': type(module) for module in model.modules()}
+    for path in options.get('fsdp_modules') or ():
+        if path not in kinds:
+            raise ConfigError(describe_unknown('fsdp_kwargs.fsdp_modules', 'class of a module here', path, kinds))
+    if options.get('fsdp_modules'):
+        named = tuple(kinds[path] for path in options['fsdp_modules'])
+        blocks = [module for module in network.modules() if isinstance(module, named)]
     inside = {id(p) for block in blocks for p in block.parameters()}
     rest = sum(bytes_of(p) for p in network.parameters() if id(p) not in inside)
     return max([rest, *(sum(bytes_of(p) for p in block.parameters()) for block in blocks)])
@@ -157,7 +183,7 @@ def _teacher_queries(model: nn.Module, train_cfg: Mapping[str, Any]) -> int:
     view = getattr(model.diffusion, 'train_section', None)
     section = view() if callable(view) else None
     count = 1
-    if getattr(section, 'batch_teacher', False) and not getattr(section, 'num_decay_iters', 0):
+    if getattr(section, 'batch_teacher', False):  # with num_decay_iters, after the last of them
         count = section.num_intermediate_states
     guidance = (train_cfg.get('teacher_test_cfg') or {}).get('guidance_scale') or train_cfg.get(
         'teacher_guidance_scale'

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from lakonlab.models.architecture.roles import parameter_names
 
 BITSANDBYTES_SUFFIX = '8bit'
+BITSANDBYTES_SUFFIXES = (BITSANDBYTES_SUFFIX, '32bit')
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The optimiser of a name: torch's own, or bitsandbytes' for names ending in ``8bit``.
+    """The optimiser of a name: torch's own, or bitsandbytes' for names ending in ``8bit`` or ``32bit``.
 
     Raises:
         ValueError: There is no such optimiser.
@@ -25,13 +26,14 @@ def optimizer_class(name: str) -> type[Optimizer]:
     found = getattr(torch.optim, name, None)
     if inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer:
         return found
-    if name.endswith(BITSANDBYTES_SUFFIX):
+    if name.endswith(BITSANDBYTES_SUFFIXES):
         try:
             import bitsandbytes.optim as optim
         except ImportError as error:
+            plain = name.removesuffix(BITSANDBYTES_SUFFIX)
+            instead = f' Without it, use {plain!r}.' if hasattr(torch.optim, plain) else ''
             raise ImportError(
-                f'optimizer type {name!r} needs bitsandbytes: pip install bitsandbytes. Without it, use '
-                f'{name.removesuffix(BITSANDBYTES_SUFFIX)!r}.'
+                f'optimizer type {name!r} needs bitsandbytes: pip install bitsandbytes.{instead}'
             ) from error
         if hasattr(optim, name):
             return getattr(optim, name)

@@ -195,7 +195,6 @@ def test_all_problems_are_listed():
         ('evaluation.0.metrics', 'fid', 'list'),
         ('evaluation.0.metrics', ['fid'], 'dict'),
         ('log_config.interval', 0, 'at least 1'),
-        ('runner.gc_interval', -1, 'at least 0'),
         ('optimizer.diffusion.lr', 0, 'positive'),
         ('optimizer.diffusion.lr', '2e-3', 'positive'),
         ('optimizer.diffusion.lr', True, 'positive'),
@@ -531,3 +530,122 @@ def test_arguments_are_followed_through_kwargs():
 )
 def test_what_fits_a_type(value, hint, expected):
     assert fits(value, hint) is expected
+
+
+@pytest.mark.parametrize('value', [[1, 2], 'a text', 3])
+def test_helper_variables_whose_names_resemble_sections(value, caplog):
+    with caplog.at_level(logging.WARNING, 'lakonlab.config'):
+        check_config(Config({**load_config(PUBLISHED_STYLE).to_dict(), 'test_cfgs': value}))
+    assert 'taken for a helper variable' in caplog.text
+    with pytest.raises(ConfigError, match=r'did you mean .test_cfg.'):
+        check_config(Config({**load_config(PUBLISHED_STYLE).to_dict(), 'test_cfgs': {'nfe': 1}}))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'checkpoint_config.by_epoch': True}, 'checkpoint_config.by_epoch: found True'),
+        ({'custom_hooks.0.module_keys': ('diffusion_ema2',)}, "custom_hooks.0.module_keys: found 'diffusion_ema2'"),
+        (
+            {'model.diffusion.timestep_sampler.logit_normal_enable': True},
+            'model.diffusion.timestep_sampler.logit_normal_enable: found True',
+        ),
+        ({'train_cfg.teacher_guidance_scale': 7.0}, 'train_cfg.teacher_guidance_scale: found 7.0'),
+        ({'train_cfg.gm_dropout': 0.5}, 'train_cfg.gm_dropout: found 0.5'),
+        ({'model.use_condition_latents': True}, 'model.use_condition_latents'),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before(options, message):
+    """Also where it is only planned."""
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    for dotted, value in options.items():
+        *path, last = dotted.split('.')
+        node = values
+        for key in path:
+            node = node[int(key) if isinstance(node, list) else key]
+        node[last] = value
+    with pytest.raises(ConfigError) as error:
+        check_config(Config(values), planning=True)
+    assert message in str(error.value)
+
+
+def test_equal_values_of_an_older_and_a_present_key_are_fine():
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    values['train_cfg']['teacher_guidance_scale'] = values['train_cfg']['teacher_test_cfg']['guidance_scale']
+    check_config(Config(values))
+
+
+LATER = {
+    'model.use_condition_latents': False,
+    'model.vae_2': None,
+    'train_cfg.teacher_test_cfg_2': {},
+    'runner.gc_interval': -1,
+    'runner.pass_training_status': False,
+    'log_config.hooks.0.ignore_last': False,
+}
+
+
+def test_arguments_that_change_nothing_are_accepted(caplog):
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    for dotted, value in LATER.items():
+        *path, last = dotted.split('.')
+        node = values
+        for key in path:
+            node = node[int(key) if isinstance(node, list) else key]
+        node[last] = value
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        check_config(Config(values))
+    for dotted in LATER.keys() - {'runner.gc_interval'}:
+        assert dotted.replace('.hooks.0', '.hooks') in caplog.text
+
+
+def test_workers_of_published_test_loaders():
+    for training, expected in ((False, 3), (True, None)):
+        values = load_config(PUBLISHED_STYLE).to_dict()
+        values['data']['val_workers_per_gpu'] = 3
+        cfg = Config(values)
+        check_config(cfg, training=training)
+        assert cfg.data.test_dataloader.get('workers_per_gpu') == expected
+
+
+def test_a_policy_without_components_drops_none(caplog):
+    cfg = dx_config(1 / 3.5, 3.2, nfe=4, final_step_size_scale=0.5)
+    cfg.train_cfg.gm_dropout = 0.05
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        check_config(cfg)
+    assert 'gm_dropout' in caplog.text
+    assert 'gm_dropout' not in cfg.train_cfg
+    cfg.train_cfg.policy_dropout = 0.05
+    with pytest.raises(ConfigError, match=r'policy_dropout: found 0.05, but a DX policy'):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    ('section', 'key', 'value', 'message'),
+    [
+        ('test_cfg', 'sigmas', [1.0, 0.5], r'policy_kwargs\.segment_size: found'),
+        ('test_cfg', 'use_dynamic_shifting', True, r'test_cfg\.use_dynamic_shifting: found True, but the grid'),
+    ],
+)
+def test_grid_sampled_in_other_ways_than_it_is_laid_out(section, key, value, message):
+    cfg = dx_config(1 / 3.5, 3.2, nfe=4, final_step_size_scale=0.5)
+    if key == 'sigmas':
+        del cfg.test_cfg['nfe'], cfg.test_cfg['final_step_size_scale']
+    cfg[section][key] = value
+    with pytest.raises(ConfigError, match=message):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize(('key', 'value'), [('shift', 3.2), ('nfe', 2), ('final_step_size_scale', 0.5)])
+@pytest.mark.parametrize('path', ['test_cfg', 'evaluation.0.sample_kwargs.test_cfg_override'])
+def test_sampling_unlike_training_is_noted(key, value, path, caplog):
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    values['train_cfg']['final_step_size_scale'] = 1.0
+    values['evaluation'][0].setdefault('sample_kwargs', {})['test_cfg_override'] = {}
+    node = values
+    for part in path.split('.'):
+        node = node[int(part) if isinstance(node, list) else part]
+    node[key] = value
+    with caplog.at_level(logging.WARNING, 'lakonlab.config'):
+        check_config(Config(values))
+    assert f'{path}.{key} is {value}: samples differ from what is trained' in caplog.text

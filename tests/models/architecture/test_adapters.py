@@ -372,6 +372,57 @@ class TestExport:
         with pytest.raises(PretrainedError, match=r'pretrained_adapter=.*proj_out\.bias'):
             tiny.build(config)
 
+    def changed(self, weights, tmp_path, change):
+        path, state = self.exported(self.trained('Flux', 'GM', weights), tmp_path / 'a.safetensors')
+        change(state)
+        save_file(state, path)
+        return path
+
+    DAMAGES = {
+        'no head': lambda state: [state.pop(name) for name in list(state) if name.startswith('proj_out_logstds')],
+        'no matrices of a layer': lambda state: [state.pop(name) for name in list(state) if '0.ff.net.2' in name],
+        'a layer of the base': lambda state: state.update({'x_embedder.weight': torch.full((32, 16), 7.0)}),
+        'a head of another size': lambda state: state.update({'proj_out_logweights.bias': torch.zeros(3)}),
+    }
+
+    @pytest.mark.parametrize('damage', DAMAGES)
+    @pytest.mark.parametrize('tie_teacher', [True, False])
+    def test_what_is_not_whole_is_refused(self, damage, tie_teacher, weights, tmp_path):
+        path = self.changed(weights, tmp_path, self.DAMAGES[damage])
+        changes = dict(tie_teacher=tie_teacher, diffusion__denoising__pretrained_adapter=path)
+        config = tiny.config('Flux', 'GM', weights['Flux'], **changes)
+        if damage == 'a layer of the base' and not tie_teacher:
+            network = tiny.build(config).diffusion.denoising  # a base of its own may be changed
+            assert dict(named_state(network))['x_embedder.weight'].eq(7).all()
+            return
+        with pytest.raises(PretrainedError, match='pretrained_adapter=') as error:
+            tiny.build(config)
+        expected = {
+            'no head': 'proj_out_logstds.1.weight',
+            'no matrices of a layer': 'ff.net.2.lora_A',
+            'a layer of the base': 'x_embedder.weight',
+            'a head of another size': 'proj_out_logweights.bias',
+        }
+        assert expected[damage] in str(error.value)
+
+    @pytest.mark.parametrize('tie_teacher', [True, False])
+    @pytest.mark.parametrize('key', ['pretrained_adapter', 'pretrained_lora'])
+    def test_a_plan_names_the_key_of_a_missing_file(self, key, tie_teacher, weights):
+        part = 'diffusion' if key == 'pretrained_adapter' else 'teacher'
+        changes = {'tie_teacher': tie_teacher, f'{part}__denoising__{key}': 'nowhere.safetensors'}
+        config = tiny.config('Flux', 'GM', weights['Flux'], **changes)
+        with torch.device('meta'), pytest.raises(FileNotFoundError, match=rf"{key}='nowhere.safetensors'"):
+            tiny.build(config)
+
+    def test_with_adapters_of_its_own_an_export_is_where_they_begin(self, weights, tmp_path):
+        """Whether the base is shared or not."""
+        model = self.trained('Flux', 'GM', weights)
+        path, _ = self.exported(model, tmp_path / 'a.safetensors')
+        changes = dict(tie_teacher=False, diffusion__denoising__pretrained_adapter=path)
+        again = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], **changes))
+        for name, value in tiny.trainable(model).items():
+            assert torch.equal(tiny.trainable(again)[name], value), name
+
 
 def test_manifests_of_exports_are_what_students_train():
     """Names and shapes of published exports equal those of the trained tensors of the config they come from."""

@@ -53,12 +53,38 @@ def forward_all(model, data):
     return outputs
 
 
+#: What is trained beside adapters: nothing, a block with adapters in it, and layers with adapters of their own.
+OTHERS_TRAINED = {
+    'nothing': [],
+    'a block': ['single_transformer_blocks.1'],
+    'adapted layers': ['ff.net.2', 'proj_mlp'],
+}
+
+
 @kinds
 def test_roles_equal_separate_networks(weights, family, policy):
     """Outputs, losses, gradients and averages; the base of the separate networks exists three times."""
+    compare_with_separate_networks(family, policy, weights[family])
+
+
+@pytest.mark.parametrize('others', OTHERS_TRAINED)
+@pytest.mark.parametrize('policy', ['GM', 'DX'])
+def test_roles_equal_separate_networks_whatever_is_trained(weights, policy, others):
+    trained = tiny.config('Flux', policy, weights['Flux'])['diffusion']['denoising']['freeze_exclude']
+    keys = [*trained, *OTHERS_TRAINED[others]]
+    shared = compare_with_separate_networks('Flux', policy, weights['Flux'], diffusion__denoising__freeze_exclude=keys)
+    assert not any('lora' in name for name, _ in named_state(shared.teacher))
+    names = {name.partition('.')[2] for name in tiny.trainable(shared)}
+    averaged = dict(named_state(shared.diffusion_ema))
+    student = dict(named_state(shared.diffusion))
+    assert {name for name in averaged if averaged[name] is not student[name]} >= names
+
+
+def compare_with_separate_networks(family, policy, file, **changes):
+    """Train a model whose roles share a base beside one of three networks; returns the former."""
     data = tiny.batch(family)
-    shared = tiny.build(tiny.config(family, policy, weights[family]), family)
-    separate = tiny.build(tiny.config(family, policy, weights[family], tie_teacher=False, tie_ema=False), family)
+    shared = tiny.build(tiny.config(family, policy, file, **changes), family)
+    separate = tiny.build(tiny.config(family, policy, file, tie_teacher=False, tie_ema=False, **changes), family)
     copy_roles(separate, shared)
     hooks, optimizer = [], []
     for model in (shared, separate):
@@ -85,6 +111,7 @@ def test_roles_equal_separate_networks(weights, family, policy):
     for role, output in outputs[0].items():
         assert torch.equal(output, outputs[1][role]), role
     assert not torch.equal(outputs[0]['student'], outputs[0]['ema'])
+    return shared
 
 
 @kinds
@@ -161,6 +188,7 @@ def test_recomputed_blocks_are_the_students(weights, family, policy):
         model = tiny.build(
             tiny.config(family, policy, weights[family], diffusion__denoising__checkpointing=checkpointing), family
         )
+        assert model.diffusion.denoising.transformer.gradient_checkpointing == checkpointing
         step(model, optimizers(model), tiny.batch(family))
         gradients.append([value.grad for value in tiny.trainable(model).values()])
     for plain, recomputed in zip(*gradients):
@@ -353,6 +381,15 @@ def test_other_trained_parts_are_the_students_own(weights):
             r"lora_target_modules names 'proj_mlq'.*proj_mlp",
         ),
         ({'diffusion__denoising__freeze_exclude': ['proj_out_maens']}, r"freeze_exclude names 'proj_out_maens'"),
+        ({'diffusion__denoising__timestep_scale': 1000.0}, r'tie_teacher=True.*timestep_scale'),
+        (
+            {'diffusion__denoising__freeze_exclude': ['proj_out_means', 'norm_out']},
+            r"use_lora=True, but freeze_exclude=.*add 'lora'",
+        ),
+        (
+            {'tie_teacher': False, 'diffusion__denoising__freeze_exclude': ['proj_out_means', 'norm_out']},
+            r"use_lora=True, but freeze_exclude=.*add 'lora'",
+        ),
         ({'diffusion__denoising__logweights_channels': 1}, r'logweights_channels=1: expected 4'),
     ],
 )
@@ -369,3 +406,61 @@ def test_a_copy_is_independent(weights):
     step(model, optimizers(model), data)
     after = forward_all(twin, data)
     assert all(torch.equal(before[role], after[role]) for role in before)
+
+
+def test_teacher_and_average_never_drop_anything(weights):
+    """A base with dropout: the student's passes drop, while it is trained; the others' never do."""
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], diffusion__denoising__lora_dropout=0.5))
+    base = model.diffusion.denoising.transformer
+    (dropout,) = (part for part in base.transformer_blocks[0].ff.net if isinstance(part, torch.nn.Dropout))
+    dropout.p = 0.5
+    data = tiny.batch('Flux')
+    outputs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        outputs.append(forward_all(model.train(), data))
+    first, second = outputs
+    assert torch.equal(first['teacher'], second['teacher'])
+    assert torch.equal(first['ema'], second['ema'])
+    assert not torch.equal(first['student'], second['student'])
+    assert base.training
+    assert torch.equal(forward_all(model.eval(), data)['student'], first['ema'])
+
+
+@pytest.mark.parametrize('policy', ['GM', 'DX'])
+def test_a_tied_model_for_inference_only(weights, policy):
+    """It has no teacher, but the base of one, and takes what a training saves."""
+    changes = {} if policy == 'GM' else {'diffusion__denoising__pretrained': None}
+    config = tiny.config('Flux', policy, weights['Flux'], **changes)
+    if policy == 'DX':
+        del config['diffusion']['denoising']['pretrained']
+    model = tiny.build(config)
+    data = tiny.batch('Flux')
+    step(model, optimizers(model), data)
+    alone = tiny.build({**config, 'inference_only': True})
+    state = dict(named_state(alone.diffusion))
+    with torch.no_grad():
+        for name, value in tiny.trainable(model).items():
+            state[name.removeprefix('diffusion.')].copy_(value)
+    x_t, times = torch.randn(2, *tiny.LATENT_SIZE), torch.tensor([0.25, 0.5])
+    conditions = {**data['prompt_embed_kwargs'], 'guidance': torch.full((2,), 2.0)}
+    outputs = []
+    for part in (model.eval(), alone.eval()):
+        with torch.no_grad():
+            output = part.role('student').denoising(x_t, times, **conditions)
+        outputs.append(torch.cat([v.flatten() for v in output.values()]) if isinstance(output, dict) else output)
+    assert torch.equal(*outputs)
+
+
+def test_a_single_bias_on_a_base_in_bfloat16(weights):
+    config = tiny.config('Flux', 'GM', weights['Flux'])
+    for part in ('diffusion', 'teacher'):
+        config[part]['denoising']['torch_dtype'] = 'bfloat16'
+    config['diffusion']['denoising']['freeze_exclude'].append('x_embedder.bias')
+    model = tiny.build(config)
+    step(model, optimizers(model), tiny.batch('Flux'))
+    trained = tiny.trainable(model)
+    bias = trained['diffusion.denoising.x_embedder.bias']
+    assert bias.dtype == torch.float32
+    assert bias.grad.abs().sum() > 0
+    assert 'diffusion.denoising.x_embedder.weight' not in trained

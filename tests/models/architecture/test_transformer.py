@@ -49,6 +49,24 @@ OTHERS = {
         patch_size=2,
         positions=POSITIONS,
     ),
+    'AuraFlow': dict(  # reads the number of channels from its config
+        transformer=dict(
+            type='AuraFlowTransformer2DModel',
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=20,
+            caption_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=64,
+        ),
+        latents='images',
+        patch_size=2,
+    ),
     'LongCat-Image': dict(
         transformer=dict(
             type='LongCatImageTransformer2DModel',
@@ -112,8 +130,9 @@ def test_teacher_equals_the_transformer_called_by_hand(weights, name):
     transformer = kind(**options)
     # the very tensors: a copy lies elsewhere in memory, and sums over it may be ordered otherwise
     transformer.load_state_dict(dict(named_state(network)), assign=True)
-    if name == 'stable diffusion 3':
-        expected = transformer(hidden_states=x_t, timestep=1000 * t, **conditions).sample
+    if OTHERS[name].get('latents') == 'images':
+        scale = OTHERS[name].get('timestep_scale', 1)
+        expected = transformer(hidden_states=x_t, timestep=scale * t, **conditions).sample
     else:
         # patches as the pipelines of these models cut them
         batch, channels, height, width = x_t.shape
@@ -266,3 +285,55 @@ def test_wrong_inputs():
         network(x_t[..., :3], t, **conditions)
     with pytest.raises(ValueError, match=r'distilled_guidance_scale'):
         network(x_t, t, encoder_hidden_states=conditions['encoder_hidden_states'])
+
+
+def test_positions_are_whole_numbers_in_any_precision():
+    """bfloat16 cannot tell 257 from 256, so that a network in it would mistake long prompts' tokens for each other."""
+    seen = {}
+    network = build('FLUX.2', torch_dtype='bfloat16').eval()
+    network.backbone.tree.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        network(
+            torch.randn(1, 4, 2, 600, generator=generator),
+            torch.tensor([0.5]),
+            encoder_hidden_states=torch.randn(1, 512, 20, generator=generator),
+            guidance=torch.tensor([3.5]),
+        )
+    assert seen['hidden_states'].dtype == torch.bfloat16
+    assert torch.equal(seen['txt_ids'][:, 3].double(), torch.arange(512.0).double())
+    assert torch.equal(seen['img_ids'][:, 2].double(), torch.arange(300.0).double())
+
+
+def test_an_output_norm_without_a_condition_is_named():
+    options = dict(
+        transformer=dict(
+            type='ChromaTransformer2DModel',
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            approximator_num_channels=16,
+            approximator_hidden_dim=32,
+            approximator_layers=1,
+            axes_dims_rope=(4, 6, 6),
+            **ROTARY,
+        ),
+        patch_size=2,
+        positions=dict(img_ids=dict(kind='image'), txt_ids=dict(kind='text')),
+    )
+    x_t, t, conditions = given('LongCat-Image')
+    network = MODULES.build({'type': 'DiffusersTransformer', **options, 'head': HEADS['GMFlow']})
+    with pytest.raises(TypeError, match=r'expected the conditioning embedding.*set constant_logstd'):
+        network(x_t, t, **conditions)
+    head = HEADS['GMFlow with a fixed deviation']
+    network = MODULES.build({'type': 'DiffusersTransformer', **options, 'head': head})
+    assert network(x_t, t, **conditions)['means'].shape == (2, 2, *tiny.LATENT_SIZE)
+
+
+def test_a_mixture_without_a_teacher_begins_with_distinct_constant_means():
+    state = dict(named_state(build('FLUX.2', head=HEADS['GMFlow'])))
+    assert not state['proj_out_means.weight'].any()
+    bias = state['proj_out_means.bias'].reshape(3, 4, 4)
+    assert torch.equal(bias, bias[..., :1].expand_as(bias))  # the same for all pixels of a patch
+    assert len(bias[..., 0].unique()) == 12
+    assert 0.03 < bias.std() < 0.3

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lakonlab.models.architecture.freezing import parse_dtype
 from lakonlab.models.architecture.loading import PretrainedError
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,17 @@ class PretrainedPart(nn.Module):
     Args:
         freeze: Whether its parameters get no gradient.
         eval_mode: Whether it stays in evaluation mode.
+
+    Attributes:
+        torch_dtype: Dtype of its weights.
     """
 
-    def __init__(self, freeze: bool = True, eval_mode: bool = True):
+    #: Parameters of the published part, for plans of what is not downloaded.
+    published_parameters: int | None = None
+
+    def __init__(self, freeze: bool = True, eval_mode: bool = True, torch_dtype: str = 'float32'):
         super().__init__()
+        self.torch_dtype = parse_dtype(torch_dtype, 'torch_dtype')
         self.freeze = freeze
         self.eval_mode = eval_mode
 

@@ -22,6 +22,7 @@ class PretrainedFluxTextEncoder(PretrainedTextEncoder):
     pipeline_type = 'FluxPipeline'
     encoders = ('text_encoder', 'text_encoder_2')
     tokenizers = ('tokenizer', 'tokenizer_2')
+    published_parameters = 4_885_371_136  # T5 v1.1 XXL's encoder and CLIP ViT-L's
 
     def __init__(self, model_name_or_path: str = 'black-forest-labs/FLUX.1-dev', **options):
         super().__init__(model_name_or_path, **options)

@@ -28,6 +28,7 @@ class PretrainedQwenImageTextEncoder(PretrainedTextEncoder):
     pipeline_type = 'QwenImagePipeline'
     encoders = ('text_encoder',)
     tokenizers = ('tokenizer',)
+    published_parameters = 8_292_166_656  # Qwen2.5-VL 7B
 
     def __init__(self, model_name_or_path: str = 'Qwen/Qwen-Image', pad_seq_len: int | None = None, **options):
         super().__init__(model_name_or_path, **options)

@@ -19,7 +19,6 @@ from lakonlab.models.architecture.diffusers.pretrained import (
     read_json,
     repository,
 )
-from lakonlab.models.architecture.freezing import parse_dtype
 from lakonlab.models.architecture.loading import PretrainedError
 
 
@@ -58,13 +57,13 @@ class PretrainedTextEncoder(PretrainedPart):
         variant: str | None = None,
         revision: str | None = None,
     ):
-        super().__init__(freeze, eval_mode)
+        super().__init__(freeze, eval_mode, torch_dtype)
         if max_sequence_length < 1:
             raise ValueError(f'max_sequence_length={max_sequence_length}: expected at least 1')
         self.max_sequence_length = max_sequence_length
         name = repository(model_name_or_path)
         what = f'model_name_or_path={name!r}'
-        dtype = parse_dtype(torch_dtype, 'torch_dtype')
+        dtype = self.torch_dtype
         self.pipeline = None
         if is_planned():
             self._plan(name, dtype, what)

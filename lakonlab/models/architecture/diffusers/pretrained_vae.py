@@ -17,7 +17,6 @@ from lakonlab.models.architecture.diffusers.pretrained import (
     read_json,
     repository,
 )
-from lakonlab.models.architecture.freezing import parse_dtype
 from lakonlab.models.architecture.loading import PretrainedError
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.registry import MODULES
@@ -53,6 +52,8 @@ class PretrainedVAE(PretrainedPart):
         ValueError: Both names are given, or ``max_bs`` is not positive.
     """
 
+    published_parameters = 83_819_683  # that of FLUX.1; Stable Diffusion's differs by a fifth of a percent
+
     def __init__(
         self,
         model_name_or_path: str | None = None,
@@ -68,7 +69,7 @@ class PretrainedVAE(PretrainedPart):
         variant: str | None = None,
         revision: str | None = None,
     ):
-        super().__init__(freeze, eval_mode)
+        super().__init__(freeze, eval_mode, torch_dtype)
         if model_name_or_path is not None and from_pretrained is not None:
             raise ValueError('from_pretrained is the older name of model_name_or_path; give only the latter')
         if max_bs < 1:
@@ -76,7 +77,7 @@ class PretrainedVAE(PretrainedPart):
         self.max_bs = max_bs
         name = repository(model_name_or_path or from_pretrained)
         what = f'model_name_or_path={name!r}, subfolder={subfolder!r}'
-        dtype = parse_dtype(torch_dtype, 'torch_dtype')
+        dtype = self.torch_dtype
         options = {'subfolder': subfolder, 'variant': variant, 'revision': revision}
         options = {key: value for key, value in options.items() if value is not None}
         self.vae = self._plan(name, subfolder, dtype, what) if is_planned() else self._load(name, dtype, what, options)

@@ -18,6 +18,8 @@ class PretrainedVAEQwenImage(PretrainedVAE):
         **options: See :class:`~lakonlab.models.architecture.diffusers.pretrained_vae.PretrainedVAE`.
     """
 
+    published_parameters = 126_892_531
+
     def __init__(self, model_name_or_path: str | None = None, subfolder: str | None = 'vae', **options):
         if model_name_or_path is None and options.get('from_pretrained') is None:
             model_name_or_path = 'Qwen/Qwen-Image'

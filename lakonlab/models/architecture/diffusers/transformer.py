@@ -397,6 +397,13 @@ class DiffusersTransformer(Network):
         """A base with the layers of an adapter; what the base's output layer was is gone."""
         own = self.role_state()
         foreign = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+        head = [name for name in own if name.startswith(OUTPUT)]
+        missing = [name for name in head if name not in tensors] if any(name in tensors for name in head) else []
+        if missing:
+            raise PretrainedError(
+                f'pretrained_adapter={self.pretrained_adapter!r} lacks {len(missing)} tensors of the head: '
+                f'{_some(missing)}'
+            )
         if foreign:
             raise PretrainedError(
                 f'pretrained_adapter={self.pretrained_adapter!r} holds {len(foreign)} tensors that are none of this '
