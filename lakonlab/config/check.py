@@ -55,6 +55,10 @@ def check_config(cfg: Config, training: bool = True, planning: bool = False, eva
     checker.report_later(unused=_unused(checker, training, evaluating))
     for note in checker.notes:
         logger.warning('config: %s', note)
+    alone = [key for key in schema.DISTRIBUTED_KEYS if cfg.get(key)]
+    alone += ['module_wrapper'] if cfg.get('module_wrapper') in schema.SHARDING_WRAPPERS else []
+    if alone and not planning:
+        logger.info('config: without effect in one process: %s', ', '.join(alone))
     if checker.problems:
         where = cfg.filename or 'config'
         listed = '\n'.join(f'  {problem}' for problem in checker.problems)

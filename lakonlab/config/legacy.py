@@ -41,7 +41,7 @@ def drop_legacy_keys(cfg: Config, training: bool = True) -> None:
                 dropped.append(f'{dotted} ({reason})')
             node.pop(key)
     dropped += _drop_legacy_arguments(cfg)
-    dropped += _drop_later_defaults(cfg)
+    dropped += _drop_empty_keys(cfg)
     dropped += _drop_by_type(cfg)
     if dropped:
         logger.info('config: without effect here: %s', '; '.join(dropped))
@@ -83,10 +83,10 @@ def _move_test_workers(cfg: Config, training: bool) -> None:
     logger.info('config: data.%s is the older name of data.test_dataloader.workers_per_gpu', TEST_WORKERS)
 
 
-def _drop_later_defaults(cfg: Config) -> list[str]:
-    """Arguments of later versions that say what is the case here anyway; others are left, and unknown."""
+def _drop_empty_keys(cfg: Config) -> list[str]:
+    """Arguments that say what is the case here anyway; those that ask for something are left, to be refused."""
     dropped = []
-    for dotted, reason in schema.LATER_DEFAULTS.items():
+    for dotted, reason in schema.EMPTY_KEYS.items():
         section, key = dotted.split('.')
         node = cfg.get(section)
         if isinstance(node, Mapping) and key in node and not node[key]:

@@ -226,7 +226,6 @@ LEGACY_KEYS: dict[str, str] = {
     'runner.ckpt_fp16': 'what a run resumes from is never rounded',
     'runner.ckpt_fp16_ema': 'what a run resumes from is never rounded',
     'runner.ckpt_bf16_optim': 'what a run resumes from is never rounded',
-    'runner.pass_training_status': 'the iteration is always passed to the model',
     'runner.is_dynamic_ddp': 'strategies are chosen by module_wrapper',
     'runner.fp16_loss_scaler': 'parameters are trained in float32 or bfloat16, which need no loss scaling',
     'runner.use_apex_amp': 'apex is not used',
@@ -269,20 +268,22 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
 }
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
 
-LATER_DEFAULTS: dict[str, str] = {
+EMPTY_KEYS: dict[str, str] = {
+    'runner.pass_training_status': 'the iteration is always passed to the model',
     'model.use_condition_latents': 'there are no condition images',
     'model.train_cached_latents_as_latents_2': 'there is one kind of latents',
     'model.vae_2': 'there is one autoencoder',
     'model.visual_encoder': 'there are no condition images',
     'train_cfg.teacher_test_cfg_2': 'the teacher is asked once',
 }
-"""Dotted keys of later published versions that may be present while they say None, False or nothing -> why."""
+"""Dotted keys that may be present while they say None, False or nothing, without effect -> why."""
 
 UNREAD_BY: dict[str, dict[str, str]] = {
     'DX': {'train_cfg.gm_dropout': 'a DX policy has no components to drop'},
 }
 """Type of the student, or of its policy -> dotted keys that published files have for it, without effect -> why."""
 
+SHARDING_WRAPPERS = ('fsdp', 'fsdp2')
 DISTRIBUTED_KEYS = ('fsdp_kwargs', 'find_unused_parameters', 'dist_params')
 """Top-level keys that only runs of several processes read."""
 

@@ -74,6 +74,16 @@ def test_prompts_of_different_lengths_without_a_mask(weights):
         model.conditions_of(data, needs_negative=True)
 
 
+@pytest.mark.parametrize('which', ['prompt_embed_kwargs', 'negative_prompt_embed_kwargs'])
+def test_prompts_that_were_embedded_in_different_ways(weights, which):
+    model = build('QwenImage', weights)
+    data = tiny.batch('QwenImage')
+    data['negative_prompt_embed_kwargs'] = negatives(data)
+    del data[which]['encoder_hidden_states_mask']
+    with pytest.raises(ValueError, match=r'embed both with the same text encoder'):
+        model.conditions_of(data, needs_negative=True)
+
+
 def test_embedded_guidance_of_student_and_teacher(weights):
     """Each is told its own scale; what a transformer is given is recorded on its way in."""
     seen = {'student': [], 'teacher': []}
