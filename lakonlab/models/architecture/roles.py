@@ -64,7 +64,7 @@ class Backbone:
         self.switches: dict[str, RoleSwitch] = {}
         self.adapted: list[nn.Module] = []
         self.settings: dict[str, dict[str, object]] = {}  # role -> attributes of the tree while it plays
-        self._modules: list[dict] | None = None
+        self._modules: list[nn.Module] | None = None
         self._is_paused = False
         self.current = STUDENT
 
@@ -162,9 +162,9 @@ class Backbone:
     def _pause(self, pause: bool) -> None:
         """Put the tree into evaluation mode, in which teacher and average always are, or back into training mode."""
         if self._modules is None:
-            self._modules = [vars(module) for module in self.tree.modules()]
-        for attributes in self._modules:  # the attribute itself: the method would walk the tree at every forward pass
-            attributes['training'] = not pause
+            self._modules = list(self.tree.modules())
+        for module in self._modules:  # past nn.Module's own setter: this happens at every forward pass
+            vars(module)['training'] = not pause
         self._is_paused = pause
 
     def name_for(self, role: str, name: str) -> str | None:

@@ -408,13 +408,18 @@ def test_a_copy_is_independent(weights):
     assert all(torch.equal(before[role], after[role]) for role in before)
 
 
-def test_teacher_and_average_never_drop_anything(weights):
+@pytest.mark.parametrize('copied', [False, True])
+def test_teacher_and_average_never_drop_anything(weights, copied):
     """A base with dropout: the student's passes drop, while it is trained; the others' never do."""
     model = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], diffusion__denoising__lora_dropout=0.5))
     base = model.diffusion.denoising.transformer
     (dropout,) = (part for part in base.transformer_blocks[0].ff.net if isinstance(part, torch.nn.Dropout))
     dropout.p = 0.5
     data = tiny.batch('Flux')
+    if copied:
+        forward_all(model.train(), data)
+        model = copy.deepcopy(model)
+        base = model.diffusion.denoising.transformer
     outputs = []
     for seed in range(2):
         torch.manual_seed(seed)
