@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -176,7 +177,10 @@ def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
         if path.startswith('evaluation') and role != 'teacher' and SEGMENTS & set(override):
             sections.append((path, {**test_cfg, **override}))
     for path, section in sections:
-        nfe = section.get('nfe') or len(section.get('sigmas') or ()) or None
+        if section.get('sigmas'):
+            yield from _sigma_problems(path, section, segment)
+            continue
+        nfe = section.get('nfe')
         if nfe is None:
             continue
         expected = 1 / (nfe - 1 + section.get('final_step_size_scale', 1.0))
@@ -186,6 +190,21 @@ def _grid_problems(cfg: Mapping[str, Any], student: _Part) -> Iterator[str]:
                 f'final_step_size_scale={section.get("final_step_size_scale", 1.0)} of {path} make segments of '
                 f'{expected:g}, 1 / (nfe - 1 + final_step_size_scale)'
             )
+
+
+def _sigma_problems(path: str, section: Mapping[str, Any], segment: float) -> Iterator[str]:
+    """Segments between explicit times, of which the last alone may be shorter than the grid."""
+    sigmas = [*section['sigmas'], 0.0]
+    if section.get('nfe') not in (None, len(sigmas) - 1):
+        yield f'{path}.sigmas: has {len(sigmas) - 1} entries, but nfe is {section["nfe"]}'
+        return
+    lengths = [before - after for before, after in itertools.pairwise(sigmas)]
+    fits = all(math.isclose(length, segment, rel_tol=SEGMENT_TOLERANCE) for length in lengths[:-1])
+    if not fits or lengths[-1] > segment * (1 + SEGMENT_TOLERANCE):
+        yield (
+            f'{path}.sigmas: makes segments of {", ".join(f"{length:g}" for length in lengths)}, but the grid of '
+            f'model.diffusion.policy_kwargs.segment_size is laid out over {segment:g}; only the last may be shorter'
+        )
 
 
 def _batch_problems(cfg: Mapping[str, Any]) -> Iterator[str]:

@@ -95,7 +95,8 @@ class BaseDiffusion(nn.Module):
         if teacher is not None and not inference_only:
             self.teacher = MODULES.build({**teacher, **sections}).requires_grad_(False).eval()
         elif teacher is not None and tie_teacher:
-            diffusion = {**diffusion, 'denoising': {**weights_of_base(teacher), **diffusion['denoising']}}
+            base = weights_of_base(teacher['denoising'], diffusion['denoising'])
+            diffusion = {**diffusion, 'denoising': {**diffusion['denoising'], **base}}
         is_tied = tie_teacher and self.teacher is not None
         has_roles = is_tied and isinstance(self.teacher.denoising, SharedNetwork)
         if has_roles:
@@ -237,10 +238,16 @@ def needs_negative(guidance_scale: float | None) -> bool:
     return guidance_scale not in (None, 0, 1)
 
 
-def weights_of_base(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that say which weights a tied student shares with a teacher, for when there is no teacher."""
-    network = teacher['denoising']
-    return {key: network[key] for key in ('pretrained', 'pretrained_lora', 'pretrained_lora_scale') if key in network}
+def weights_of_base(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the weights that a tied student leaves to its teacher, for when there is no teacher.
+
+    Args:
+        teacher: Config of the teacher's network.
+        student: Config of the student's.
+    """
+    left = ['pretrained'] if not student.get('pretrained') else []
+    left += ['pretrained_lora', 'pretrained_lora_scale'] if not student.get('pretrained_lora') else []
+    return {key: teacher[key] for key in left if key in teacher}
 
 
 def tie_frozen_modules(student: nn.Module, teacher: nn.Module) -> None:

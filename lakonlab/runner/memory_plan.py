@@ -28,8 +28,9 @@ class Sizes:
         optimizer: State of the optimisers.
         kept: Activations without gradient checkpointing; None if they are not known.
         checkpointed: Activations with it; None if they are not known.
-        gathered: Largest unit of weights that a sharding strategy gathers at once.
+        gathered: The two largest units of weights, which a sharding strategy gathers at once.
         sharded_optimizer: State of the optimisers under strategies that share it out, where that differs.
+        undivided: Of what is trained or averaged, with gradients and state, what every process holds whole.
     """
 
     frozen: int
@@ -42,6 +43,7 @@ class Sizes:
     checkpointed: int | None
     gathered: int = 0
     sharded_optimizer: int | None = None
+    undivided: int = 0
 
     @property
     def states(self) -> int:
@@ -92,11 +94,12 @@ def plan(sizes: Sizes, strategy: str, world_size: int, hybrid_sharding: bool = T
     gathered, states = 0, sizes.states
     if strategy != 'ddp' and world_size > 1:
         parts = min(world_size, PROCESSES_PER_NODE) if hybrid_sharding else world_size
-        shared = sizes.states - sizes.resident
+        whole = sizes.resident + sizes.undivided
+        shared = sizes.states - whole
         if sizes.sharded_optimizer is not None:
             shared += sizes.sharded_optimizer - sizes.optimizer
-        states = sizes.resident + -(-shared // parts)
-        gathered = 2 * sizes.gathered
+        states = whole + -(-shared // parts)
+        gathered = sizes.gathered
     totals = (None if size is None else states + gathered + size for size in (sizes.kept, sizes.checkpointed))
     return Plan(strategy, world_size, states, gathered, *totals)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lakonlab.config.errors import ConfigError, describe_unknown
+from lakonlab.config.errors import ConfigError
 from lakonlab.models.architecture.roles import named_state
 from lakonlab.runner.activation_memory import block_lists, measure_inference, measure_training
 from lakonlab.runner.memory_plan import Sizes, optimizer_bytes
@@ -72,16 +73,25 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
             continue
         groups['resident'] += number * child.torch_dtype.itemsize
         notes.append(f'{name} is on the hub and taken to be as large as the published one')
+    excluded = set((cfg.get('fsdp_kwargs') or {}).get('exclude_keys') or ())
+    gradients = sum(bytes_of(p) for p in trained.values())
+    undivided = 0
+    if f'{STUDENT}_ema' not in shared_out:
+        undivided += groups['average']
+    if STUDENT in excluded:
+        undivided += groups['trainable'] + gradients + state_bytes
+        whole_bytes = state_bytes
     kept, checkpointed = _activations(model, cfg, notes)
     return (
         Sizes(
             **groups,
-            gradients=sum(bytes_of(p) for p in trained.values()),
+            gradients=gradients,
             optimizer=state_bytes,
             kept=kept,
             checkpointed=checkpointed,
-            gathered=_largest_unit(model, cfg.get('fsdp_kwargs') or {}),
+            gathered=_gathered(model, cfg.get('fsdp_kwargs') or {}, notes),
             sharded_optimizer=whole_bytes,
+            undivided=undivided,
         ),
         notes,
     )
@@ -98,26 +108,48 @@ def _shared_out(cfg: Mapping[str, Any]) -> set[str]:
     return parts - set(options.get('exclude_keys') or ())
 
 
-def _largest_unit(model: nn.Module, options: Mapping[str, Any]) -> int:
-    """Bytes of the largest block of the student, or of all that is in no block.
+def _gathered(model: nn.Module, options: Mapping[str, Any], notes: list[str]) -> int:
+    """Bytes of the two largest units of the student: blocks, or modules of ``fsdp_modules``, and all that is in none.
 
     Raises:
-        ConfigError: ``fsdp_modules`` names a class that the model has no instance of.
+        ConfigError: ``fsdp_modules`` names what is no class, or a class that the model has no instance of.
     """
     network = getattr(getattr(model, STUDENT, None), 'denoising', None)
     if network is None:
         return 0
-    blocks = [block for owner, name in block_lists(network) for block in getattr(owner, name)]
-    kinds = {f'{type(module).__module__}.{type(module).__qualname__}': type(module) for module in model.modules()}
-    for path in options.get('fsdp_modules') or ():
-        if path not in kinds:
-            raise ConfigError(describe_unknown('fsdp_kwargs.fsdp_modules', 'class of a module here', path, kinds))
-    if options.get('fsdp_modules'):
-        named = tuple(kinds[path] for path in options['fsdp_modules'])
-        blocks = [module for module in network.modules() if isinstance(module, named)]
-    inside = {id(p) for block in blocks for p in block.parameters()}
+    units = [block for owner, name in block_lists(network) for block in getattr(owner, name)]
+    kinds = tuple(_class_at(path) for path in options.get('fsdp_modules') or ())
+    for kind, path in zip(kinds, options.get('fsdp_modules') or ()):
+        if any(isinstance(module, kind) for module in model.modules()):
+            continue
+        if any(getattr(model, name, None) is not None for name in ('vae', 'text_encoder')):
+            notes.append(f'fsdp_modules: {path} is no module of the networks; autoencoder and text encoder may have it')
+            continue
+        raise ConfigError(
+            f'fsdp_kwargs.fsdp_modules: found {path!r}, of which the model has no instance; name classes of its '
+            f'blocks, such as {", ".join(sorted({_path_of(type(unit)) for unit in units})) or "none: it has no blocks"}'
+        )
+    if kinds:
+        units = [module for module in network.modules() if isinstance(module, kinds)]
+    inside = {id(p) for unit in units for p in unit.parameters()}
     rest = sum(bytes_of(p) for p in network.parameters() if id(p) not in inside)
-    return max([rest, *(sum(bytes_of(p) for p in block.parameters()) for block in blocks)])
+    sizes = [rest, *(sum(bytes_of(p) for p in unit.parameters()) for unit in units)]
+    return sum(sorted(sizes)[-2:])
+
+
+def _path_of(kind: type) -> str:
+    return f'{kind.__module__}.{kind.__qualname__}'
+
+
+def _class_at(path: str) -> type:
+    module, _, name = path.rpartition('.')
+    try:
+        found = getattr(importlib.import_module(module), name, None) if module else None
+    except ImportError:
+        found = None
+    if not isinstance(found, type):
+        raise ConfigError(f'fsdp_kwargs.fsdp_modules: found {path!r}, expected the dotted path of a class')
+    return found
 
 
 def latent_size_of(cfg: Mapping[str, Any]) -> tuple[int, ...] | None:

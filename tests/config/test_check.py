@@ -628,7 +628,8 @@ def test_a_policy_without_components_drops_none(caplog):
 @pytest.mark.parametrize(
     ('section', 'key', 'value', 'message'),
     [
-        ('test_cfg', 'sigmas', [1.0, 0.5], r'policy_kwargs\.segment_size: found'),
+        ('test_cfg', 'sigmas', [1.0, 0.5], r'test_cfg\.sigmas: makes segments of 0.5, 0.5'),
+        ('test_cfg', 'sigmas', [1, 0.9, 0.8, 0.7], r'test_cfg\.sigmas: makes segments of 0.1, 0.1, 0.1, 0.7'),
         ('test_cfg', 'use_dynamic_shifting', True, r'test_cfg\.use_dynamic_shifting: found True, but the grid'),
     ],
 )
@@ -638,6 +639,15 @@ def test_grid_sampled_in_other_ways_than_it_is_laid_out(section, key, value, mes
         del cfg.test_cfg['nfe'], cfg.test_cfg['final_step_size_scale']
     cfg[section][key] = value
     with pytest.raises(ConfigError, match=message):
+        check_config(cfg)
+
+
+def test_grid_sampled_at_the_times_it_is_laid_out_for():
+    cfg = dx_config(1 / 3.5, 3.2, nfe=4, final_step_size_scale=0.5)
+    cfg.test_cfg.sigmas = [1 - step / 3.5 for step in range(4)]
+    check_config(cfg)
+    cfg.test_cfg.nfe = 3
+    with pytest.raises(ConfigError, match=r'test_cfg\.sigmas: has 4 entries, but nfe is 3'):
         check_config(cfg)
 
 

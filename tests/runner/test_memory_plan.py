@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import load_config
 from lakonlab.models.architecture.roles import named_state
 from lakonlab.ops.random_source import SeededSource
@@ -148,7 +149,7 @@ SIZES = Sizes(
     optimizer=8 * GIBIBYTE,
     kept=60 * GIBIBYTE,
     checkpointed=6 * GIBIBYTE,
-    gathered=GIBIBYTE // 2,
+    gathered=GIBIBYTE,
 )
 
 
@@ -237,3 +238,42 @@ def test_full_size_in_seconds():
     assert sizes.trainable == pytest.approx(4 * number, rel=0.01)
     assert sizes.kept > 100 * GIBIBYTE > 30 * GIBIBYTE > sizes.checkpointed
     assert any('micro-batches of 512 with latents 4 x 32 x 32' in note for note in notes)
+
+
+def digits_plan(**options):
+    """Sizes of the digits student under options of sharding, and its notes."""
+    from lakonlab.runner.dry_run import build_on_meta
+
+    cfg = load_config('configs/digits/gmdit_k8_digits_piid_2step.py')
+    cfg.fsdp_kwargs = options
+    return sizes_of(build_on_meta(cfg, locate=False), cfg)
+
+
+def test_what_is_not_shared_out():
+    states = {}
+    for name, options in {
+        'all': {},
+        'average whole': dict(exclude_keys=['diffusion_ema']),
+        'frozen whole': dict(ignore_frozen_parameters=True),
+        'student whole': dict(exclude_keys=['diffusion']),
+    }.items():
+        sizes, _ = digits_plan(**options)
+        states[name] = plan(sizes, 'fsdp', 8).states
+        assert plan(sizes, 'ddp', 8).states == sizes.states
+    part = 7 * sizes.average // 8
+    assert states['average whole'] - states['all'] == pytest.approx(part, abs=8)
+    assert states['frozen whole'] - states['all'] == pytest.approx(part + 7 * sizes.frozen // 8, abs=8)
+    trained = sizes.trainable + sizes.gradients + sizes.optimizer
+    assert states['student whole'] - states['all'] == pytest.approx(7 * trained // 8, abs=8)
+
+
+def test_modules_that_are_gathered():
+    blocks, _ = digits_plan()
+    named, _ = digits_plan(fsdp_modules=['lakonlab.models.architecture.diffusers.dit.DiTBlock'])
+    assert blocks.gathered == named.gathered > 0
+    for path, message in {
+        'no.such.Block': 'expected the dotted path of a class',
+        'torch.nn.Bilinear': 'of which the model has no instance.*DiTBlock',
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            digits_plan(fsdp_modules=[path])

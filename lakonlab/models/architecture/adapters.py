@@ -177,11 +177,17 @@ def merge_lora(
             f'{key}: {"; ".join(problems[:8])}{more}; these are no matrices for {type(transformer).__name__}'
         )
     for layer in layers:
-        down, up = (lora[f'{layer}{side}'].float() for side in SIDES)
-        weight = modules[layer].weight
-        factor = scale * (alphas or {}).get(layer, down.shape[0]) / down.shape[0]
-        product = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight.device)
-        weight.copy_(weight.float() + factor * product)  # rounded once, in the precision of the weights
+        modules[layer].weight.copy_(merged(modules[layer].weight, lora, layer, scale, alphas))
+
+
+def merged(
+    weight: Tensor, lora: Mapping[str, Tensor], layer: str, scale: float, alphas: Mapping[str, float] | None = None
+) -> Tensor:
+    """A weight with the product of a layer's matrices, rounded once, in the precision of the weight."""
+    down, up = (lora[f'{layer}{side}'].float() for side in SIDES)
+    factor = scale * (alphas or {}).get(layer, down.shape[0]) / down.shape[0]
+    product = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape).to(weight.device)
+    return (weight.float() + factor * product).to(weight.dtype)
 
 
 def _misfit(modules: Mapping[str, nn.Module], lora: Mapping[str, Tensor], layer: str) -> str | None:

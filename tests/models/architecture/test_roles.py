@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lakonlab.models.architecture.roles import named_state, parameter_names
 from lakonlab.ops.random_source import SeededSource
@@ -58,6 +59,7 @@ OTHERS_TRAINED = {
     'nothing': [],
     'a block': ['single_transformer_blocks.1'],
     'adapted layers': ['ff.net.2', 'proj_mlp'],
+    'a part of the norm': ['norm_out.linear'],
 }
 
 
@@ -432,13 +434,30 @@ def test_teacher_and_average_never_drop_anything(weights, copied):
     assert torch.equal(forward_all(model.eval(), data)['student'], first['ema'])
 
 
+@pytest.fixture
+def style(tmp_path):
+    """LoRA for a layer inside and for the output layer."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = {'transformer_blocks.0.attn.to_q': (32, 32), 'proj_out': (32, 16)}
+    state = {}
+    for layer, (fan_in, fan_out) in sizes.items():
+        state[f'{layer}.lora_A.weight'] = torch.randn(2, fan_in, generator=generator)
+        state[f'{layer}.lora_B.weight'] = torch.randn(fan_out, 2, generator=generator)
+    save_file(state, tmp_path / 'style.safetensors')
+    return str(tmp_path / 'style.safetensors')
+
+
+@pytest.mark.parametrize('left_out', ['nothing', 'missing', 'None'])
 @pytest.mark.parametrize('policy', ['GM', 'DX'])
-def test_a_tied_model_for_inference_only(weights, policy):
-    """It has no teacher, but the base of one, and takes what a training saves."""
-    changes = {} if policy == 'GM' else {'diffusion__denoising__pretrained': None}
-    config = tiny.config('Flux', policy, weights['Flux'], **changes)
-    if policy == 'DX':
+def test_a_tied_model_for_inference_only(weights, policy, left_out, style):
+    """It has no teacher, but the base of one, style included, and takes what a training saves."""
+    config = tiny.config('Flux', policy, weights['Flux'], teacher__denoising__pretrained_lora=style)
+    if left_out == 'nothing':
+        config['diffusion']['denoising']['pretrained_lora'] = style
+    elif left_out == 'missing':
         del config['diffusion']['denoising']['pretrained']
+    else:
+        config['diffusion']['denoising'].update(pretrained=None, pretrained_lora=None)
     model = tiny.build(config)
     data = tiny.batch('Flux')
     step(model, optimizers(model), data)
@@ -469,3 +488,24 @@ def test_a_single_bias_on_a_base_in_bfloat16(weights):
     assert bias.dtype == torch.float32
     assert bias.grad.abs().sum() > 0
     assert 'diffusion.denoising.x_embedder.weight' not in trained
+
+
+def test_a_style_reaches_the_head_of_a_student_of_its_own_base(weights, style):
+    """The head begins as the output layer of the teacher, which has the style, whether the base is shared or not."""
+    states = []
+    for tie_teacher in (True, False):
+        changes = {f'{part}__denoising__pretrained_lora': style for part in ('teacher', 'diffusion')}
+        model = tiny.build(tiny.config('Flux', 'DX', weights['Flux'], tie_teacher=tie_teacher, **changes))
+        states.append(dict(named_state(model.diffusion.denoising)))
+    plain = dict(named_state(tiny.build(tiny.config('Flux', 'DX', weights['Flux'])).diffusion.denoising))
+    assert torch.equal(states[0]['proj_out.weight'], states[1]['proj_out.weight'])
+    assert not torch.equal(states[0]['proj_out.weight'], plain['proj_out.weight'])
+
+
+def test_no_module_lies_unused_inside_of_a_switch(weights):
+    """Parts of a norm that is the student's anyway need no place of their own."""
+    exclude = ['proj_out_means', 'proj_out_logweights', 'proj_out_logstds', 'norm_out.linear', 'lora']
+    model = tiny.build(tiny.config('Flux', 'GM', weights['Flux'], diffusion__denoising__freeze_exclude=exclude))
+    assert set(model.diffusion.denoising.backbone.switches) == {'proj_out', 'norm_out'}
+    known = {id(tensor) for _, tensor in named_state(model)}
+    assert {id(parameter) for parameter in model.parameters()} <= known

@@ -212,7 +212,7 @@ class DiffusersTransformer(Network):
             add_lora(tree, **self.lora, untouched=() if layer is None else (OUTPUT,))
         needed = [NORM] if layer is not None and self.head.needs_condition else []
         for path in (*needed, *self._trained_places()):
-            if path not in self.backbone.switches:
+            if not self.backbone.in_switch(path):
                 own = copy.deepcopy(tree.get_submodule(path))
                 tree.set_submodule(path, without_adapters(tree.get_submodule(path)))
                 self.backbone.give(path, STUDENT, own)
@@ -380,6 +380,12 @@ class DiffusersTransformer(Network):
             return None
         from lakonlab.models.architecture.adapters import merge_lora, read_adapter, read_lora
 
+        styles = [read_lora(path, self.lora_converter) for path in self.pretrained_lora]
+        if not isinstance(self.head, PlainOutput):
+            styles = [
+                self._merge_into_output(state, *style, scale)
+                for style, scale in zip(styles, self.pretrained_lora_scale, strict=True)
+            ]
         adapter = None if self.pretrained_adapter is None else read_adapter(self.pretrained_adapter)
         if adapter is not None:
             state = self._overlay(state, adapter.tensors)
@@ -388,10 +394,27 @@ class DiffusersTransformer(Network):
         self.to(self.torch_dtype)
         if adapter is not None and not self.uses_lora:
             merge_lora(self.transformer, adapter.lora, key=f'pretrained_adapter={self.pretrained_adapter!r}')
-        for path, scale in zip(self.pretrained_lora, self.pretrained_lora_scale):
-            lora, alphas = read_lora(path, self.lora_converter)
+        for path, (lora, alphas), scale in zip(self.pretrained_lora, styles, self.pretrained_lora_scale, strict=True):
             merge_lora(self.transformer, lora, scale, alphas, key=f'pretrained_lora={path!r}')
         return adapter if self.uses_lora else None
+
+    def _merge_into_output(
+        self, state: dict[str, Tensor], lora: dict[str, Tensor], alphas: dict[str, float], scale: float
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Merge matrices for the output layer while it is still the base's, before it becomes a head.
+
+        Returns:
+            The other matrices, and their alphas.
+        """
+        from lakonlab.models.architecture.adapters import SIDES, merged
+
+        names = [OUTPUT + side for side in SIDES]
+        weight = f'{OUTPUT}.weight'
+        if not all(name in lora for name in names) or weight not in state:
+            return lora, alphas
+        state[weight] = merged(state[weight], lora, OUTPUT, scale, alphas)
+        others = {name: tensor for name, tensor in lora.items() if name not in names}
+        return others, {layer: alpha for layer, alpha in alphas.items() if layer != OUTPUT}
 
     def _overlay(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A base with the layers of an adapter; what the base's output layer was is gone."""
