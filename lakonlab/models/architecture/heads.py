@@ -28,6 +28,21 @@ TEACHER_BIAS_NOISE = 0.05
 SCRATCH_BIAS_NOISE = 0.1
 
 
+def cut_tokens(images: Tensor, patch_size: int, row_order: str) -> Tensor:
+    """Cut (B, C, H, W) into tokens (B, L, C P P), in row-major order; the inverse of :func:`fold_tokens` for one copy.
+
+    Args:
+        images: Height and width are multiples of the patch size.
+        patch_size: ``P``.
+        row_order: Order of the entries of a token, see :data:`ROW_ORDERS`.
+    """
+    batch_size, channels, height, width = images.shape
+    p = patch_size
+    cells = images.reshape(batch_size, channels, height // p, p, width // p, p)
+    order = (0, 2, 4, 1, 3, 5) if row_order == 'channel_major' else (0, 2, 4, 3, 5, 1)
+    return cells.permute(order).reshape(batch_size, (height // p) * (width // p), channels * p * p)
+
+
 def fold_tokens(tokens: Tensor, grid: tuple[int, int], patch_size: int, copies: int, row_order: str) -> Tensor:
     """Arrange the rows of all tokens as images.
 

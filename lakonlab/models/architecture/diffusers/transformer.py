@@ -21,9 +21,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from lakonlab.models.architecture.diffusers.build_transformer import build_transformer
 from lakonlab.models.architecture.diffusers.positions import Layout, check_positions, make_positions
 from lakonlab.models.architecture.freezing import compute_like, freeze, select
-from lakonlab.models.architecture.heads import ROW_ORDERS, fold_tokens, require_positive
+from lakonlab.models.architecture.heads import ROW_ORDERS, cut_tokens, fold_tokens, require_positive
 from lakonlab.models.architecture.loading import PretrainedError, load_strictly, locate_weights, read_weights
 from lakonlab.models.architecture.lora import add_lora, copy_adapter
 from lakonlab.models.architecture.network import Network, at_least
@@ -649,49 +650,6 @@ class DiffusersTransformer(Network):
         mask = mask[:, used]
         prepared[self.text_mask] = None if self.attend_to_padding or bool(mask.all()) else mask
         return prepared
-
-
-def build_transformer(arguments: Mapping[str, Any]) -> nn.Module:
-    """Build a transformer of the diffusers library.
-
-    Args:
-        arguments: ``type``, the name of its class, and the arguments of its constructor.
-
-    Raises:
-        ValueError: There is no such class or argument.
-    """
-    import diffusers
-
-    options = dict(arguments)
-    kind = options.pop('type', None)
-    names = [name for name in dir(diffusers) if name.endswith(('Transformer2DModel', 'TransformerModel'))]
-    transformer = getattr(diffusers, str(kind), None)
-    if not isinstance(transformer, type) or not issubclass(transformer, nn.Module):
-        near = get_close_matches(str(kind), names, n=2)
-        hint = f'; near it: {", ".join(near)}' if near else ''
-        raise ValueError(f'transformer.type={kind!r} is no model of diffusers {diffusers.__version__}{hint}')
-    known = list(inspect.signature(transformer.__init__).parameters)[1:]
-    for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f'; did you mean {near[0]!r}?' if near else f'; it has {", ".join(known)}'
-            raise ValueError(f'transformer.{name}: no argument of {kind}{hint}')
-    return transformer(**options)
-
-
-def cut_tokens(images: Tensor, patch_size: int, row_order: str) -> Tensor:
-    """Cut (B, C, H, W) into tokens (B, L, C P P), in row-major order; the inverse of ``fold_tokens``.
-
-    Args:
-        images: Height and width are multiples of the patch size.
-        patch_size: ``P``.
-        row_order: Order of the entries of a token, see :data:`~lakonlab.models.architecture.heads.ROW_ORDERS`.
-    """
-    batch_size, channels, height, width = images.shape
-    p = patch_size
-    cells = images.reshape(batch_size, channels, height // p, p, width // p, p)
-    order = (0, 2, 4, 1, 3, 5) if row_order == 'channel_major' else (0, 2, 4, 3, 5, 1)
-    return cells.permute(order).reshape(batch_size, (height // p) * (width // p), channels * p * p)
 
 
 def _with_adapter_name(name: str) -> str:
