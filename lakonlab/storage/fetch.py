@@ -7,6 +7,7 @@ and is only visible there when all of it has arrived.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -143,8 +144,9 @@ def _from_web(uri: str) -> Path:
 
 def _remove_stale(folder: Path) -> None:
     for path in folder.glob(f'.*{PARTIAL_MARK}*'):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another thread of this process has just finished it
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def _download(uri: str, path: Path) -> None:

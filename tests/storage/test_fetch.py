@@ -149,6 +149,14 @@ def test_several_at_once(server):
     assert found == [CONTENT] * 4
 
 
+def test_a_partial_file_that_vanishes_is_no_error(server, tmp_path):
+    """As that of another thread does, between being listed and being looked at."""
+    first = fetch(f'{server.url}/weights/b.bin')
+    first.unlink()
+    (first.parent / '.b.bin.part-gone').symlink_to(tmp_path / 'nowhere')
+    assert fetch(f'{server.url}/weights/b.bin').read_bytes() == CONTENT
+
+
 def test_processes_share_one_download(server, tmp_path):
     """They start together, as the processes of a job do."""
     url = f'{server.url}/weights/b.bin'
