@@ -4,10 +4,10 @@
 is not a tensor, and ``manifest.json``, written last: format, iteration, library versions, the config's text, and size
 and SHA-256 of every file. What has no valid manifest is no checkpoint.
 
-Tensors go through torch.distributed.checkpoint with its safetensors writer rather than its default one: the default
-writer pickles its index and every tensor, so reading it safely would need an unpickler restricted to a list of torch's
-private classes; safetensors cannot hold code at all, keeps every dtype exactly (scalars, bfloat16, integers, empty
-tensors), is read by other programs, and resharding on load works the same.
+Tensors go through torch.distributed.checkpoint, which plans what each process writes and reads, into safetensors files
+(:mod:`lakonlab.storage.safetensors_storage`) rather than its default ones: those pickle their index and every tensor,
+so reading them safely would need an unpickler restricted to a list of torch's private classes; safetensors cannot hold
+code at all, keeps every dtype exactly (scalars, bfloat16, integers, empty tensors), and is read by other programs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import json
 import logging
 import platform
 import re
+import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lakonlab.ranks import ALONE, Ranks
 from lakonlab.storage.local import publish_directory, sha256_of, temporary_directory, write_json
+from lakonlab.storage.pieces import Pieces
 
 FORMAT = 'lakonlab-checkpoint'
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = 'manifest.json'
 STATE = 'state.json'
 LATEST_NAMES = ('latest', 'latest.pth', 'latest.txt')
-MAX_FILE_BYTES = 1 << 30  # the writer holds one file in memory at a time
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +155,10 @@ def find_checkpoint(path: str | Path) -> Path | None:
     if path.suffix == '.pth' and not path.exists():
         path = path.with_suffix('')
     if path.is_file():
-        raise CheckpointError(f'{path} is a file, but a checkpoint is a directory that holds a {MANIFEST}')
+        raise CheckpointError(
+            f'{path} is a file, but a checkpoint is a directory that holds a {MANIFEST}. A training checkpoint in the '
+            f'published layout is imported once, with `{import_command(path)}`; then name the directory that it writes'
+        )
     if not path.is_dir():
         return None
     if step_of(path) is not None or (path / MANIFEST).exists():
@@ -178,7 +184,20 @@ def _newest_valid(run_dir: Path) -> Path | None:
             f'none of the {len(candidates)} checkpoints in {run_dir} is valid: {"; ".join(problems)}. Restore one of '
             'them, or move the directory away to start from the beginning.'
         )
+    published = {step_of(path.with_suffix('')): path for path in run_dir.glob('iter_*.pth') if path.is_file()}
+    published.pop(None, None)
+    if published:
+        newest = published[max(published)]
+        raise CheckpointError(
+            f'{run_dir} holds checkpoints in the published layout only. Import the newest, with '
+            f'`{import_command(newest)}`, and the run goes on from it; or move them away to start from the beginning.'
+        )
     return None
+
+
+def import_command(path: Path) -> str:
+    """The command that makes a checkpoint, in the same directory, of a published ``.pth`` file."""
+    return f'python tools/import_checkpoint.py {shlex.quote(str(path))} {shlex.quote(str(path.parent))} --config CONFIG'
 
 
 def require_checkpoint(path: str | Path) -> Path:
@@ -198,40 +217,48 @@ def require_checkpoint(path: str | Path) -> Path:
 
 def tensor_info(checkpoint: Path, part: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name -> (shape, dtype) of every tensor of a part, without reading the tensors; empty if there is no such part."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from lakonlab.storage.safetensors_storage import tensors_in
 
-    if not (checkpoint / part).is_dir():
-        return {}
-    entries = HuggingFaceStorageReader(str(checkpoint / part)).read_metadata().state_dict_metadata
-    return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
+    return tensors_in(checkpoint / part) if (checkpoint / part).is_dir() else {}
 
 
-def read_tensors(checkpoint: Path, part: str, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Read tensors of a checkpoint that :func:`find_checkpoint` returned.
+def read_pieces(checkpoint: Path, part: str, into: Mapping[str, Pieces]) -> None:
+    """Fill in place what this process holds, however the saved tensors were divided.
 
     Args:
-        checkpoint: The checkpoint's directory.
+        checkpoint: Directory of a checkpoint that :func:`find_checkpoint` returned.
         part: ``model`` or ``optimizer``.
-        into: Tensors to fill in place, by name; they may be sharded differently from the saved ones. None for new
-            tensors on the CPU, all of them.
+        into: What this process holds, by name.
 
-    Returns:
-        The filled tensors.
+    Raises:
+        CheckpointError: A tensor cannot be read.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    if into is None:
-        info = tensor_info(checkpoint, part)
-        into = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items()}
-    tensors = dict(into)
-    if tensors:
-        _silence_single_process_notice()
-        reader = dcp.HuggingFaceStorageReader(str(checkpoint / part))
-        try:
-            dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
-        except CheckpointException as error:
-            raise CheckpointError(f'reading {checkpoint / part} failed: {_first_failure(error)}') from error
+    from lakonlab.storage.safetensors_storage import load_pieces
+
+    if not into:
+        return
+    _silence_single_process_notice()
+    try:
+        load_pieces(into, checkpoint / part)
+    except CheckpointException as error:
+        raise CheckpointError(f'reading {checkpoint / part} failed: {_first_failure(error)}') from error
+
+
+def read_tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    """Read all tensors of a part, whole, to the CPU.
+
+    Args:
+        checkpoint: Directory of a checkpoint that :func:`find_checkpoint` returned.
+        part: ``model`` or ``optimizer``.
+
+    Raises:
+        CheckpointError: A tensor cannot be read.
+    """
+    info = tensor_info(checkpoint, part)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items()}
+    read_pieces(checkpoint, part, {name: Pieces.whole(tensor) for name, tensor in tensors.items()})
     return tensors
 
 
@@ -255,50 +282,50 @@ def load_model_state(path: str | Path) -> dict[str, Tensor]:
 def write_checkpoint(
     run_dir: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Mapping[str, Tensor | Pieces]],
     state: Mapping[str, Any],
     config_text: str = '',
+    name: str | None = None,
+    ranks: Ranks = ALONE,
+    extra: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a checkpoint and publish it in one step; a failure leaves nothing under the final name.
 
+    Every process writes what it is asked to of what it holds; tensors that several hold are shared out among them. The
+    main process commits when the files of all are on the disk.
+
     Args:
-        run_dir: Directory of the run; made if needed.
+        run_dir: Directory of the run, the same for all processes; made if needed.
         step: Completed iterations.
-        tensors: Part -> name -> tensor, on the CPU and not changed by anyone until this returns.
-        state: Everything else, plain data.
+        tensors: Part -> name -> what this process holds, on the CPU and not changed by anyone until this returns.
+        state: Everything else, plain data; that of the main process counts.
         config_text: The resolved config of the run.
+        name: Name of the directory; None for that of the step.
+        ranks: The processes.
+        extra: Called by the main process with the unpublished directory, to add files made from what is there.
 
     Returns:
         The published directory.
 
     Raises:
-        CheckpointError: Writing failed; the message names the reason.
+        CheckpointError: Writing failed in one of the processes; the message names the reason.
     """
-    final = run_dir / checkpoint_name(step)
+    final = run_dir / (name or checkpoint_name(step))
     temporary = None
     try:
-        temporary = temporary_directory(final)
+        temporary = ranks.on_main(lambda: _begin(final, tensors))
+        files: dict[str, dict[str, Any]] = {}
         for part, entries in tensors.items():
-            _write_tensors(temporary / part, entries)
-        write_json(temporary / STATE, state)
-        files = {
-            path.relative_to(temporary).as_posix(): {'size': path.stat().st_size, 'sha256': sha256_of(path)}
-            for path in sorted(temporary.rglob('*'))
-            if path.is_file()
-        }
-        manifest = {
-            'format': FORMAT,
-            'version': FORMAT_VERSION,
-            'step': step,
-            'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-            'versions': _versions(),
-            'files': files,
-            'config': config_text,
-        }
-        write_json(temporary / MANIFEST, manifest)
-        publish_directory(temporary, final)
+            ranks.together(partial(_require_folder, temporary / part))
+            _write_pieces(temporary / part, entries, ranks)
+        own = ranks.together(lambda: _records(temporary, f'*/rank_{ranks.rank:05d}_*'))
+        for records in ranks.gather(own) or ():
+            files.update(records)
+        if extra is not None:
+            files.update(ranks.on_main(lambda: _records_of_extra(temporary, extra)))
+        ranks.on_main(lambda: _commit(temporary, final, step, state, config_text, files))
     except Exception as error:
-        if temporary is not None:
+        if temporary is not None and ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f'saving {final} failed: {type(error).__name__}: {error}. Checkpoints saved before are untouched; free '
@@ -308,24 +335,77 @@ def write_checkpoint(
     return final
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
+def _begin(final: Path, parts: Iterable[str]) -> Path:
+    temporary = temporary_directory(final)
+    try:
+        for part in parts:
+            (temporary / part).mkdir()
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return temporary
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f'{folder} was made by the main process and is not seen by this one: checkpoint_config.out_dir must be on '
+            'a file system that all nodes share'
+        )
+
+
+def _records(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': sha256_of(path)}
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+
+
+def _records_of_extra(temporary: Path, extra: Callable[[Path], object]) -> dict[str, dict[str, Any]]:
+    before = set(_files(temporary))
+    extra(temporary)
+    added = {path.relative_to(temporary).as_posix() for path in _files(temporary) if path not in before}
+    return {name: record for name, record in _records(temporary, '**/*').items() if name in added}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
+def _commit(
+    temporary: Path,
+    final: Path,
+    step: int,
+    state: Mapping[str, Any],
+    config_text: str,
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
+    write_json(temporary / STATE, state)
+    manifest = {
+        'format': FORMAT,
+        'version': FORMAT_VERSION,
+        'step': step,
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+        'versions': _versions(),
+        'files': dict(sorted({**files, **_records(temporary, STATE)}.items())),
+        'config': config_text,
+    }
+    write_json(temporary / MANIFEST, manifest)
+    publish_directory(temporary, final)
+
+
+def _write_pieces(folder: Path, entries: Mapping[str, Tensor | Pieces], ranks: Ranks) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
-    folder.mkdir()
-    if not tensors:
+    from lakonlab.storage.safetensors_storage import save_pieces
+
+    pieces = {name: value if isinstance(value, Pieces) else Pieces.whole(value) for name, value in entries.items()}
+    if ranks.world_size == 1 and not pieces:
         return
-    file_of, file, file_bytes = {}, 1, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if file_bytes and file_bytes + size > MAX_FILE_BYTES:
-            file, file_bytes = file + 1, 0
-        file_of[name] = file
-        file_bytes += size
     _silence_single_process_notice()
-    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not torch.distributed.is_initialized())
+        save_pieces(pieces, folder, ranks.rank, ranks.world_size, ranks.group)
     except CheckpointException as error:  # a BaseException, which callers would not expect
         raise _first_failure(error) from error
 

@@ -34,12 +34,17 @@ def is_remote(path: str | Path) -> bool:
     return '://' in text or re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', text) is not None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` and flush it to the disk."""
-    with open(path, 'w', encoding='utf-8') as stream:
-        stream.write(text)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` and flush it to the disk."""
+    with open(path, 'wb') as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` and flush it to the disk."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -12,12 +12,14 @@ from lakonlab.storage.checkpoint import (
     find_checkpoint,
     load_model_state,
     read_manifest,
+    read_pieces,
     read_state,
     read_tensors,
     require_checkpoint,
     tensor_info,
     write_checkpoint,
 )
+from lakonlab.storage.pieces import Pieces
 
 MODEL = {
     'a.weight': torch.randn(3, 4),
@@ -64,7 +66,7 @@ def test_round_trip(tmp_path):
 
 
 def test_round_trip_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr('lakonlab.storage.checkpoint.MAX_FILE_BYTES', 40)
+    monkeypatch.setattr('lakonlab.storage.safetensors_storage.MAX_FILE_BYTES', 40)
     path = write(tmp_path)
     assert len(list((path / 'model').iterdir())) > 2
     assert_equal(load_model_state(path), MODEL)
@@ -79,14 +81,14 @@ def test_empty_state(tmp_path):
 def test_reads_into_given_tensors(tmp_path):
     path = write(tmp_path)
     target = torch.zeros(3, 4)
-    read_tensors(path, 'model', into={'a.weight': target})
+    read_pieces(path, 'model', {'a.weight': Pieces.whole(target)})
     assert torch.equal(target, MODEL['a.weight'])
 
 
 def test_wrong_shape_is_an_error(tmp_path):
     path = write(tmp_path)
     with pytest.raises(CheckpointError, match='iter_4'):
-        read_tensors(path, 'model', into={'a.weight': torch.zeros(3, 5)})
+        read_pieces(path, 'model', {'a.weight': Pieces.whole(torch.zeros(3, 5))})
 
 
 @pytest.mark.parametrize('name', ['', 'latest', 'latest.pth', 'latest.txt', 'iter_4', 'iter_4.pth'])

@@ -1,0 +1,113 @@
+"""The processes of a run, and plain data passed among them.
+
+Results, decisions and errors travel here, pickled, over a group of their own on the CPU; weights and gradients are the
+business of the strategies. In one process every method is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar('Value')
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is, of how many.
+
+    Args:
+        rank: Number of this process, ``0 <= rank < world_size``.
+        world_size: Number of processes.
+        local_rank: Number of this process on its node.
+        local_world_size: Number of processes on this node.
+        group: Group over which plain data travels; None for the default group.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes what only one may write."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.all_gather(None)
+
+    def all_gather(self, value: Value) -> list[Value]:
+        """The values of all processes, by rank, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather(self, value: Value) -> list[Value] | None:
+        """The values of all processes, by rank, on the main one; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values
+
+    def broadcast(self, value: Value) -> Value:
+        """The value of the main process."""
+        if self.world_size == 1:
+            return value
+        values = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """Call a function in the main process alone.
+
+        Returns:
+            Its result, in every process.
+
+        Raises:
+            Exception: What the function raised, in every process.
+        """
+        if self.world_size == 1:
+            return function()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as raised:  # travels to the other processes, which would wait for ever otherwise
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
+    def together(self, function: Callable[[], Value]) -> Value:
+        """Call a function in every process, and fail in every process if it fails in any.
+
+        Returns:
+            Its result in this process.
+
+        Raises:
+            Exception: What the function raised here, or what it raised in the first process where it failed.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+        errors = self.all_gather(error)
+        first = next((found for found in errors if found is not None), None)
+        if first is not None:
+            raise error if error is not None else first
+        return result
+
+
+ALONE = Ranks()
+"""One process on its own."""

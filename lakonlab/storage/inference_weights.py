@@ -1,0 +1,36 @@
+"""Weights for inference, taken out of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lakonlab.storage.checkpoint import read_tensors
+from lakonlab.storage.local import write_bytes
+
+FOLDER = 'export'
+FILE = 'diffusion_pytorch_model.safetensors'
+
+
+def add_inference_weights(checkpoint: Path, role: str) -> Path:
+    """Write the weights of a network of a checkpoint as one file, named as published adapters are.
+
+    Args:
+        checkpoint: Directory of the checkpoint.
+        role: ``diffusion_ema`` or ``diffusion``.
+
+    Returns:
+        The file, ``export/diffusion_pytorch_model.safetensors`` in the directory.
+    """
+    from safetensors.torch import save
+
+    prefix = f'{role}.denoising.'
+    tensors = {
+        re.sub(r'(\.lora_[AB])\.default(?=\.)', r'\1', name.removeprefix(prefix)): tensor
+        for name, tensor in read_tensors(checkpoint, 'model').items()
+        if name.startswith(prefix)
+    }
+    folder = checkpoint / FOLDER
+    folder.mkdir(exist_ok=True)
+    write_bytes(folder / FILE, save(tensors, {'format': 'pt'}))
+    return folder / FILE
