@@ -129,5 +129,8 @@ STRATEGIES = LazyRegistry(
     'strategy',
     {
         'lakonlab.parallel.single': ('single',),
+        'lakonlab.parallel.ddp': ('ddp',),
+        'lakonlab.parallel.fsdp': ('fsdp',),
+        'lakonlab.parallel.fsdp2': ('fsdp2',),
     },
 )

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from lakonlab.models.architecture.roles import SharedNetwork
 from lakonlab.models.section import at_least, read_section
-from lakonlab.models.training_step import training_step
+from lakonlab.models.training_step import Around, GradientExchange, alone, training_step
 from lakonlab.ops.patchify import patchify, unpatchify
 from lakonlab.ops.random_source import RandomSource
+from lakonlab.phases import phase
 from lakonlab.registry import MODULES
 
 ROLES = ('student', 'ema', 'teacher')
@@ -160,29 +161,50 @@ class BaseDiffusion(nn.Module):
         return module
 
     def train_minibatch(
-        self, data: dict[str, Any], running_status: Mapping[str, int], source: RandomSource, loss_factor: float
+        self,
+        data: dict[str, Any],
+        running_status: Mapping[str, int],
+        source: RandomSource,
+        loss_factor: float,
+        around: Around = alone,
     ) -> dict[str, Tensor]:
-        """Forward and backward of a micro-batch; returns the values to log, detached."""
+        """Forward and backward of a micro-batch.
+
+        Args:
+            data: The micro-batch.
+            running_status: ``iteration``, from 0, and ``epoch``.
+            source: Source of random numbers.
+            loss_factor: Factor of the loss.
+            around: What surrounds every forward and backward pass.
+
+        Returns:
+            The values to log, detached.
+        """
         raise NotImplementedError(f'{type(self).__name__} does not say how it is trained')
 
-    def backward_losses(self, x_0: Tensor, source: RandomSource, loss_factor: float, **kwargs) -> dict[str, Tensor]:
+    def backward_losses(
+        self, x_0: Tensor, source: RandomSource, loss_factor: float, around: Around = alone, **kwargs
+    ) -> dict[str, Tensor]:
         """Train the diffusion on latents, going backward as soon as a loss is there.
 
         Args:
             x_0: Latents, (B, C, *).
             source: Source of random numbers.
             loss_factor: Factor of the loss.
+            around: What surrounds every forward and backward pass.
             **kwargs: Further arguments of the diffusion's ``forward_train``.
         """
         if not getattr(self.diffusion, 'is_multistep', False):
-            loss, log_vars = self.diffusion(x_0, return_loss=True, source=source, **kwargs)
-            (loss * loss_factor).backward()
+            with around(True), phase('student'):
+                loss, log_vars = self.diffusion(x_0, return_loss=True, source=source, **kwargs)
+                (loss * loss_factor).backward()
             return log_vars
         log_vars: dict[str, Tensor] = {}
         state = self.diffusion.initial_segment_state(x_0, source)
         while state is not None:
-            loss, logs, state = self.diffusion(x_0, return_loss=True, segment_state=state, source=source, **kwargs)
-            (loss * loss_factor).backward()
+            with around(self.diffusion.is_last_segment(state)), phase('student'):
+                loss, logs, state = self.diffusion(x_0, return_loss=True, segment_state=state, source=source, **kwargs)
+                (loss * loss_factor).backward()
             log_vars = {**log_vars, **{key: log_vars.get(key, 0) + value for key, value in logs.items()}}
         return log_vars
 
@@ -193,6 +215,7 @@ class BaseDiffusion(nn.Module):
         loss_scaler: torch.amp.GradScaler | None = None,
         running_status: Mapping[str, int] | None = None,
         source: RandomSource | None = None,
+        exchange: GradientExchange | None = None,
     ) -> dict[str, Any]:
         """Take one optimiser step. See :func:`lakonlab.models.training_step.training_step`.
 
@@ -202,14 +225,16 @@ class BaseDiffusion(nn.Module):
             loss_scaler: Scaler of float16 training.
             running_status: ``iteration``, from 0, and ``epoch``.
             source: Source of every random number of the step.
+            exchange: How processes share the step; None for one process.
         """
         status = dict(running_status or {'iteration': 0})
 
-        def minibatch(part: dict[str, Any], part_source: RandomSource, factor: float) -> dict[str, Tensor]:
+        def minibatch(part: dict[str, Any], part_source: RandomSource, factor: float, around: Around):
             scale = 1.0 if loss_scaler is None else float(loss_scaler.get_scale())
-            return self.train_minibatch(part, status, part_source, factor * scale)
+            return self.train_minibatch(part, status, part_source, factor * scale, around)
 
-        return training_step(data, optimizer, minibatch, self.train_cfg, status['iteration'], source, loss_scaler)
+        iteration = status['iteration']
+        return training_step(data, optimizer, minibatch, self.train_cfg, iteration, source, loss_scaler, exchange)
 
     def teacher_guidance(self) -> tuple[float | None, dict[str, Any]]:
         """Guidance scale of the teacher and the rest of its sampling section."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.models.base_diffusion import BaseDiffusion
+from lakonlab.models.training_step import Around, alone
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.registry import MODELS
 
@@ -49,11 +50,16 @@ class Diffusion2D(BaseDiffusion):
         )
 
     def train_minibatch(
-        self, data: dict[str, Any], running_status: Mapping[str, int], source: RandomSource, loss_factor: float
+        self,
+        data: dict[str, Any],
+        running_status: Mapping[str, int],
+        source: RandomSource,
+        loss_factor: float,
+        around: Around = alone,
     ) -> dict[str, Tensor]:
-        """Forward and backward of a micro-batch; see the class for its keys."""
+        """See the base class, and the class for the keys of a micro-batch."""
         points = as_pixels(data['x'].to(self.device), 'x')
-        return self.backward_losses(points, source, loss_factor, running_status=running_status)
+        return self.backward_losses(points, source, loss_factor, around, running_status=running_status)
 
     @torch.no_grad()
     def val_step(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.models.base_diffusion import BaseDiffusion, needs_negative
+from lakonlab.models.training_step import Around, alone
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.ops.shapes import batch_size_of, concatenate_rows
 
@@ -98,9 +99,14 @@ class LatentDiffusion(BaseDiffusion):
         return self.patchify(self.encode_images(images))
 
     def train_minibatch(
-        self, data: dict[str, Any], running_status: Mapping[str, int], source: RandomSource, loss_factor: float
+        self,
+        data: dict[str, Any],
+        running_status: Mapping[str, int],
+        source: RandomSource,
+        loss_factor: float,
+        around: Around = alone,
     ) -> dict[str, Tensor]:
-        """Forward and backward of a micro-batch; see the class for its keys."""
+        """See the base class, and the class for the keys of a micro-batch."""
         x_0 = self.encode_batch(data, source)
         scale, section = self.teacher_guidance()
         conditions = self.conditions_of(data, self.teacher is not None and needs_negative(scale))
@@ -115,7 +121,7 @@ class LatentDiffusion(BaseDiffusion):
                     'test_cfg': section,
                 },
             )
-        return self.backward_losses(x_0, source, loss_factor, **kwargs)
+        return self.backward_losses(x_0, source, loss_factor, around, **kwargs)
 
     def training_conditions(
         self, conditions: Conditions, data: Mapping[str, Any], source: RandomSource

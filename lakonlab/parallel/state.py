@@ -1,4 +1,4 @@
-"""Which tensors of a model belong to its training state, and the names under which they are saved."""
+"""Which tensors of a model belong to its training state, and what a process holds of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lakonlab.models.architecture.roles import named_state
 from lakonlab.storage.checkpoint import CheckpointError
+from lakonlab.storage.pieces import Pieces
 
 
 def training_state(model: nn.Module, trainable_only: bool = True) -> dict[str, Tensor]:
@@ -46,7 +47,12 @@ def training_state(model: nn.Module, trainable_only: bool = True) -> dict[str, T
     return {name: state[name] for name in saved.values()}
 
 
-def check_fits(saved: Mapping[str, tuple], wanted: Mapping[str, Tensor], origin: object) -> None:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be divided; shares its memory."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def check_fits(saved: Mapping[str, tuple], wanted: Mapping[str, Tensor | Pieces], origin: object) -> None:
     """Compare names and shapes of a checkpoint with those of a model.
 
     Args:

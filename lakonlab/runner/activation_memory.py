@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lakonlab.models.architecture.blocks import block_lists
+
 
 class LiveMemory(TorchDispatchMode):
     """Bytes of the storages that were made while it is active and are still alive.
@@ -209,18 +211,6 @@ def inference_memory(network: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     with memory, _attention_is_fused():
         network(**inputs)
     return memory.peak
-
-
-def block_lists(network: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Owner and name of the outermost lists of more than two blocks of one kind."""
-    found = []
-    for module in network.modules():
-        for name, child in module.named_children():
-            is_list = isinstance(child, nn.ModuleList) and len(child) > 2
-            if is_list and len({type(block) for block in child}) == 1:
-                found.append((module, name))
-    inside = {id(part) for owner, name in found for block in getattr(owner, name) for part in block.modules()}
-    return [(owner, name) for owner, name in found if id(owner) not in inside]
 
 
 @contextlib.contextmanager

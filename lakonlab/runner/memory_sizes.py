@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lakonlab.config.errors import ConfigError
+from lakonlab.models.architecture.blocks import block_lists
 from lakonlab.models.architecture.roles import named_state
-from lakonlab.runner.activation_memory import block_lists, measure_inference, measure_training
+from lakonlab.runner.activation_memory import measure_inference, measure_training
 from lakonlab.runner.memory_plan import Sizes, optimizer_bytes
 
 TEACHER, STUDENT = 'teacher', 'diffusion'

@@ -12,7 +12,7 @@ def quadratic(dtype=torch.float64):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1).to(dtype)
 
-    def minibatch(data, source, factor):
+    def minibatch(data, source, factor, around):
         loss = (model(data['x']).squeeze(1) - data['y']).square().mean()
         (loss * factor).backward()
         return {'loss': loss.detach()}
@@ -74,8 +74,8 @@ def test_outliers_are_skipped():
 def test_what_is_not_finite_is_skipped_also_without_clipping(where, value):
     model, minibatch, data = quadratic()
 
-    def poisoned(part, source, factor):
-        logs = minibatch(part, source, factor)
+    def poisoned(part, source, factor, around):
+        logs = minibatch(part, source, factor, around)
         if where == 'loss':
             return {'loss': torch.tensor(value)}
         model.weight.grad[0, 0] = value

@@ -61,14 +61,14 @@ def test_frozen_parameters_on_request():
     ],
 )
 def test_round_trip(tmp_path, kind, options):
-    strategy = SingleProcess('cpu')
+    strategy = SingleProcess(device='cpu')
     model = make_model()
     optimizers = optimizers_of(model, kind, **options)
     step(model, optimizers)
     tensors, plain = strategy.optimizer_state(model, optimizers)
     saved = {
-        'model': strategy.snapshot(strategy.model_state(model)),
-        'optimizer': strategy.snapshot(tensors),
+        'model': strategy.model_state(model),
+        'optimizer': tensors,
     }
     path = write_checkpoint(tmp_path, 3, saved, {'optimizers': plain})
     torch.manual_seed(5)
@@ -85,12 +85,12 @@ def test_round_trip(tmp_path, kind, options):
 
 
 def test_state_is_found_by_name_not_by_position(tmp_path):
-    strategy = SingleProcess('cpu')
+    strategy = SingleProcess(device='cpu')
     model = make_model()
     optimizers = optimizers_of(model)
     step(model, optimizers)
     tensors, plain = strategy.optimizer_state(model, optimizers)
-    path = write_checkpoint(tmp_path, 3, {'optimizer': strategy.snapshot(tensors)}, {})
+    path = write_checkpoint(tmp_path, 3, {'optimizer': tensors}, {})
     parameters = [parameter for parameter in model.diffusion.parameters() if parameter.requires_grad]
     reordered = {'diffusion': torch.optim.AdamW(parameters[::-1], lr=1e-2)}
     strategy.load_optimizer_state(model, reordered, path, plain)
@@ -100,12 +100,12 @@ def test_state_is_found_by_name_not_by_position(tmp_path):
 
 
 def test_state_of_a_parameter_that_is_not_trained(tmp_path):
-    strategy = SingleProcess('cpu')
+    strategy = SingleProcess(device='cpu')
     model = make_model()
     optimizers = optimizers_of(model)
     step(model, optimizers)
     tensors, plain = strategy.optimizer_state(model, optimizers)
-    path = write_checkpoint(tmp_path, 3, {'optimizer': strategy.snapshot(tensors)}, {})
+    path = write_checkpoint(tmp_path, 3, {'optimizer': tensors}, {})
     fewer = {'diffusion': torch.optim.AdamW([model.diffusion[2].weight], lr=1e-2)}
     with pytest.raises(CheckpointError, match=r'3 parameters .* does not train: diffusion\.1\.bias'):
         strategy.load_optimizer_state(model, fewer, path, plain)
@@ -113,18 +113,9 @@ def test_state_of_a_parameter_that_is_not_trained(tmp_path):
         strategy.load_optimizer_state(model, {'teacher': fewer['diffusion']}, path, plain)
 
 
-def test_snapshot_is_a_copy():
-    strategy = SingleProcess('cpu')
-    tensor = torch.arange(6.0).reshape(2, 3).t()
-    copy = strategy.snapshot({'x': tensor})['x']
-    tensor.zero_()
-    assert copy.is_contiguous()
-    assert torch.equal(copy, torch.arange(6.0).reshape(2, 3).t())
-
-
 def test_batches_reach_the_device():
     batch = {'latents': torch.ones(2), 'ids': [1, 2], 'nested': {'mask': [torch.ones(1)]}, 'name': ['a', 'b']}
-    moved = SingleProcess('meta').to_device(batch)
+    moved = SingleProcess(device='meta').to_device(batch)
     assert moved['latents'].is_meta
     assert moved['nested']['mask'][0].is_meta
     assert moved['name'] == ['a', 'b']

@@ -119,6 +119,12 @@ def _parents(name: str) -> list[str]:
     return ['.'.join(parts[:count]) for count in range(1, len(parts))]
 
 
+def computing_dtype(module: nn.Module) -> torch.dtype | None:
+    """The precision that :func:`compute_in` gave a module; None for what surrounds it."""
+    overridden = vars(module).get('forward')
+    return overridden.args[1] if isinstance(overridden, functools.partial) and overridden.func is _forward_in else None
+
+
 def compute_like(module: nn.Module, example: nn.Module) -> None:
     """Make a module compute in the precision that :func:`compute_in` gave another one, if it did."""
     overridden = vars(example).get('forward')

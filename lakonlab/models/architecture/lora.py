@@ -29,17 +29,19 @@ def add_lora(
             ``transformer_blocks.0.ff.net.2`` too.
         rank: Rank of the adapter.
         alpha: The product of its matrices is multiplied by ``alpha / rank``; None for ``rank``.
-        dropout: Probability of dropping an input of the adapter in training.
+        dropout: Probability of dropping an input of the adapter in training, at least 0 and less than 1.
         adapter: Its name.
         untouched: Qualified names of modules that are never adapted, whatever the patterns say.
 
     Raises:
-        ValueError: A pattern names no layer, or the rank is not positive.
+        ValueError: A pattern names no layer, the rank is not positive, or the probability out of range.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     if rank < 1:
         raise ValueError(f'lora_rank={rank}: expected at least 1')
+    if not 0 <= dropout < 1:
+        raise ValueError(f'lora_dropout={dropout}: expected at least 0 and less than 1')
     if not target_modules:
         raise ValueError('lora_target_modules is empty: name the layers to adapt, or set use_lora=False')
     excluded = '|'.join(rf'{re.escape(name)}(\..*)?' for name in untouched) or None

@@ -6,6 +6,7 @@ compiles, in this order.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lakonlab.models.architecture.blocks import compile_blocks
 from lakonlab.models.architecture.freezing import autocast, freeze, parse_dtype
 from lakonlab.models.architecture.loading import load_pretrained, load_strictly
+from lakonlab.models.architecture.row_dropout import DRAW, RowCheckpoint, RowKeys, drop_by_row, keys_of
+from lakonlab.ops.random_source import RandomSource, TorchSource
 
 
 def at_least(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,8 +40,11 @@ class Network(nn.Module):
         freeze_exclude_fp32: Whether the parts of a frozen network that stay trainable have float32 weights.
         freeze_exclude_autocast_dtype: Precision these parts compute in.
         checkpointing: Whether to recompute activations in the backward pass instead of keeping them.
-        compile_forward: Whether to call the network through ``torch.compile``.
-        compile_kwargs: Arguments of ``torch.compile``.
+        compile_forward: Whether to call the network through ``torch.compile``, as one graph.
+        compile_blocks: Whether to call each of its repeated blocks through ``torch.compile`` instead, which compiles
+            one of them for all, and keeps gradient checkpointing outside of the compiled code.
+        compile_kwargs: Arguments of ``torch.compile``. By default it compiles for each size of image and batch anew;
+            with many of them, or with several roles of one base, raise ``recompile_limit``.
 
     Raises:
         ValueError: Options that contradict each other.
@@ -49,6 +56,8 @@ class Network(nn.Module):
     allowed_missing: tuple[str, ...] = ()
     #: Modules that make the output: trained in float32, they hand on float32.
     output_modules: tuple[str, ...] = ()
+    #: What the masks of its dropout layers are drawn from; None if it has none.
+    dropout_keys: RowKeys | None = None
 
     def __init__(
         self,
@@ -62,6 +71,7 @@ class Network(nn.Module):
         freeze_exclude_autocast_dtype: str | None = 'float32',
         checkpointing: bool = True,
         compile_forward: bool = False,
+        compile_blocks: bool = False,
         compile_kwargs: Mapping[str, Any] | None = None,
     ):
         super().__init__()
@@ -72,6 +82,11 @@ class Network(nn.Module):
                 f"autocast_dtype={autocast_dtype!r} needs torch_dtype='float32', found {torch_dtype!r}: "
                 'autocast computes in lower precision with float32 weights'
             )
+        if compile_forward and compile_blocks:
+            raise ValueError(
+                'compile_forward=True and compile_blocks=True: expected one of them; compile_blocks compiles faster, '
+                'compile_forward makes one graph of the network'
+            )
         self.freeze = freeze
         self.freeze_exclude = tuple(freeze_exclude)
         self.freeze_exclude_fp32 = freeze_exclude_fp32
@@ -80,8 +95,9 @@ class Network(nn.Module):
         self.torch_dtype = parse_dtype(torch_dtype, 'torch_dtype')
         self.autocast_dtype = None if autocast_dtype is None else parse_dtype(autocast_dtype, 'autocast_dtype')
         self.checkpointing = checkpointing
+        self.compile_forward, self.compile_blocks = compile_forward, compile_blocks
         # one graph per image size: the position table of a size is a constant of its graph
-        self.compile_kwargs = {'dynamic': False, **(compile_kwargs or {})} if compile_forward else None
+        self.compile_kwargs = {'dynamic': False, **(compile_kwargs or {})}
 
     def init_weights(self) -> None:
         """Draw the weights of a network that is trained from scratch."""
@@ -111,7 +127,7 @@ class Network(nn.Module):
         load_strictly(self, state, where, self.ignored_keys, self.allowed_missing)
 
     def prepare(self) -> None:
-        """Initialise or load the weights, set the precision, freeze, compile."""
+        """Initialise or load the weights, set the precision, freeze, draw dropout by row, compile."""
         self.init_weights()
         if self.pretrained is not None:
             load_pretrained(self, self.pretrained)
@@ -124,8 +140,22 @@ class Network(nn.Module):
                 self.freeze_exclude_autocast_dtype,
                 self.is_output,
             )
-        if self.compile_kwargs is not None:
-            self.compile(**self.compile_kwargs)
+        self.dropout_keys = drop_by_row(self)
+        self.compile_as_configured(self)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the network or its blocks are called through ``torch.compile``."""
+        return self.compile_forward or self.compile_blocks
+
+    def compile_as_configured(self, module: nn.Module) -> None:
+        """Compile a module, or its blocks, or nothing, as ``compile_forward`` and ``compile_blocks`` say."""
+        if self.compile_forward:
+            # sources compute with numpy, which must not become part of a graph
+            self.draw = torch.compiler.disable(self.draw)
+            module.compile(**self.compile_kwargs)
+        elif self.compile_blocks:
+            compile_blocks(module, **self.compile_kwargs)
 
     def is_output(self, name: str) -> bool:
         """Whether a module makes the output or is part of one that does."""
@@ -140,8 +170,36 @@ class Network(nn.Module):
         """Context in which the network computes."""
         return autocast(device.type, self.autocast_dtype)
 
+    def dropping(
+        self, module: nn.Module, batch: Tensor, source: RandomSource | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Context of a forward pass, in which dropout is drawn row by row.
+
+        Args:
+            module: Nothing is drawn while it is in evaluation mode.
+            batch: What the network is given, (B, *).
+            source: Source of the draw ``network_dropout`` (B,); None for torch's global state.
+        """
+        if self.dropout_keys is None or not module.training:
+            return contextlib.nullcontext()
+        keys = keys_of(self.draw(source, DRAW, (len(batch),), torch.float64))
+        return self.dropout_keys.using(keys.to(batch.device, non_blocking=True))
+
+    @staticmethod
+    def draw(
+        source: RandomSource | None,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = 'cpu',
+    ) -> Tensor:
+        """Draw from U[0, 1); a source of None is torch's global state."""
+        return (source or TorchSource()).uniform(name, shape, dtype, device)
+
     def run_block(self, block: nn.Module, *args: Tensor) -> Tensor:
         """Call a block, under gradient checkpointing where that is on."""
         if self.checkpointing and torch.is_grad_enabled():
+            if self.dropout_keys is not None:
+                return RowCheckpoint(self.dropout_keys)(block, *args)
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

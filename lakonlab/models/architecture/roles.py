@@ -61,6 +61,7 @@ class Backbone:
 
     def __init__(self, tree: nn.Module):
         self.tree = tree
+        self.entry = tree  # what is called: the tree, or what an engine wrapped around it
         self.switches: dict[str, RoleSwitch] = {}
         self.adapted: list[nn.Module] = []
         self.settings: dict[str, dict[str, object]] = {}  # role -> attributes of the tree while it plays
@@ -141,7 +142,7 @@ class Backbone:
         before = self.current
         self._switch_to(role)
         try:
-            yield self.tree
+            yield self.entry
         finally:
             self._switch_to(before)
 
@@ -245,6 +246,33 @@ def average_of(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what an engine that spreads it over processes has wrapped around it.
+
+    Such a wrapper names the child that it wraps in its class attribute ``wraps``.
+    """
+    while hasattr(type(module), 'wraps'):
+        module = module._modules[type(module).wraps]
+    return module
+
+
+def own_state(module: nn.Module, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by their place in a tree, as in ``state_dict``, wrappers left out.
+
+    Args:
+        module: Any module.
+        prefix: Put before all names.
+
+    Yields:
+        Names and tensors (not detached); of a divided tensor, what this process holds.
+    """
+    module = unwrapped(module)
+    yield from _direct_state(module, prefix)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from own_state(child, f'{prefix}{name}.')
+
+
 def named_state(module: nn.Module, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, by the names they have if every role is a network of its own.
 
@@ -256,17 +284,22 @@ def named_state(module: nn.Module, prefix: str = '') -> Iterator[tuple[str, Tens
         prefix: Put before all names.
 
     Yields:
-        Names and tensors (not detached).
+        Names and tensors (not detached); of a divided tensor, what this process holds.
     """
+    module = unwrapped(module)
     if isinstance(module, SharedNetwork):
         yield from ((prefix + name, tensor) for name, tensor in module.role_state().items())
         return
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            yield prefix + name, tensor
+    yield from _direct_state(module, prefix)
     for name, child in module._modules.items():
         if child is not None:
             yield from named_state(child, f'{prefix}{name}.')
+
+
+def _direct_state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield prefix + name, tensor
 
 
 def parameter_names(module: nn.Module) -> dict[nn.Parameter, str]:

@@ -18,6 +18,7 @@ from lakonlab.ops.random_source import RandomSource
 from lakonlab.ops.rollout_schedule import rollout_schedule
 from lakonlab.ops.shapes import expand_like
 from lakonlab.ops.time_shift import warp
+from lakonlab.phases import phase
 
 
 class ImitationPairs(NamedTuple):
@@ -97,11 +98,12 @@ def imitate_segment(
         raw_a = (raw_t - student_interval).clamp(min=0)
         raw_b = (raw_a - teacher_interval).clamp(min=0)
         sigma_a, sigma_b = warp(raw_a, shift), warp(raw_b, shift)
-        with torch.no_grad():
-            x_t = explorer.rollout(x_t, rollout_schedule(raw_t, raw_a, total_substeps, shift, rounding))
-        u_pred.append(
-            policy.average_velocity(x_t, raw_a, (raw_b - window).clamp(min=0), total_substeps, shift, rounding, eps)
-        )
+        with phase('rollout'):
+            with torch.no_grad():
+                x_t = explorer.rollout(x_t, rollout_schedule(raw_t, raw_a, total_substeps, shift, rounding))
+            u_pred.append(
+                policy.average_velocity(x_t, raw_a, (raw_b - window).clamp(min=0), total_substeps, shift, rounding, eps)
+            )
         states.append(x_t)
         sigmas.append(sigma_a)
         if not ask_later:

@@ -23,6 +23,7 @@ from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.ops.rollout_schedule import rollout_schedule
 from lakonlab.ops.shapes import expand_like, repeat_groups
 from lakonlab.ops.time_shift import unwarp, warp
+from lakonlab.phases import phase
 from lakonlab.registry import MODULES
 
 
@@ -239,7 +240,8 @@ class PiFlow(GaussianFlow):
             teacher.eval()
             t = (sigma_t * self.num_timesteps).to(x_t.dtype)
             repeated = repeat_groups(conditions, batch_size, len(x_t) // batch_size)
-            u = teacher(return_u=True, x_t=x_t, t=t, **repeated, **settings)
+            with phase('teacher'):
+                u = teacher(return_u=True, x_t=x_t, t=t, **repeated, **settings)
             teacher.train(was_training)
             return u.to(x_t.dtype)
 
@@ -417,6 +419,10 @@ class PiFlowImitationDataFree(PiFlow):
         noise = (source or TorchSource()).normal('noise', x_0.shape, dtype, x_0.device)
         return SegmentState(noise, 0)
 
+    def is_last_segment(self, state: SegmentState) -> bool:
+        """Whether the trajectory ends with the segment that begins at a state."""
+        return state.index == self.train_section().nfe - 1
+
     def forward_train(
         self,
         x_0: Tensor,
@@ -457,7 +463,7 @@ class PiFlowImitationDataFree(PiFlow):
         cfg = self.train_section()
         base, last = self.segment_sizes()
         x_src, index = segment_state
-        is_last = index == cfg.nfe - 1
+        is_last = self.is_last_segment(segment_state)
         raw_src = torch.full((len(x_src),), 1 - index * base if not is_last else last, dtype=torch.float64)
         length = last if is_last else base
         policy = self._predict_policy(x_src, raw_src, source, **kwargs)
@@ -471,7 +477,7 @@ class PiFlowImitationDataFree(PiFlow):
             log_vars['teacher_ratio'] = torch.tensor(ratio)
         if is_last:
             return loss * length, log_vars, None
-        with torch.no_grad():
+        with torch.no_grad(), phase('rollout'):
             raw_dst = (raw_src - length).clamp(min=0)
             x_dst, _, _ = self.policy_rollout(
                 pairs.x_last, pairs.raw_last, raw_dst, cfg.total_substeps, explorer, rounding=cfg.substep_rounding

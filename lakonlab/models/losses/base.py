@@ -90,6 +90,8 @@ class RunningQuartileLoss(DiffusionLoss):
     """
 
     momentum = 0.1
+    #: Buffers that processes average among themselves after every step.
+    averaged_buffers = ('quartile_loss', 'quartile_var', 'quartile_count')
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

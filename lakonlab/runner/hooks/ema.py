@@ -10,6 +10,7 @@ from torch import nn
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.models.architecture.roles import named_state
+from lakonlab.parallel.state import local_part
 from lakonlab.registry import HOOKS
 
 
@@ -111,8 +112,8 @@ class ExponentialMovingAverageHook(Hook):
                 if not isinstance(value, nn.Parameter):
                     self._buffers.append((of_average[name], value))
                 elif value.requires_grad or not self.trainable_only:
-                    self._averages.append(of_average[name].detach())
-                    self._values.append(value.detach())
+                    self._averages.append(of_average[name])
+                    self._values.append(value)
 
     @torch.no_grad()
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -120,9 +121,12 @@ class ExponentialMovingAverageHook(Hook):
         since_start = runner.iter + 1 - self.start_iter
         if runner.iter >= self.start_iter and since_start % self.interval != 0:
             return
-        if self._averages:
-            values = [value.to(average.dtype) for average, value in zip(self._averages, self._values)]
-            torch._foreach_lerp_(self._averages, values, 1 - self.momentum(runner.iter))
+        averages = [local_part(average.detach()) for average in self._averages]
+        values = [local_part(value.detach()).to(average.dtype) for average, value in zip(averages, self._values)]
+        held = [position for position, average in enumerate(averages) if average.numel()]
+        if held:
+            chosen = ([tensors[position] for position in held] for tensors in (averages, values))
+            torch._foreach_lerp_(*chosen, 1 - self.momentum(runner.iter))
         for average, value in self._buffers:
             average.copy_(value)
 

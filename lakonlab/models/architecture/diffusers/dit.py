@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lakonlab.models.architecture.embeddings import TableCache, TimestepEmbedder, position_table
 from lakonlab.models.architecture.heads import fold_tokens, require_positive
 from lakonlab.models.architecture.network import Network, at_least
-from lakonlab.ops.random_source import RandomSource, TorchSource
+from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODULES
 
 TIME_EMBEDDING_WIDTH = 256
@@ -179,7 +179,7 @@ class DiTBackbone(Network):
         in_channels: ``C`` of the input.
         out_channels: ``C`` of the prediction; None for ``in_channels``.
         num_layers: Number of blocks.
-        dropout: Dropout probability after attention and in the MLP.
+        dropout: Dropout probability after attention and in the MLP, drawn for each sample apart.
         attention_bias: Whether query, key and value have a bias.
         sample_size: Height and width of the images the network is trained at; positions of other sizes are scaled.
         patch_size: ``P``; height and width of an image are multiples of it.
@@ -320,7 +320,7 @@ class DiTBackbone(Network):
             images: Shape ``(B, C, H, W)``.
             timestep: Shape ``(B,)``, in the unit the network is trained with.
             class_labels: Integers, shape ``(B,)``.
-            source: Random source of ``class_dropout``; None for torch's global state.
+            source: Random source of ``class_dropout`` and ``network_dropout``; None for torch's global state.
 
         Returns:
             Modulated tokens ``(B, L, D)``, the conditioning embedding ``(B, D)``, the number of token rows and columns.
@@ -332,13 +332,14 @@ class DiTBackbone(Network):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f'image size {height} x {width} is no multiple of patch_size={self.patch_size}')
         if self.training and self.class_dropout_prob > 0:
-            draw = (source or TorchSource()).uniform('class_dropout', class_labels.shape, device=class_labels.device)
+            draw = self.draw(source, 'class_dropout', class_labels.shape, device=class_labels.device)
             class_labels = class_labels.masked_fill(draw < self.class_dropout_prob, self.null_label)
         tokens = self.pos_embed(images.to(self.pos_embed.proj.weight.dtype))
         condition = self.emb(timestep, class_labels)
         activated = F.silu(condition)
-        for block in self.transformer_blocks:
-            tokens = self.run_block(block, tokens, activated)
+        with self.dropping(self, images, source):
+            for block in self.transformer_blocks:
+                tokens = self.run_block(block, tokens, activated)
         shift, scale = self.proj_out_1(activated).unsqueeze(1).chunk(2, dim=-1)
         tokens = modulate(F.layer_norm(tokens, (self.width,), eps=1e-6), shift, scale)
         return tokens, condition, (height // self.patch_size, width // self.patch_size)
@@ -373,7 +374,7 @@ class DiTTransformer2DModelMod(DiTBackbone):
             hidden_states: Shape ``(B, C, H, W)``.
             timestep: Shape ``(B,)``, in the unit the network is trained with.
             class_labels: Integers in ``[0, num_embeds_ada_norm]``, shape ``(B,)``; the largest is the null class.
-            source: Random source of ``class_dropout``; None for torch's global state.
+            source: Random source of ``class_dropout`` and ``network_dropout``; None for torch's global state.
 
         Returns:
             Shape ``(B, C, H, W)``.

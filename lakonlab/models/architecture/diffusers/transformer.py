@@ -37,8 +37,10 @@ from lakonlab.models.architecture.roles import (
     average_of,
     callable_places,
     outermost_trained,
+    own_state,
     without_adapters,
 )
+from lakonlab.models.architecture.row_dropout import RowCheckpoint, drop_by_row, row_keys
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODULES
 
@@ -86,7 +88,8 @@ class DiffusersTransformer(Network):
         lora_target_modules: See :func:`~lakonlab.models.architecture.lora.add_lora`.
         lora_rank: Rank of the adapters.
         lora_alpha: Their products are multiplied by ``lora_alpha / lora_rank``; None for ``lora_rank``, as in exports.
-        lora_dropout: Probability of dropping their inputs in training.
+        lora_dropout: Probability of dropping their inputs in training, drawn for each sample apart, see
+            :mod:`~lakonlab.models.architecture.row_dropout`.
         pretrained_adapter: Export of a trained student: layers that replace the pretrained ones, and adapters, which
             are merged into the weights, or with ``use_lora`` become the student's adapters.
         pretrained_lora: Adapters of a style or of a distilled teacher, merged into the weights; one or a list.
@@ -162,10 +165,13 @@ class DiffusersTransformer(Network):
             self._build_own(head)
         else:
             self._build_on(share_with, head)
+        self.dropout_keys = drop_by_row(self.backbone.tree, self._published_name)
+        if share_with is None or not share_with.is_compiled:
+            self.compile_as_configured(self.backbone.tree)
         if share_with is not None:
             share_with.checkpointing = self.checkpointing  # only the student has a backward pass
         elif self.checkpointing:
-            self.backbone.tree.enable_gradient_checkpointing()
+            self.checkpointing = True
         if self.freeze:
             self._check_trained()
 
@@ -193,8 +199,6 @@ class DiffusersTransformer(Network):
         self.to(self.torch_dtype)
         if self.freeze:
             self._freeze()
-        if self.compile_kwargs is not None:
-            tree.compile(**self.compile_kwargs)
 
     def _build_on(self, teacher: DiffusersTransformer, head: Mapping[str, Any] | None) -> None:
         """Become a student on the teacher's transformer, which stays the teacher's for everything frozen."""
@@ -237,8 +241,6 @@ class DiffusersTransformer(Network):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.torch_dtype)
         self._freeze()
-        if self.compile_kwargs is not None and teacher.compile_kwargs is None:
-            tree.compile(**self.compile_kwargs)
 
     def _check_same_base(self, teacher: DiffusersTransformer) -> None:
         for name, own, other in (
@@ -472,13 +474,13 @@ class DiffusersTransformer(Network):
         return seen
 
     def _internal_names(self) -> dict[str, str]:
-        names = self.backbone.tree.state_dict(keep_vars=True)
+        names = (name for name, _ in own_state(self.backbone.tree))
         return {seen: name for name in names if (seen := self._published_name(name)) is not None}
 
     def role_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers of this role by their published names, as they are; shared ones too."""
-        state = self.backbone.tree.state_dict(keep_vars=True)
-        return {seen: tensor for name, tensor in state.items() if (seen := self._published_name(name)) is not None}
+        state = own_state(self.backbone.tree)
+        return {seen: tensor for name, tensor in state if (seen := self._published_name(name)) is not None}
 
     # -- what is trained
 
@@ -550,7 +552,13 @@ class DiffusersTransformer(Network):
         self._checkpointing = value
         if 'backbone' in self.__dict__:
             tree = self.backbone.tree
-            (tree.enable_gradient_checkpointing if value else tree.disable_gradient_checkpointing)()
+            keys = row_keys(tree)
+            if not value:
+                tree.disable_gradient_checkpointing()
+            elif keys is None:
+                tree.enable_gradient_checkpointing()
+            else:
+                tree.enable_gradient_checkpointing(RowCheckpoint(keys))
 
     def _check_trained(self) -> None:
         """Refuse adapters that would never train."""
@@ -587,12 +595,15 @@ class DiffusersTransformer(Network):
             inputs['guidance'] = torch.ones(batch_size, device=device)
         return inputs
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, **conditions: Any) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, source: RandomSource | None = None, **conditions: Any
+    ) -> Tensor | dict[str, Tensor]:
         """Predict velocities, or the tensors of a policy.
 
         Args:
             hidden_states: Noisy latents, (B, C, H, W).
             timestep: (B,), in the unit the network is trained with.
+            source: Random source of ``network_dropout``; None for torch's global state.
             **conditions: Arguments of the transformer, such as ``encoder_hidden_states`` (B, T, D),
                 ``encoder_hidden_states_mask`` (B, T), ``pooled_projections`` and ``guidance`` (B,).
 
@@ -617,7 +628,11 @@ class DiffusersTransformer(Network):
         inputs = hidden_states.to(self.dtype)
         if self.latents == 'tokens':
             inputs = cut_tokens(inputs, self.patch_size, self.row_order)
-        with self.backbone.playing(self.role) as transformer, self.autocast(device):
+        with (
+            self.backbone.playing(self.role) as transformer,
+            self.autocast(device),
+            self.dropping(self.backbone.tree, hidden_states, source),
+        ):
             (output,) = transformer(
                 hidden_states=inputs,
                 timestep=timestep * self.timestep_scale,

@@ -59,7 +59,7 @@ class DXDiTTransformer2DModel(DiTBackbone):
             hidden_states: Shape ``(B, C, H, W)``.
             timestep: Shape ``(B,)``, in the unit the network is trained with.
             class_labels: Integers in ``[0, num_embeds_ada_norm]``, shape ``(B,)``; the largest is the null class.
-            source: Random source of ``class_dropout``; None for torch's global state.
+            source: Random source of ``class_dropout`` and ``network_dropout``; None for torch's global state.
 
         Returns:
             Shape ``(B, N, C, H, W)``.

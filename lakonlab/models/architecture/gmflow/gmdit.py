@@ -71,7 +71,7 @@ class GMDiTTransformer2DModelV2(DiTBackbone):
             hidden_states: Shape ``(B, C, H, W)``.
             timestep: Shape ``(B,)``, in the unit the network is trained with.
             class_labels: Integers in ``[0, num_embeds_ada_norm]``, shape ``(B,)``; the largest is the null class.
-            source: Random source of ``class_dropout``; None for torch's global state.
+            source: Random source of ``class_dropout`` and ``network_dropout``; None for torch's global state.
 
         Returns:
             ``means (B, K, C, H, W)``, ``logweights (B, K, 1, H, W)``, ``logstds (B, 1, 1, 1, 1)``.
