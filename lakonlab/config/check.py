@@ -32,7 +32,9 @@ SPLIT_NAME = re.compile(r'(train|val|test)\d*')
 LOADER_NAMES = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-def check_config(cfg: Config, training: bool = True, planning: bool = False, evaluating: bool = True) -> None:
+def check_config(
+    cfg: Config, training: bool = True, planning: bool = False, evaluating: bool = True, single_process: bool = True
+) -> None:
     """Check a config, and drop keys of the published schema that have no effect here, saying so in the log.
 
     Args:
@@ -41,6 +43,7 @@ def check_config(cfg: Config, training: bool = True, planning: bool = False, eva
         planning: Whether the run is only planned: what this version does not have is noted in the log, not refused.
         evaluating: Whether the section ``evaluation`` will be used. What this version does not have is only noted in
             sections and data sets that are not used.
+        single_process: Whether one process runs alone, so that sections for several have no effect.
 
     Raises:
         ConfigError: Something is wrong; all problems that were found are listed, each with its full key.
@@ -57,7 +60,7 @@ def check_config(cfg: Config, training: bool = True, planning: bool = False, eva
         logger.warning('config: %s', note)
     alone = [key for key in schema.DISTRIBUTED_KEYS if cfg.get(key)]
     alone += ['module_wrapper'] if cfg.get('module_wrapper') in schema.SHARDING_WRAPPERS else []
-    if alone and not planning:
+    if alone and single_process and not planning:
         logger.info('config: without effect in one process: %s', ', '.join(alone))
     if checker.problems:
         where = cfg.filename or 'config'
@@ -278,14 +281,34 @@ class _Checker(Walker):
         for key in ('sample_kwargs', 'reference_kwargs'):
             if entry.get(key) is not None:
                 self.check_keys(f'{path}.{key}', entry[key], f'key of {key}', SAMPLE_ARGUMENTS)
-        if entry.get('save_best_ckpt'):
-            self.only_plan(
-                f'{path}.save_best_ckpt',
-                f'found {entry["save_best_ckpt"]!r}, which is not supported: set it to False; '
-                'checkpoint_config.must_save_interval keeps checkpoints to choose from',
-            )
+        if entry.get('save_best_ckpt') and self.training:
+            self._best_checkpoint(entry, path)
         self._metrics(entry.get('metrics'), f'{path}.metrics')
         self._evaluation_interval(entry.get('interval', 1), f'{path}.interval')
+
+    def _best_checkpoint(self, entry: Mapping[str, Any], path: str) -> None:
+        """The best checkpoint has a place to go, and a number that says which one it is."""
+        from lakonlab.evaluation.best import number_that_decides
+
+        found = f'{path}.save_best_ckpt: found {entry["save_best_ckpt"]!r}'
+        if self.cfg.get('checkpoint_config') is None:
+            self.problems.append(
+                f'{found}, but checkpoint_config is not set, which says where checkpoints go; set it, or '
+                'save_best_ckpt=False'
+            )
+        if entry.get('interval', 1) is None:
+            self.problems.append(f'{found}, but interval=None never evaluates while training')
+        metrics = entry.get('metrics') or ()
+        keys = [f'{path}.metrics']
+        if isinstance(metrics, (list, tuple)):
+            keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
+        classes = [self.classes.get(key) for key in keys]
+        if None in classes:  # which has been reported, or is not part of this version
+            return
+        try:
+            number_that_decides(classes, entry.get('best_metric'), path)
+        except ValueError as error:
+            self.problems.append(str(error))
 
     def _metrics(self, metrics: Any, path: str) -> None:
         """Every metric names a class; those that do have been checked with the hook."""
@@ -399,6 +422,7 @@ class _Checker(Walker):
     def _sections(self) -> None:
         self._loop()
         self.check_plain('fsdp_kwargs', self.section('fsdp_kwargs'), schema.Sharding)
+        self.check_plain('dist_params', self.section('dist_params'), schema.Processes)
         self._learning_rate()
         self._log()
 

@@ -114,6 +114,8 @@ class Log:
 
     interval: int = 50
     """Iterations between log lines; also the window of averages."""
+    all_ranks: bool = False
+    """Whether every process writes a log file of its own."""
     hooks: Sequence[Any] = ({'type': 'TensorboardLoggerHook'},)
     """``dict(type='TextLoggerHook')``, ``'TensorboardLoggerHook'`` or ``'WandbLoggerHook'``."""
 
@@ -134,6 +136,8 @@ class Loop:
     """Iterations in a row without a step (loss or gradient not finite) that end the run."""
     auto_resume: bool = True
     """Continue from the run's own newest checkpoint if there is one."""
+    watchdog_seconds: float = 1800
+    """Seconds without a sign of progress after which a run is taken to hang, says where, and ends; 0 for never."""
 
 
 @dataclass(kw_only=True)
@@ -141,21 +145,37 @@ class Sharding:
     """``fsdp_kwargs``, read by the strategies that divide weights among processes."""
 
     fsdp_modules: Sequence[str] = ()
-    """Dotted paths of the classes whose instances are gathered one at a time."""
+    """What is gathered one at a time: dotted paths of classes, or patterns of names; empty for the repeated blocks."""
     exclude_keys: Sequence[str] = ()
     """Children of the model that every process holds whole."""
     wrap_frozen_modules: bool = False
     """Divide what is frozen too."""
     ignore_frozen_parameters: bool = False
     """Leave frozen parameters of a divided module whole."""
-    param_dtype: str | None = 'bfloat16'
-    """Precision that weights are gathered in."""
+    param_dtype: str | None = None
+    """Precision that weights are gathered in; None for their own. What computes in float32 keeps it."""
     reduce_dtype: str | None = 'float32'
-    """Precision that gradients are summed in."""
-    buffer_dtype: str | None = 'bfloat16'
-    """Precision of buffers."""
+    """Precision that gradients are summed in; None for their own."""
+    buffer_dtype: str | None = None
+    """Precision of buffers; None for their own."""
     hybrid_sharding: bool = True
     """Divide within a node and repeat between nodes."""
+    shard_size: int | None = None
+    """Number of processes that share one copy; None for those of a node, or all."""
+    sync_every_pass: bool = False
+    """Exchange gradients after every micro-batch and segment: less memory, more traffic."""
+
+
+@dataclass(kw_only=True)
+class Processes:
+    """``dist_params``."""
+
+    backend: str | None = None
+    """``nccl``, ``gloo``, or by device ``cpu:gloo,cuda:nccl``; None for nccl on GPUs and gloo on CPUs."""
+    timeout: float = 3600
+    """Seconds that processes wait for each other."""
+    port: int | None = None
+    """Where processes meet under Slurm and MPI; by default MASTER_PORT, or a port that follows from the job."""
 
 
 @dataclass(kw_only=True)
@@ -240,7 +260,6 @@ LEGACY_KEYS: dict[str, str] = {
 
 LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
     'GenerativeEvalHook': {
-        'best_metric': 'no best checkpoint is kept',
         'clear_reals': 'features of real images are kept in files',
         'metric_cpu_offload': 'networks of metrics are moved as needed',
         'dist': 'whether several processes evaluate follows from how many there are',

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
+
 from torch.utils.data import DataLoader, Dataset
 
 from lakonlab.datasets.collate import collate
 from lakonlab.datasets.sampler import EvaluationBatchSampler, StreamBatchSampler
+
+
+def _apart_from_signals(own: Callable[[int], None] | None, worker: int) -> None:
+    """Let a worker outlive a signal to the process group of its run, which then saves and ends its workers itself."""
+    os.setpgid(0, 0)
+    if own is not None:
+        own(worker)
 
 
 def build_dataloader(
@@ -67,6 +78,11 @@ def build_dataloader(
     else:
         batch_sampler = EvaluationBatchSampler(len(dataset), samples_per_gpu, rank=rank, world_size=world_size)
     if workers_per_gpu > 0:
-        kwargs.update(persistent_workers=persistent_workers, prefetch_factor=prefetch_factor)
+        own = kwargs.pop('worker_init_fn', None)
+        kwargs.update(
+            persistent_workers=persistent_workers,
+            prefetch_factor=prefetch_factor,
+            worker_init_fn=partial(_apart_from_signals, own),
+        )
     kwargs.setdefault('collate_fn', collate)
     return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers_per_gpu, **kwargs)

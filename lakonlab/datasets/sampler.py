@@ -129,6 +129,8 @@ class EvaluationBatchSampler(Sampler[list[int]]):
         if samples_per_gpu < 1:
             raise ValueError(f'samples_per_gpu={samples_per_gpu}: expected at least 1')
         self.indices = range(rank, size, world_size)
+        self.rank = rank
+        self.world_size = world_size
         self.samples_per_gpu = samples_per_gpu
 
     def __len__(self) -> int:

@@ -24,12 +24,6 @@ from lakonlab.runner.paths import check_local_paths
 logger = logging.getLogger('lakonlab.runner')
 
 DEFAULT_SEED = 2021
-WORLD_SIZE_VARIABLES = {
-    'none': ('WORLD_SIZE',),
-    'pytorch': ('WORLD_SIZE',),
-    'slurm': ('SLURM_NTASKS',),
-    'mpi': ('OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE'),
-}
 
 
 def run_command(command: Callable[[Namespace], int], args: Namespace) -> int:
@@ -67,8 +61,7 @@ def train(args: Namespace) -> int:
     Returns:
         The exit status.
     """
-    with _console():
-        require_one_process(args.launcher)
+    with _console() as console:
         _note_deprecated(args)
         cfg = _prepare(args, training=True)
         if args.dry_run:
@@ -80,12 +73,17 @@ def train(args: Namespace) -> int:
                 print(dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from, world_sizes))  # noqa: T201
             return 0
 
+        from lakonlab.parallel.launch import start_processes, stop_processes
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
 
         with _impossible_values():
-            build_on_meta(cfg)
-            dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name)
+            # a process that fails ends without waiting for the others, which its launcher then ends
+            ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
+            if not ranks.is_main:
+                console.setLevel('WARNING')
+            ranks.together(lambda: build_on_meta(cfg))
+            ranks.on_main(lambda: dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name))
             runner = Runner.from_cfg(
                 cfg,
                 work_dir=cfg.work_dir,
@@ -93,10 +91,13 @@ def train(args: Namespace) -> int:
                 resume_from=args.resume_from,
                 validate=not args.no_validate,
                 deterministic=args.deterministic,
+                ranks=ranks,
+                device=device,
             )
     # later errors are not about values of the config: these were all in use for an iteration
     with _impossible_values(lambda: runner.iter == runner.first_iter):
         runner.train()
+    stop_processes(ranks)
     return 0
 
 
@@ -112,7 +113,6 @@ def test(args: Namespace) -> int:
         The exit status.
     """
     with _console():
-        require_one_process(args.launcher)
         _note_deprecated(args)
         if args.reuse_viz:
             raise ConfigError(
@@ -128,12 +128,17 @@ def test(args: Namespace) -> int:
                 print(evaluation_plan(cfg, args.ckpt, args.data))  # noqa: T201
             return 0
 
+    from lakonlab.parallel.launch import start_processes, stop_processes
     from lakonlab.runner.log import attach_log_handlers, detach_log_handlers
+    from lakonlab.runner.strategy import build_strategy
     from lakonlab.runner.testing import evaluate_checkpoint
 
+    with _console(), _impossible_values():
+        ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
+        strategy = build_strategy(cfg, ranks, device)
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
-    handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO')
+    handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
     try:
         with _impossible_values():
             evaluate_checkpoint(
@@ -145,35 +150,25 @@ def test(args: Namespace) -> int:
                 skip_existing=args.skip_existing,
                 timer=args.timer,
                 command=shlex.join([Path(sys.executable).name, *sys.argv]),
+                strategy=strategy,
             )
     finally:
         detach_log_handlers(handlers)
+    stop_processes(ranks)
     return 0
-
-
-def require_one_process(launcher: str) -> None:
-    """Refuse to run as one of several processes.
-
-    Args:
-        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``.
-
-    Raises:
-        ConfigError: The environment says that there are several processes.
-    """
-    for variable in WORLD_SIZE_VARIABLES[launcher]:
-        count = os.environ.get(variable, '1')
-        if count != '1':
-            raise ConfigError(
-                f'--launcher {launcher}: {variable}={count} asks for several processes, which this version cannot '
-                'train with; start one process (and unset the variable if it is left over)'
-            )
 
 
 def _prepare(args: Namespace, training: bool) -> Config:
     """The checked config, with the directory and seed of this run filled in."""
     cfg = load_config(args.config, parse_options(args.cfg_options or ()))
     planning = getattr(args, 'dry_run', False)
-    check_config(cfg, training=training, planning=planning, evaluating=not getattr(args, 'no_validate', False))
+    check_config(
+        cfg,
+        training=training,
+        planning=planning,
+        evaluating=not getattr(args, 'no_validate', False),
+        single_process=args.launcher == 'none',
+    )
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs') / cfg.name)
     options = {'--resume-from': getattr(args, 'resume_from', None), '--ckpt': getattr(args, 'ckpt', None)}
     check_local_paths(cfg, options, planning)
@@ -220,7 +215,7 @@ def _impossible_values(applies: Callable[[], bool] = lambda: True) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _console() -> Iterator[None]:
+def _console() -> Iterator[logging.Handler]:
     """Send log messages to the console until the run has its own log."""
     package: Any = logging.getLogger('lakonlab')
     handler = logging.StreamHandler(sys.stderr)
@@ -228,6 +223,6 @@ def _console() -> Iterator[None]:
     package.addHandler(handler)
     package.setLevel('INFO')
     try:
-        yield
+        yield handler
     finally:
         package.removeHandler(handler)

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,17 +31,21 @@ from lakonlab.mmengine_parts import (
     Hook,
     IterTimerHook,
     LoggerHook,
-    LogProcessor,
     MessageHub,
     RuntimeInfoHook,
     Visualizer,
     get_priority,
 )
+from lakonlab.models.architecture.roles import parameter_names
 from lakonlab.ops.random_source import SeededSource
-from lakonlab.registry import DATASETS, MODELS, STRATEGIES
+from lakonlab.phases import PhaseClock, in_phase, phase
+from lakonlab.ranks import ALONE, Ranks
+from lakonlab.registry import DATASETS, MODELS
+from lakonlab.runner.agreement import require_agreement
 from lakonlab.runner.guard import SkipGuard
 from lakonlab.runner.hooks.checkpoint import CheckpointHook, run_directory
 from lakonlab.runner.log import (
+    LineProcessor,
     LogSettings,
     ThroughputHook,
     attach_log_handlers,
@@ -59,20 +66,25 @@ from lakonlab.runner.resume import (
 from lakonlab.runner.sections import build_hooks, training_loader_options
 from lakonlab.runner.seeding import make_deterministic, seed_globals
 from lakonlab.runner.signals import StopRequest
+from lakonlab.runner.strategy import build_strategy
 from lakonlab.runner.views import LearningRates, TrainingStream
+from lakonlab.runner.watchdog import Watchdog, open_store
 from lakonlab.storage.checkpoint import read_manifest, read_state
 from lakonlab.storage.local import directory_lock, require_writable, restore_replaced, stale_replaced
 
 logger = logging.getLogger('lakonlab.runner')
 
 DEFAULT_GC_INTERVAL = 20
+DEFAULT_WATCHDOG_SECONDS = 1800
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a process that another one's signal has stopped."""
 
 
 class Runner:
     """One training run.
 
     Args:
-        model: Has ``train_step(data, optimizer, running_status, source)``; wrapped by the strategy already.
+        model: Has ``train_step(data, optimizer, running_status, source, exchange)``; wrapped by the strategy already.
         optimizers: By key.
         schedule: Learning rate as a function of (base, iteration).
         dataset: Training data of known length.
@@ -87,6 +99,7 @@ class Runner:
         settings: Logging.
         guard: Limit of skipped iterations.
         gc_interval: Collect garbage by hand every so many iterations; 0 or less leaves it to Python.
+        watchdog_seconds: Longest time without a sign of progress; 0 for any.
     """
 
     def __init__(
@@ -107,6 +120,7 @@ class Runner:
         settings: LogSettings | None = None,
         guard: SkipGuard | None = None,
         gc_interval: int = DEFAULT_GC_INTERVAL,
+        watchdog_seconds: float = 0,
     ):
         self.model, self.optimizers, self.schedule = model, optimizers, schedule
         self.dataset, self._loader, self.batch_size = dataset, loader, batch_size
@@ -118,13 +132,16 @@ class Runner:
         self.config_text = resolved_text(self.cfg)
         self.guard = guard or SkipGuard()
         self.gc_interval = max(0, gc_interval)
+        self.watchdog_seconds = watchdog_seconds
+        self.clock = PhaseClock(strategy.device)
         self.settings = settings or log_settings(None, work_dir)
         self.logger = logger
-        self.timestamp = time.strftime('%Y%m%d_%H%M%S')
+        self.timestamp = strategy.ranks.broadcast(time.strftime('%Y%m%d_%H%M%S'))
         self.experiment_name = f'{Path(work_dir).absolute().name}_{self.timestamp}'
         self.message_hub = MessageHub(self.experiment_name)
-        self.visualizer = Visualizer(vis_backends=[dict(backend) for backend in self.settings.backends])
-        self.log_processor = LogProcessor(window_size=self.settings.interval, by_epoch=False)
+        backends = self.settings.backends if strategy.ranks.is_main else ()
+        self.visualizer = Visualizer(vis_backends=[dict(backend) for backend in backends])
+        self.log_processor = LineProcessor(window_size=self.settings.interval, by_epoch=False)
         self.optim_wrapper = LearningRates(optimizers)
         self.train_dataloader = TrainingStream((), dataset, max_iters)
         self.train_loop = self._train_loop = SimpleNamespace(dataloader=self.train_dataloader)
@@ -150,6 +167,8 @@ class Runner:
         resume_from: str | None = None,
         validate: bool = True,
         deterministic: bool = False,
+        ranks: Ranks = ALONE,
+        device: str | torch.device | None = None,
     ) -> Runner:
         """Build a run from a checked config and put it at its starting point.
 
@@ -160,6 +179,8 @@ class Runner:
             resume_from: Checkpoint to resume from, named by the user; it must exist.
             validate: Whether to evaluate while training.
             deterministic: Whether to allow deterministic algorithms only.
+            ranks: The processes that train together.
+            device: Device of this process; None for the first accelerator, or the CPU if there is none.
 
         Returns:
             A run, ready for :meth:`train`.
@@ -173,27 +194,30 @@ class Runner:
         elif torch.cuda.is_available():
             torch.backends.cudnn.benchmark = bool(cfg.get('cudnn_benchmark', False))
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        strategy = STRATEGIES.build({'type': 'single', 'trainable_only': options.get('ckpt_trainable_only', True)})
+        strategy = build_strategy(cfg, ranks, device)
         max_iters = cfg.total_iters
         settings = log_settings(cfg.get('log_config'), work_dir)
         schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
         hooks = build_hooks(cfg, validate)
         checkpoint_hook = next((hook for hook in hooks if isinstance(hook, CheckpointHook)), None)
         checkpoint_dir = run_directory(checkpoint_hook and checkpoint_hook.out_dir, work_dir)
-        if checkpoint_hook is not None and stale_replaced(checkpoint_dir):
-            with directory_lock(checkpoint_dir):
-                restored = restore_replaced(checkpoint_dir)
-            logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))
-        start = find_starting_point(
-            checkpoint_dir,
-            resume_from=resume_from,
-            configured_resume_from=cfg.get('resume_from'),
-            load_from=cfg.get('load_from'),
-            auto_resume=options.get('auto_resume', True) and checkpoint_hook is not None,
+        if checkpoint_hook is not None:
+            ranks.on_main(partial(_restore_replaced, checkpoint_dir))
+        start = ranks.on_main(
+            partial(
+                find_starting_point,
+                checkpoint_dir,
+                resume_from=resume_from,
+                configured_resume_from=cfg.get('resume_from'),
+                load_from=cfg.get('load_from'),
+                auto_resume=options.get('auto_resume', True) and checkpoint_hook is not None,
+            )
         )
 
         dataset = DATASETS.build(cfg.data.train)
         loader_options = training_loader_options(cfg.data)
+        for key, entry in cfg.optimizer.items():
+            strategy.check_optimizer(key, entry)
         seed_globals(seed)
         model = MODELS.build(
             {**cfg.model, 'train_cfg': cfg.get('train_cfg') or {}, 'test_cfg': cfg.get('test_cfg') or {}}
@@ -229,6 +253,7 @@ class Runner:
             settings=settings,
             guard=SkipGuard(options.get('max_skipped_iters', 20)),
             gc_interval=options.get('gc_interval', DEFAULT_GC_INTERVAL),
+            watchdog_seconds=options.get('watchdog_seconds', DEFAULT_WATCHDOG_SECONDS),
         )
         runner.starting_point = start
         return runner
@@ -254,20 +279,28 @@ class Runner:
             CheckpointError: The starting point does not fit, or a checkpoint could not be written.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.clock.active())
             self._enter(stack)
             self._restore()
+            require_agreement(self.strategy.ranks, self.facts(self.iter), 'at the start')
             if self.iter >= self.max_iters:
                 logger.info('all %d iterations are done: nothing to train', self.max_iters)
                 return
+            if self.watchdog_seconds:
+                stack.enter_context(self._watchdog())
             stop = stack.enter_context(StopRequest())
             self.train_dataloader.batches = self._loader(self.iter)
             self.model.train()
             self.call_hook('before_run')
             self.call_hook('before_train')
             self.call_hook('before_train_epoch')
-            for batch in self.train_dataloader:
+            self.clock.restart()
+            for batch in in_phase('data', self.train_dataloader):
+                # processes notice a signal at different moments, and learn of it with the sums of the same step
+                self.strategy.stop_requested = stop.signal is not None
                 self.train_iter(batch)
-                if self.iter == self.max_iters or stop.signal:
+                is_stopped = self.strategy.stop_requested if self.world_size > 1 else stop.signal is not None
+                if self.iter == self.max_iters or is_stopped:
                     break
             if self.iter < self.max_iters:
                 self._save_and_exit(stop)
@@ -289,11 +322,14 @@ class Runner:
             for group in optimizer.param_groups:
                 group['lr'] = self.schedule(group['initial_lr'], self.iter)
         self.call_hook('before_train_iter', batch_idx=self.iter, data_batch=batch)
+        with phase('data'):
+            batch_on_device = self.strategy.to_device(batch)
         outputs = self.model.train_step(
-            self.strategy.to_device(batch),
+            batch_on_device,
             self.optimizers,
             running_status={'iteration': self.iter, 'epoch': self.epoch},
             source=SeededSource(self.seed, self.iter, first_row=self.rank * self.batch_size // self.world_size),
+            exchange=self.strategy,
         )
         lr = {key: optimizer.param_groups[0]['lr'] for key, optimizer in self.optimizers.items()}
         self.guard.update(self.iter, outputs['skipped'], outputs['log_vars'], lr)
@@ -328,6 +364,18 @@ class Runner:
             'started_from': self.started_from,
         }
 
+    def facts(self, step: int) -> dict[str, Any]:
+        """What all processes of the run have to agree on after ``step`` completed iterations."""
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return {
+            'config': hashlib.sha256(self.config_text.encode()).hexdigest()[:12],
+            'iteration': step,
+            'learning rates': [group['lr'] for group in groups],
+            'data': {**self._data_identity(), 'position': step * self.batch_size},
+            'strategy': self.strategy.name,
+            'torch': torch.__version__,
+        }
+
     def _hooks_with_state(self) -> list[tuple[str, Hook]]:
         counts: dict[str, int] = {}
         named = []
@@ -347,14 +395,14 @@ class Runner:
 
     def _enter(self, stack: contextlib.ExitStack) -> None:
         """Open what the run holds while it trains."""
-        require_writable(Path(self.work_dir), 'work_dir')
+        ranks = self.strategy.ranks
+        ranks.together(lambda: require_writable(Path(self.work_dir), 'work_dir'))
         level = self.cfg.get('log_level') or 'INFO'
-        handlers = attach_log_handlers(Path(self.work_dir) / f'{self.timestamp}.log', level, console=self.rank == 0)
+        log_file = Path(self.work_dir) / f'{self.timestamp}.log'
+        handlers = attach_log_handlers(log_file, level, rank=self.rank, all_ranks=self.settings.all_ranks)
         stack.callback(detach_log_handlers, handlers)
         if self.checkpoint_hook is not None:
-            if self.rank == 0:
-                require_writable(self.checkpoint_dir, 'checkpoint_config.out_dir')
-                stack.enter_context(directory_lock(self.checkpoint_dir))
+            ranks.on_main(lambda: self._hold_checkpoint_dir(stack))
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)
         if self.gc_interval:
@@ -363,6 +411,21 @@ class Runner:
             gc.disable()
             stack.callback(gc.unfreeze)
             stack.callback(gc.enable)
+
+    def _watchdog(self) -> Watchdog:
+        ranks = self.strategy.ranks
+        return Watchdog(
+            ranks,
+            self.clock,
+            self.watchdog_seconds,
+            Path(self.work_dir),
+            iteration=lambda: self.iter + 1,
+            store=open_store(ranks),
+        )
+
+    def _hold_checkpoint_dir(self, stack: contextlib.ExitStack) -> None:
+        require_writable(self.checkpoint_dir, 'checkpoint_config.out_dir')
+        stack.enter_context(directory_lock(self.checkpoint_dir))
 
     def _restore(self) -> None:
         start = self.starting_point
@@ -389,29 +452,33 @@ class Runner:
             if name in state['hooks']:
                 hook.load_state_dict(state['hooks'][name])
         load_log_window(self.message_hub, state['log_window'], self.settings.interval)
-        if self.rank == 0 and start.checkpoint.parent.absolute() == self.checkpoint_dir.absolute():
-            set_aside_later(self.checkpoint_dir, self.iter)
+        if start.checkpoint.parent.absolute() == self.checkpoint_dir.absolute():
+            self.strategy.ranks.on_main(lambda: set_aside_later(self.checkpoint_dir, self.iter))
         logger.info('resuming after iteration %d from %s (%s)', self.iter, start.checkpoint, start.reason)
 
     def _save_and_exit(self, stop: StopRequest) -> None:
+        name = 'a signal to another process' if stop.signal is None else stop.signal.name
         if self.checkpoint_hook is None:
-            logger.warning('stopped by %s after iteration %d; nothing saved', stop.signal.name, self.iter)
+            logger.warning('stopped by %s after iteration %d; nothing saved', name, self.iter)
         else:
             if self.checkpoint_hook.last_saved != self.iter:
                 self.checkpoint_hook.save(self, self.iter)
             self.checkpoint_hook.close()
             logger.info(
                 'stopped by %s after iteration %d, saved in %s; run the same command to go on',
-                stop.signal.name,
+                name,
                 self.iter,
                 self.checkpoint_dir,
             )
-        raise SystemExit(stop.exit_code)
+        self.strategy.ranks.barrier()  # a process that ends before the others have saved would end them too
+        raise SystemExit(stop.exit_code or TERMINATED)
 
     def describe(self) -> str:
         """What a reader of the log wants to know before the first iteration."""
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        trainable = sum(parameter.numel() for group in groups for parameter in group['params'])
+        names = parameter_names(self.model)
+        trained = ((names[parameter], parameter) for group in groups for parameter in group['params'])
+        trainable = sum(self.strategy.pieces(name, parameter).size().numel() for name, parameter in trained)
         checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
         rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
         return '\n'.join(
@@ -419,7 +486,7 @@ class Runner:
                 f'run {Path(self.work_dir).absolute().name}',
                 f'  logs         {self.work_dir}',
                 f'  checkpoints  {checkpoints}',
-                f'  device       {self.strategy.device}, {self.world_size} process(es), '
+                f'  device       {self.strategy.device}, {self.world_size} process(es), {self.strategy.name}, '
                 f'{torch.get_num_threads()} threads',
                 f'  trainable    {trainable:,} parameters',
                 f'  data         {len(self.dataset):,} samples, global batch {self.batch_size}',
@@ -430,3 +497,10 @@ class Runner:
                 *rows,
             ]
         )
+
+
+def _restore_replaced(checkpoint_dir: Path) -> None:
+    if stale_replaced(checkpoint_dir):
+        with directory_lock(checkpoint_dir):
+            restored = restore_replaced(checkpoint_dir)
+        logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))

@@ -96,8 +96,11 @@ def evaluate_checkpoint(
     skip_existing: bool = False,
     timer: bool = False,
     command: str = '',
+    strategy: Any = None,
 ) -> dict[str, Any]:
     """Run the evaluations of a checked config and write ``results.json`` into its ``work_dir``.
+
+    Several processes do so together; the main one alone looks at files of results and checkpoints, and writes.
 
     Args:
         cfg: The config, with ``work_dir``.
@@ -110,47 +113,40 @@ def evaluate_checkpoint(
         skip_existing: Keep results of the same entries, weights and seed from the present file.
         timer: Measure sampling speed in every entry.
         command: Command line, for the file.
+        strategy: Processes and devices; None for one process.
 
     Returns:
-        What was written.
+        What was written, in every process.
 
     Raises:
         ConfigError: There is nothing to evaluate.
-        CheckpointError: See :func:`find_weights`.
+        CheckpointError: See :func:`find_weights`; or the checkpoint does not fit the model.
+        Exception: What failed in any process, in all of them.
     """
+    if strategy is None:
+        options = cfg.get('runner') or {}
+        strategy = STRATEGIES.build({'type': 'single', 'trainable_only': options.get('ckpt_trainable_only', True)})
+    ranks = strategy.ranks
     if deterministic:
         make_deterministic()
     entries = _entries(cfg, splits, timer)
     if not entries:
         where = '' if splits is None else f' for data {", ".join(splits)}'
         raise ConfigError(f'evaluation has no entry{where}: nothing to evaluate; add a GenerativeEvalHook')
-    weights = find_weights(cfg, checkpoint, required=any(entry.get('generate', True) for entry in entries))
-    if weights.checkpoint is None:
-        logger.warning(
-            'no checkpoint is loaded (%s): evaluating the weights that the model is built with', weights.reason
-        )
-    else:
-        logger.info('evaluating %s (%s)', weights.checkpoint, weights.reason)
-    iteration = None if weights.checkpoint is None else int(read_manifest(weights.checkpoint)['step'])
-    origin = {
-        'checkpoint': None if weights.checkpoint is None else str(weights.checkpoint),
-        'model_sha256': None if weights.checkpoint is None else content_digest(weights.checkpoint, 'model'),
-        'pretrained': _pretrained_digests(cfg),
-        'seed': seed,
-        'fingerprint': _fingerprint(cfg),
-    }
+    sampling = any(entry.get('generate', True) for entry in entries)
+    weights = ranks.on_main(lambda: _announced(find_weights(cfg, checkpoint, required=sampling)))
     path = Path(cfg.work_dir) / RESULTS_FILE
-    present = _finished(path, origin)
+    origin, present = ranks.on_main(lambda: _origin_and_present(cfg, weights, seed, path))
     finished = present if skip_existing else {}
     pending = [entry for entry in entries if _identity(entry) not in finished]
-    if len(pending) < len(entries):
+    if len(pending) < len(entries) and ranks.is_main:
         logger.info('%d of %d evaluations are finished in %s and kept', len(entries) - len(pending), len(entries), path)
     fresh: dict[str, dict[str, Any]] = {}
     if pending:
-        model = _build(cfg, weights.checkpoint, seed)
+        model = _build(cfg, weights.checkpoint, seed, strategy)
         seed_globals(seed)
         tag = 'default' if weights.checkpoint is None else weights.checkpoint.name
-        results = run_evaluations(model, {**cfg.to_dict(), 'evaluation': pending}, tag=tag, seed=seed)
+        results = run_evaluations(model, {**cfg.to_dict(), 'evaluation': pending}, tag=tag, seed=seed, ranks=ranks)
         for entry, result in zip(pending, results, strict=True):
             fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
     results_by_entry = {**finished, **fresh}
@@ -159,30 +155,64 @@ def evaluate_checkpoint(
         kept.update({key: result for key, result in present.items() if result['data'] not in splits})
     order = [_identity(entry) for entry in _entries(cfg, None, timer)]
     position = {key: number for number, key in enumerate(order)}
-    content = write_results(
-        path,
-        [kept[key] for key in sorted(kept, key=lambda key: position.get(key, len(order)))],
+    ordered = [kept[key] for key in sorted(kept, key=lambda key: position.get(key, len(order)))]
+    facts = dict(
         name=cfg.name,
         config=cfg.filename,
-        iteration=iteration,
         weights=weights.reason,
         command=command,
         versions=_versions(),
+        strategy=strategy.name,
+        num_processes=ranks.world_size,
         **origin,
     )
-    logger.info('results are in %s', path)
+    content = ranks.on_main(lambda: write_results(path, ordered, **facts))
+    if ranks.is_main:
+        logger.info('results are in %s', path)
     return content
 
 
-def _build(cfg: Config, checkpoint: Path | None, seed: int) -> nn.Module:
-    options = cfg.get('runner') or {}
-    strategy = STRATEGIES.build({'type': 'single', 'trainable_only': options.get('ckpt_trainable_only', True)})
-    seed_globals(seed)
+def _announced(weights: StartingPoint) -> StartingPoint:
+    if weights.checkpoint is None:
+        logger.warning(
+            'no checkpoint is loaded (%s): evaluating the weights that the model is built with', weights.reason
+        )
+    else:
+        logger.info('evaluating %s (%s)', weights.checkpoint, weights.reason)
+    return weights
+
+
+def _origin_and_present(
+    cfg: Config, weights: StartingPoint, seed: int, path: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What results are of, and the results of the same that are in a file already."""
+    origin = {
+        'iteration': None if weights.checkpoint is None else int(read_manifest(weights.checkpoint)['step']),
+        'checkpoint': None if weights.checkpoint is None else str(weights.checkpoint),
+        'model_sha256': None if weights.checkpoint is None else content_digest(weights.checkpoint, 'model'),
+        'pretrained': _pretrained_digests(cfg),
+        'seed': seed,
+        'fingerprint': _fingerprint(cfg),
+    }
+    return origin, _finished(path, origin)
+
+
+def _build(cfg: Config, checkpoint: Path | None, seed: int, strategy: Any) -> nn.Module:
+    """The model with the weights of a checkpoint, spread over the processes."""
     sections = {key: cfg.get(key) or {} for key in ('train_cfg', 'test_cfg')}
-    model = strategy.wrap(MODELS.build({**cfg.model, **sections}))
-    if checkpoint is not None:
-        strategy.load_model_state(model, checkpoint)
-    return model.eval()
+
+    def build() -> nn.Module:
+        seed_globals(seed)
+        return MODELS.build({**cfg.model, **sections})
+
+    def place() -> nn.Module:
+        wrapped = strategy.wrap(model)
+        if checkpoint is not None:
+            strategy.load_model_state(wrapped, checkpoint)
+        return wrapped.eval()
+
+    model = strategy.ranks.together(build)
+    return strategy.ranks.together(place)
 
 
 def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool) -> list[dict[str, Any]]:

@@ -190,7 +190,6 @@ def test_all_problems_are_listed():
         ('checkpoint_config.max_keep_ckpts', -2, 'at least 1, or -1'),
         ('evaluation.0.interval', 0, 'at least 1'),
         ('evaluation.0.interval', 2.5, 'at least 1'),
-        ('evaluation.0.save_best_ckpt', True, 'set it to False'),
         ('evaluation.0.metrics', 'fid', 'list'),
         ('evaluation.0.metrics', ['fid'], 'dict'),
         ('log_config.interval', 0, 'at least 1'),
@@ -363,7 +362,7 @@ def test_older_places_of_the_teacher_guidance(caplog):
 
 
 def test_published_names_and_options_of_hooks(caplog):
-    options = {'best_metric': 'fid', 'clear_reals': False, 'metric_cpu_offload': True, 'dist': True}
+    options = {'clear_reals': False, 'metric_cpu_offload': True, 'dist': True}
     values = load_config(PUBLISHED_STYLE).to_dict()
     values['custom_hooks'][0]['type'] = 'ExponentialMovingAverageHookMod'
     values['evaluation'] = [{**entry, **options} for entry in values['evaluation'] * 2]
@@ -375,6 +374,33 @@ def test_published_names_and_options_of_hooks(caplog):
     assert caplog.text.count('ExponentialMovingAverageHookMod') == 1
     for key in options:
         assert caplog.text.count(f'evaluation.{key} ') == 1
+
+
+def test_best_checkpoint_needs_a_place_and_a_number():
+    def with_entry(**entry) -> Config:
+        values = load_config(PUBLISHED_STYLE).to_dict()
+        values['evaluation'] = [{**values['evaluation'][0], **entry}]
+        return Config(values)
+
+    wanted = {'save_best_ckpt': True, 'metrics': [{'type': 'SamplingSpeed'}, {'type': 'ReferenceRMSE'}]}
+    check_config(with_entry(save_best_ckpt=False, best_metric='fid'))  # as published files have it
+    check_config(with_entry(**wanted))
+    check_config(with_entry(**wanted, best_metric='reference_rmse'))
+    later = {'type': 'InceptionMetrics'}
+    check_config(with_entry(save_best_ckpt=True, metrics=[later], best_metric='fid'), planning=True)
+    for options, message in (
+        ({'best_metric': 'fid'}, r"0\.best_metric: found 'fid', expected .* 'reference_rmse'"),
+        ({'best_metric': 'samples_per_second'}, r"0\.best_metric: found 'samples_per_second', expected .*'reference"),
+        ({'metrics': {'type': 'SamplingSpeed'}}, r'0\.best_metric: found None, but no metric of this entry'),
+        ({'interval': None}, r'0\.save_best_ckpt: found True, but interval=None'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_config(with_entry(**{**wanted, **options}))
+    without_place = with_entry(**wanted)
+    without_place.checkpoint_config = None
+    with pytest.raises(ConfigError, match=r'0\.save_best_ckpt: found True, but checkpoint_config is not set'):
+        check_config(without_place)
+    check_config(without_place, training=False)
 
 
 @pytest.mark.parametrize('key', ['fp16', 'apex_amp'])

@@ -38,7 +38,7 @@ class TinyModel(nn.Module):
         self.diffusion_ema.load_state_dict(self.diffusion.state_dict())
         self.nan_at = set(nan_at)
 
-    def train_step(self, data, optimizer, running_status, source):
+    def train_step(self, data, optimizer, running_status, source, exchange):
         noise = source.normal('noise', data['latents'].shape)
         loss = (self.diffusion(data['latents'] + noise) - data['latents']).square().mean()
         if running_status['iteration'] in self.nan_at:
@@ -82,7 +82,7 @@ def make_runner(
     model = strategy.wrap(TinyModel(nan_at))
     data = TinyData()
     if checkpoint is None:
-        checkpoint = CheckpointHook(interval=5, out_dir=str(folder / 'checkpoints'), max_keep_ckpts=2)
+        checkpoint = CheckpointHook(5, out_dir=str(folder / 'checkpoints'), max_keep_ckpts=2, asynchronous=False)
     work_dir = folder / 'work_dirs' / 'tiny'
     ema = ExponentialMovingAverageHook(momentum_policy='karras', start_iter=2)
     runner = Runner(

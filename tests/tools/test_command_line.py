@@ -163,17 +163,6 @@ def test_a_work_dir_without_permission(in_tmp, capsys):
 
 
 @pytest.mark.parametrize(
-    ('launcher', 'variable'), [('pytorch', 'WORLD_SIZE'), ('none', 'WORLD_SIZE'), ('slurm', 'SLURM_NTASKS')]
-)
-def test_several_processes_are_refused(monkeypatch, launcher, variable):
-    monkeypatch.setenv(variable, '2')
-    with pytest.raises(ConfigError, match=f'{variable}=2'):
-        launch.require_one_process(launcher)
-    monkeypatch.setenv(variable, '1')
-    launch.require_one_process(launcher)
-
-
-@pytest.mark.parametrize(
     ('given', 'configured', 'expected'), [(None, None, 2021), (None, 7, 7), (3, 7, 3), (None, 0, 0), (0, 7, 0)]
 )
 def test_seed(in_tmp, capsys, given, configured, expected):

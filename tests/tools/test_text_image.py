@@ -87,7 +87,7 @@ def run(cfg, work_dir, resume_from=None):
 def state_of(runner):
     """What was trained and its average, copied."""
     state = runner.strategy.model_state(runner.model)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    return {name: pieces.tensors[0].clone() for name, pieces in state.items()}
 
 
 @pytest.mark.parametrize(('family', 'kind'), KINDS, ids=['-'.join(kind) for kind in KINDS])

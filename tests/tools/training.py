@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from lakonlab.phases import OTHER, PHASES
 from lakonlab.storage.checkpoint import find_checkpoint, read_state, read_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,8 @@ SMALL = {
     'lr_config.warmup_iters': 9,
     'log_config.interval': 3,
 }
-TIMING = {'time', 'data_time', 'it_per_s', 'memory_mb', 'memory'}
+TIMING = {'time', 'data_time', 'it_per_s', 'samples_per_s', 'tokens_per_s', 'memory_mb', 'memory'}
+TIMING |= {f'share_{name}' for name in (*PHASES, OTHER)}
 
 
 @dataclass

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import re
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from lakonlab.mmengine_parts import Hook
+from lakonlab.parallel.checkpoint_writer import CheckpointWriter, SaveJob
+from lakonlab.phases import phase
 from lakonlab.registry import HOOKS
+from lakonlab.runner.agreement import require_agreement
 from lakonlab.runner.paths import require_local
-from lakonlab.storage.background import BackgroundWriter
-from lakonlab.storage.checkpoint import write_checkpoint
+from lakonlab.storage.checkpoint import CheckpointError
+from lakonlab.storage.inference_weights import add_inference_weights
 from lakonlab.storage.local import remove_stale_temporaries
 from lakonlab.storage.retention import prune
 
 logger = logging.getLogger(__name__)
+
+EXPORTS = {'ema': 'diffusion_ema', 'student': 'diffusion'}
 
 
 def run_directory(out_dir: str | None, work_dir: str) -> Path:
@@ -42,9 +44,8 @@ def run_directory(out_dir: str | None, work_dir: str) -> Path:
 class CheckpointHook(Hook):
     """The section ``checkpoint_config`` of a config.
 
-    Saves after iterations divisible by ``interval`` or ``must_save_interval``, and at the end. The training thread only
-    copies the state; one background thread writes it. A failed write ends the run at its next iteration; what was saved
-    before stays.
+    Saves after iterations divisible by ``interval`` or ``must_save_interval``, and at the end. Training only copies the
+    state; a process beside it writes. A failed write ends the run at its next iteration; what was saved before stays.
 
     Args:
         interval: Iterations between saves, at least 1.
@@ -53,7 +54,9 @@ class CheckpointHook(Hook):
         must_save_interval: Iterations divisible by it are saved too, and kept for ever.
         save_last: Whether the last iteration is saved whatever the interval.
         save_optimizer: Whether the optimiser's state is saved; without it a run cannot be resumed exactly.
-        asynchronous: Whether to write in the background.
+        asynchronous: Whether to write in a process beside each process of the run while training goes on.
+        export: ``'ema'`` or ``'student'``: every checkpoint holds its weights for inference too, in the folder
+            ``export``; None for none.
         by_epoch: Only False: intervals count iterations.
 
     Raises:
@@ -71,6 +74,7 @@ class CheckpointHook(Hook):
         save_last: bool = True,
         save_optimizer: bool = True,
         asynchronous: bool = True,
+        export: str | None = None,
         by_epoch: bool = False,
     ):
         if interval < 1:
@@ -81,6 +85,8 @@ class CheckpointHook(Hook):
             raise ValueError(f'checkpoint_config.must_save_interval={must_save_interval}: expected at least 1 or None')
         if by_epoch:
             raise ValueError('checkpoint_config.by_epoch=True: intervals count iterations here; set it to False')
+        if export is not None and export not in EXPORTS:
+            raise ValueError(f'checkpoint_config.export={export!r}: expected one of {", ".join(EXPORTS)}, or None')
         self.interval = interval
         self.out_dir = out_dir
         self.max_keep_ckpts = max_keep_ckpts
@@ -88,20 +94,23 @@ class CheckpointHook(Hook):
         self.save_last = save_last
         self.save_optimizer = save_optimizer
         self.asynchronous = asynchronous
+        self.export = export
         self.last_saved: int | None = None
-        self._writer = BackgroundWriter()
+        self._writer: CheckpointWriter | None = None
 
     def before_train(self, runner) -> None:
-        """Remove what an interrupted save left behind."""
-        if runner.rank != 0:
-            return
-        removed = remove_stale_temporaries(runner.checkpoint_dir)
+        """Remove what an interrupted save left behind, and get ready to write."""
+        removed = runner.strategy.ranks.on_main(lambda: remove_stale_temporaries(runner.checkpoint_dir))
         if removed:
             logger.info('removed from an interrupted save: %s', ', '.join(removed))
+        self._require_exported(runner)
+        self._writer_of(runner).start()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Report a failed background write."""
-        self._writer.check()
+        """Let every process know of a failed write."""
+        if self._writer is not None:
+            self._report_finished()
+            runner.strategy.failed = self._writer.has_failed()
 
     def is_due(self, step: int, max_iters: int) -> bool:
         """Whether to save after ``step`` completed iterations of ``max_iters``."""
@@ -110,42 +119,83 @@ class CheckpointHook(Hook):
         return step % self.interval == 0 or bool(self.must_save_interval and step % self.must_save_interval == 0)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Save if it is time to."""
+        """Report a failed write, in all processes at the same iteration; save if it is time to."""
         step = runner.iter + 1
+        if runner.strategy.failed:
+            self._writer.wait()
         if self.is_due(step, runner.max_iters):
             self.save(runner, step, wait=step == runner.max_iters)
 
-    def save(self, runner, step: int, wait: bool = False) -> None:
-        """Save the run as it is after ``step`` completed iterations.
+    def save(self, runner, step: int, wait: bool = False, name: str | None = None) -> None:
+        """Save the run as it is after ``step`` completed iterations. Every process of the run calls this.
 
         Args:
             runner: The run.
             step: Completed iterations.
             wait: Whether to return only when the checkpoint is published.
+            name: Name of the checkpoint, which then no rule of retention touches; None for that of the step.
 
         Raises:
             CheckpointError: This write failed (when waiting), or the one before did.
+            RuntimeError: The processes do not agree on what they save.
         """
-        self._writer.wait()
-        strategy = runner.strategy
-        tensors = {'model': strategy.snapshot(strategy.model_state(runner.model))}
-        state = runner.state_dict(step)
-        if self.save_optimizer:
-            optimizer_tensors, state['optimizers'] = strategy.optimizer_state(runner.model, runner.optimizers)
-            tensors['optimizer'] = strategy.snapshot(optimizer_tensors)
-        job = partial(self._write, runner.checkpoint_dir, step, tensors, copy.deepcopy(state), runner.config_text)
-        self.last_saved = step
-        self._writer.submit(job)
-        if wait or not self.asynchronous:
-            self._writer.wait()
+        with phase('checkpoint'):
+            strategy = runner.strategy
+            require_agreement(strategy.ranks, runner.facts(step), f'at the checkpoint of iteration {step}')
+            writer = self._writer_of(runner)
+            _report(writer.wait())
+            parts = {'model': strategy.model_state(runner.model)}
+            state = runner.state_dict(step)
+            if self.save_optimizer:
+                parts['optimizer'], state['optimizers'] = strategy.optimizer_state(runner.model, runner.optimizers)
+            afterwards = []
+            if name is None:
+                self.last_saved = step
+                afterwards = [partial(prune, runner.checkpoint_dir, step, self.max_keep_ckpts, self.must_save_interval)]
+            extra = None if self.export is None else partial(add_inference_weights, role=EXPORTS[self.export])
+            job = SaveJob(runner.checkpoint_dir, step, state, runner.config_text, name, extra, tuple(afterwards))
+            writer.submit(job, parts)
+            if wait or not self.asynchronous:
+                _report(writer.wait())
 
-    def _write(
-        self, run_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], config: str
-    ) -> None:
-        path = write_checkpoint(run_dir, step, tensors, state, config)
-        logger.info('saved %s', path)
-        prune(run_dir, step, self.max_keep_ckpts, self.must_save_interval)
+    def save_best(self, runner, step: int, name: str, value: float) -> None:
+        """Save the run as the best so far, in the place of the best before. Every process of the run calls this.
+
+        Args:
+            runner: The run.
+            step: Completed iterations.
+            name: What it is the best by; its checkpoint is ``best_<name>``.
+            value: The best value.
+        """
+        logger.info('%s = %.4f is the best so far', name, value)
+        self.save(runner, step, name=f'best_{re.sub("[^A-Za-z0-9_.-]+", "_", name)}')
+
+    def _require_exported(self, runner) -> None:
+        names = runner.strategy.model_state(runner.model)
+        prefix = f'{EXPORTS.get(self.export)}.denoising.'
+        if self.export is not None and not any(name.startswith(prefix) for name in names):
+            raise CheckpointError(
+                f'checkpoint_config.export={self.export!r}, but the run saves no {prefix.removesuffix(".")}: set '
+                'model.diffusion_use_ema=True, or choose another one'
+            )
+
+    def _writer_of(self, runner) -> CheckpointWriter:
+        if self._writer is None:
+            self._writer = CheckpointWriter(runner.strategy.ranks, self.asynchronous)
+        return self._writer
+
+    def _report_finished(self) -> None:
+        path = self._writer.finished()
+        if path is not None:
+            _report(path)
 
     def close(self) -> None:
         """Wait for a running write; reports its failure."""
-        self._writer.close()
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            _report(writer.close())
+
+
+def _report(path: Path | None) -> None:
+    if path is not None:
+        logger.info('saved %s', path)

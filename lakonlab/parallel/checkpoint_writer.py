@@ -1,0 +1,240 @@
+"""A process beside every process of a run, which writes checkpoints while training goes on.
+
+The writers form a process group of their own, so what they agree on never meets the exchange of gradients. Training
+hands over a copy of its state in shared memory and goes on; a failure reaches it with the next question. A writer ends
+with the process it belongs to.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lakonlab.parallel.store import serve_store
+from lakonlab.phases import beat
+from lakonlab.ranks import ALONE, Ranks
+from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
+from lakonlab.storage.pieces import Box, Pieces
+from lakonlab.storage.shared_memory import SharedMemory, positions
+
+CLOSE_SECONDS = 60.0
+Parts = Mapping[str, Mapping[str, Pieces]]
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """A checkpoint to write.
+
+    Args:
+        run_dir: Directory of the run.
+        step: Completed iterations.
+        state: Everything but tensors, plain data.
+        config_text: The resolved config.
+        name: Name of the checkpoint; None for that of the step.
+        extra: What the main process adds to the unpublished directory, see
+            :func:`~lakonlab.storage.checkpoint.write_checkpoint`.
+        afterwards: What the main process calls once the checkpoint is published.
+    """
+
+    run_dir: Path
+    step: int
+    state: Mapping[str, Any]
+    config_text: str = ''
+    name: str | None = None
+    extra: Callable[[Path], object] | None = None
+    afterwards: Sequence[Callable[[], object]] = field(default=())
+
+    def write(self, parts: Parts, ranks: Ranks) -> Path:
+        """Write it; every process of the group calls this.
+
+        Args:
+            parts: Part -> name -> what this process holds; not changed by anyone until this returns.
+            ranks: The processes.
+
+        Raises:
+            CheckpointError: It failed in one of the processes.
+        """
+        path = write_checkpoint(
+            self.run_dir, self.step, parts, self.state, self.config_text, self.name, ranks, self.extra
+        )
+        if ranks.is_main:
+            for function in self.afterwards:
+                function()
+        return path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where in shared memory a tensor's pieces lie."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: tuple[Box, ...]
+    starts: tuple[int, ...]
+
+    def pieces(self, memory: SharedMemory) -> Pieces:
+        """The pieces."""
+        tensors = (memory.tensor(start, sizes, self.dtype) for start, (_, sizes) in zip(self.starts, self.boxes))
+        return Pieces(self.shape, self.dtype, self.boxes, tuple(tensors))
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time, beside the process that calls it.
+
+    Args:
+        ranks: The processes of the run.
+        asynchronous: Whether to write in processes of their own; otherwise a save returns when it is published.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE, asynchronous: bool = True):
+        self.ranks = ranks
+        self.asynchronous = asynchronous
+        self._process: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+        self._memory: SharedMemory | None = None
+        self._store: dist.Store | None = None
+        self._is_busy = False
+        self._outcome: Path | BaseException | None = None
+
+    def start(self) -> None:
+        """Start the writers; they get ready while training goes on. Every process of the run calls this."""
+        if not self.asynchronous or self._process is not None:
+            return
+        address = None
+        if self.ranks.world_size > 1:
+            self._store, address = serve_store(self.ranks)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+            root = str(Path(__file__).parents[2])  # also where the package is used from a source tree
+            environment['PYTHONPATH'] = os.pathsep.join(filter(None, (root, os.environ.get('PYTHONPATH'))))
+            command = [sys.executable, '-m', 'lakonlab.parallel.writer_process', str(theirs.fileno())]
+            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+        self._connection = Connection(ours.detach())
+        self._connection.send((os.getpid(), self.ranks.rank, self.ranks.world_size, address))
+
+    def submit(self, job: SaveJob, parts: Parts) -> None:
+        """Begin to write a checkpoint, after the one before. Every process of the run calls this.
+
+        Args:
+            job: The checkpoint.
+            parts: Part -> name -> what this process holds; free to change when this returns.
+
+        Raises:
+            CheckpointError: The checkpoint before failed; or this one, if nothing is written in the background.
+        """
+        self.wait()
+        if not self.asynchronous:
+            self._outcome = job.write(parts, self.ranks)
+            return
+        self.start()
+        entries = [(part, name, pieces) for part, named in parts.items() for name, pieces in named.items()]
+        tensors = [tensor for _, _, pieces in entries for tensor in pieces.tensors]
+        spans = list(positions(tensors))
+        fresh = self._reserve(max((end for _, end in spans), default=0))
+        for tensor, (start, _) in zip(tensors, spans):
+            self._memory.tensor(start, tuple(tensor.shape), tensor.dtype).copy_(tensor)
+        starts = iter(spans)
+        layouts: dict[str, dict[str, Layout]] = {part: {} for part in parts}
+        for part, name, pieces in entries:
+            own = tuple(next(starts)[0] for _ in pieces.tensors)
+            layouts[part][name] = Layout(pieces.shape, pieces.dtype, pieces.boxes, own)
+        self._send(job, layouts, self._memory.size if fresh else None)
+        self._is_busy = True
+
+    def _reserve(self, size: int) -> bool:
+        """Make sure that there is shared memory of a size; True if it is new."""
+        if self._memory is not None and self._memory.size >= size:
+            return False
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = SharedMemory(size)
+        return True
+
+    def _send(self, job: SaveJob, layouts: Mapping[str, Mapping[str, Layout]], memory_size: int | None) -> None:
+        try:
+            self._connection.send((job, layouts, memory_size))
+            if memory_size is not None:
+                reduction.send_handle(self._connection, self._memory.descriptor, self._process.pid)
+        except OSError as error:
+            raise self._ended() from error
+
+    def has_failed(self) -> bool:
+        """Whether the checkpoint that was begun last has failed; costs nothing."""
+        if self._is_busy and self._connection.poll():
+            self._receive()
+        return isinstance(self._outcome, BaseException)
+
+    def wait(self) -> Path | None:
+        """Wait until the checkpoint that was begun last is published.
+
+        Returns:
+            Its directory; None if nobody asked for one since.
+
+        Raises:
+            CheckpointError: It failed; reported once.
+        """
+        if self._is_busy:
+            self._receive()
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def finished(self) -> Path | None:
+        """The directory of a checkpoint that was published since the last question; None if there is none."""
+        if self._is_busy and self._connection.poll():
+            self._receive()
+        if isinstance(self._outcome, BaseException):
+            return None
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _receive(self) -> None:
+        self._is_busy = False
+        try:
+            while not self._connection.poll(1):
+                beat()  # a slow disk is no hang
+            self._outcome = self._connection.recv()
+        except (EOFError, OSError):
+            self._outcome = self._ended()
+
+    def _ended(self) -> CheckpointError:
+        try:
+            code = self._process.wait(1)  # its end may be noticed before it is over
+        except subprocess.TimeoutExpired:
+            code = None
+        how = '' if code is None else f' with exit code {code}'
+        return CheckpointError(
+            f'the process that writes checkpoints has ended{how}, so the last one was not saved; those before are '
+            'untouched. If it was killed for lack of memory, set checkpoint_config.asynchronous=False.'
+        )
+
+    def close(self) -> Path | None:
+        """Wait for what is being written and end the process; returns and reports like :meth:`wait`."""
+        try:
+            return self.wait()
+        finally:
+            if self._process is not None:
+                self._connection.close()
+                try:
+                    self._process.wait(CLOSE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
+                self._process = self._connection = None
+            if self._memory is not None:
+                self._memory.close()
+                self._memory = None
+            self._store = None

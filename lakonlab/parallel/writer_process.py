@@ -1,0 +1,87 @@
+"""The program of a process that writes checkpoints; see :mod:`lakonlab.parallel.checkpoint_writer`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+
+WATCH_SECONDS = 0.1
+GROUP_TIMEOUT = timedelta(hours=1)
+
+
+def main(descriptor: int) -> None:
+    """Serve one process until it closes the connection.
+
+    Args:
+        descriptor: File descriptor of the connection.
+    """
+    # a signal to all processes of a terminal or a job means the run, which tells this process what to do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(10)  # training comes first
+    connection = Connection(descriptor)
+    parent, rank, world_size, address = connection.recv()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    ranks = _ranks(rank, world_size, address)
+    memory = None
+
+    from lakonlab.storage.shared_memory import SharedMemory
+
+    while True:
+        try:
+            job, layouts, memory_size = connection.recv()
+            if memory_size is not None:
+                memory = SharedMemory(memory_size, reduction.recv_handle(connection))
+        except EOFError:
+            return
+        parts = {
+            part: {name: layout.pieces(memory) for name, layout in named.items()} for part, named in layouts.items()
+        }
+        try:
+            outcome = job.write(parts, ranks)
+        except Exception as error:  # travels to the process that asked for it
+            outcome = _portable(error)
+        parts.clear()
+        connection.send(outcome)
+
+
+def _ranks(rank: int, world_size: int, address: tuple[str, int] | None):
+    from lakonlab.ranks import Ranks
+
+    if world_size > 1:
+        import torch.distributed as dist
+
+        store = dist.TCPStore(*address, is_master=False, timeout=GROUP_TIMEOUT)
+        dist.init_process_group('gloo', store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+    return Ranks(rank, world_size)
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as the one that it belongs to is gone, whatever it is doing."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os._exit(1)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot travel."""
+    from lakonlab.storage.checkpoint import CheckpointError
+
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return CheckpointError(f'{type(error).__name__}: {error}')
+    return error
+
+
+if __name__ == '__main__':
+    main(int(sys.argv[1]))

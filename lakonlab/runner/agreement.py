@@ -1,0 +1,42 @@
+"""Whether all processes of a run do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lakonlab.ranks import Ranks
+
+
+class DisagreementError(RuntimeError):
+    """Processes of one run have different configs, or have drifted apart."""
+
+
+def require_agreement(ranks: Ranks, facts: Mapping[str, object], when: str) -> None:
+    """Compare facts of all processes.
+
+    Args:
+        ranks: The processes.
+        facts: Name -> plain value.
+        when: What the run is doing, for the message.
+
+    Raises:
+        DisagreementError: In all processes, if any two differ.
+    """
+    everyone = ranks.all_gather({name: repr(value) for name, value in facts.items()})
+    lines = []
+    for name in everyone[0]:
+        by_value: dict[str, list[int]] = {}
+        for rank, own in enumerate(everyone):
+            by_value.setdefault(own.get(name, '(absent)'), []).append(rank)
+        if len(by_value) > 1:
+            lines.append(f'{name} is ' + ', '.join(f'{value} on {_ranks(who)}' for value, who in by_value.items()))
+    if lines:
+        raise DisagreementError(
+            f'the processes of this run differ {when}: {"; ".join(lines)}. Start all of them with the same config, '
+            'options, code and versions.'
+        )
+
+
+def _ranks(ranks: list[int], most: int = 8) -> str:
+    shown = ', '.join(map(str, ranks[:most])) + (', ...' if len(ranks) > most else '')
+    return f'rank {shown}'

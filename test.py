@@ -1,0 +1,15 @@
+#!/usr/bin/env python
+"""Evaluate a checkpoint: ``tools/test.py`` on the GPUs one names, in one process for each of them.
+
+python test.py CONFIG                        in this process, on the first GPU if there is one
+python test.py CONFIG --gpu-ids 0 1          in two processes, each with its GPU
+python test.py CONFIG --processes 2          the same on the first two GPUs, or on CPUs if there are no GPUs
+"""
+
+import sys
+from pathlib import Path
+
+from lakonlab.parallel.start_workers import run_tool
+
+if __name__ == '__main__':
+    sys.exit(run_tool(Path(__file__).resolve().parent / 'tools' / 'test.py'))
