@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -15,13 +17,16 @@ from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.images import ImageFolder
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
 from lakonlab.evaluation.samples import SampleBatch, real_images
 from lakonlab.evaluation.sampling import sample
+from lakonlab.phases import beat
+from lakonlab.ranks import ALONE, Ranks
 
 
 def evaluate(
     model: nn.Module | None,
-    dataloader: Iterable[dict],
+    dataloader: DataLoader,
     metrics: Sequence[Metric],
     *,
     sample_kwargs: Mapping[str, Any] | None = None,
@@ -34,31 +39,38 @@ def evaluate(
     generate: bool = True,
     seed: int = 0,
     name: str = 'evaluation',
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Generate every sample of a data split once and measure them.
 
+    Several processes call it together. Each samples its share of the split; the main process measures, and is given the
+    samples in the batches that one process would have made, so that the numbers do not depend on how many there are.
+
     Args:
         model: Has ``val_step``; put into evaluation mode while it samples. Not needed for real images.
-        dataloader: Batches with ``ids``, noise and conditions, or with real images.
-        metrics: What to measure; reset first.
+        dataloader: Made by :func:`build_evaluation_loader`: batches with ``ids``, noise and conditions, or with real
+            images.
+        metrics: What to measure; reset first. Only those of the main process are used.
         sample_kwargs: Arguments of ``val_step``: ``role``, ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
         references: Where reference samples are kept between evaluations.
         data: Name of the split.
         version: What changes when the weights of the model do.
-        images: Where to write samples.
+        images: Where to write samples; only that of the main process is used.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured.
         seed: Seed of what the sampler draws beyond the data set's noise.
         name: Title of the progress bar.
+        ranks: The processes.
 
     Returns:
-        ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol), ``num_samples``, ``nfe``
-        (network evaluations per sample), ``seconds``, and the sampling arguments with ``sampling_seed``, which every
-        protocol repeats; None for real images.
+        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
+        ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
+        arguments with ``sampling_seed``, which every protocol repeats; None for real images.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
+        Exception: What failed in any process, in all of them.
     """
     needs_reference = any(metric.needs_reference for metric in metrics)
     if needs_reference and reference_kwargs is None:
@@ -67,61 +79,83 @@ def evaluate(
     for metric in metrics:
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
+
+    def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
+        nonlocal nfe
+        batch, seconds, reference = share.batch, None, None
+        if generate:
+            pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
+        else:
+            pixels = real_images(batch)
+        if needs_reference:
+            reference = references.get(model, batch, data, reference_kwargs, version, make_reference)
+        made = SampleBatch(pixels, batch['ids'], batch.get('labels'), reference, seconds, warm_up=warm_up)
+        return to_send(made, share.count), pixels.device
+
+    def measure(parts: Sequence[SampleBatch], device: torch.device) -> None:
+        nonlocal count
+        for batch in in_order(parts, dataloader.batch_sampler.samples_per_gpu, device, feed_batch_size):
+            for metric in metrics:
+                metric.feed(batch)
+            if images is not None:
+                images.add(batch.images, batch.ids)
+            count += len(batch.ids)
+            progress.update(len(batch.ids))
+
+    def summarise() -> dict[str, Any]:
+        if count == 0:
+            raise ConfigError(f'{name}: the data split {data!r} has no samples')
+        numbers: dict[str, float] = {}
+        for metric in metrics:
+            numbers.update(metric.compute())
+        sampling_seed = seed if generate else None
+        return dict(
+            metrics=numbers,
+            protocol={
+                type(metric).__name__: {**metric.protocol(), 'sampling_seed': sampling_seed} for metric in metrics
+            },
+            num_samples=count,
+            nfe=nfe,
+            seconds=time.perf_counter() - start,
+            num_processes=ranks.world_size,
+            generated=generate,
+            sample_kwargs=dict(sample_kwargs or {}),
+            sampling_seed=sampling_seed,
+            reference_kwargs=dict(reference_kwargs) if needs_reference else None,
+        )
+
     was_training = model is not None and model.training
     if model is not None:
         model.eval()
     try:
-        total = len(dataloader.dataset) if isinstance(dataloader, DataLoader) else None
-        with tqdm(total=total, desc=name, unit='sample', leave=False, disable=None) as progress:
-            for batch in dataloader:
-                if generate:
-                    pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
-                else:
-                    pixels, seconds = real_images(batch), None
-                reference = None
-                if needs_reference:
-                    reference = references.get(model, batch, data, reference_kwargs, version).to(pixels.device)
-                generated = SampleBatch(
-                    pixels, batch['ids'], batch.get('labels'), reference, seconds, feed_batch_size=feed_batch_size
+        hidden = None if ranks.is_main else True  # None: hidden if there is no terminal
+        with tqdm(total=len(dataloader.dataset), desc=name, unit='sample', leave=False, disable=hidden) as progress:
+            for number, share in enumerate(shares(dataloader, ranks)):
+                make_reference = needs_reference and any(
+                    ranks.all_gather(references.lacks(share.batch['ids'], data, reference_kwargs, version))
                 )
-                for metric in metrics:
-                    metric.feed(generated)
-                if images is not None:
-                    images.add(pixels, batch['ids'])
-                count += len(batch['ids'])
-                progress.update(len(batch['ids']))
+                made, device = ranks.together(partial(make, share, number == 0, make_reference))
+                ranks.on_main(partial(measure, ranks.gather(made), device))
+                beat()
     finally:
         if model is not None:
             model.train(was_training)
-    if count == 0:
-        raise ConfigError(f'{name}: the data split {data!r} has no samples')
-    numbers: dict[str, float] = {}
-    for metric in metrics:
-        numbers.update(metric.compute())
-    sampling_seed = seed if generate else None
-    return dict(
-        metrics=numbers,
-        protocol={type(metric).__name__: {**metric.protocol(), 'sampling_seed': sampling_seed} for metric in metrics},
-        num_samples=count,
-        nfe=nfe,
-        seconds=time.perf_counter() - start,
-        generated=generate,
-        sample_kwargs=dict(sample_kwargs or {}),
-        sampling_seed=sampling_seed,
-        reference_kwargs=dict(reference_kwargs) if needs_reference else None,
-    )
+    return ranks.on_main(summarise)
 
 
-def build_evaluation_loader(data: Mapping[str, Any], split: str, loader: str = 'val_dataloader') -> DataLoader:
+def build_evaluation_loader(
+    data: Mapping[str, Any], split: str, loader: str = 'val_dataloader', ranks: Ranks = ALONE
+) -> DataLoader:
     """Build the loader of a split that an evaluation names.
 
     Args:
         data: Section ``data`` of a config.
         split: Key of a data set in it: ``val``, ``val2``, ``test``, ``train``, ....
         loader: Key of the loader arguments that override the common ones.
+        ranks: The processes that share the split.
 
     Returns:
-        A loader that reads every item once, in order.
+        A loader of this process's items, each of them once, in order.
 
     Raises:
         ConfigError: There is no such data set.
@@ -135,4 +169,4 @@ def build_evaluation_loader(data: Mapping[str, Any], split: str, loader: str = '
     options = {key: value for key, value in data.items() if not re.fullmatch(r'(train|val|test)\d*(_.*)?', key)}
     options.update(data.get(loader) or data.get('val_dataloader') or {})
     options.setdefault('samples_per_gpu', 1)
-    return build_dataloader(DATASETS.build(dict(data[split])), **options)
+    return build_dataloader(DATASETS.build(dict(data[split])), **options, rank=ranks.rank, world_size=ranks.world_size)

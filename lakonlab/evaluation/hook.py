@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lakonlab.evaluation.best import BestValue, number_that_decides
 from lakonlab.evaluation.evaluate import build_evaluation_loader, evaluate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.mmengine_parts import Hook
+from lakonlab.phases import phase
+from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS, METRICS
 from lakonlab.storage.local import is_remote
 
@@ -41,7 +44,10 @@ class GenerativeEvalHook(Hook):
         viz_num: Samples written as images; None for all, 0 for none.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured instead of samples.
-        save_best_ckpt: Not supported; must be False.
+        save_best_ckpt: Whether to save the run whenever a number is better than at all evaluations before; it needs
+            ``checkpoint_config``.
+        best_metric: Name of that number, such as ``'frechet_distance'``; None for the first one of ``metrics`` that
+            tells better weights from worse ones. Its metric says whether less is better or more.
 
     Raises:
         ValueError: An argument has an impossible value.
@@ -62,12 +68,8 @@ class GenerativeEvalHook(Hook):
         feed_batch_size: int = 32,
         generate: bool = True,
         save_best_ckpt: bool = False,
+        best_metric: str | None = None,
     ):
-        if save_best_ckpt:
-            raise ValueError(
-                'evaluation.save_best_ckpt=True is not supported: set it to False; '
-                'checkpoint_config.must_save_interval keeps checkpoints to choose from'
-            )
         self.data = data
         self.prefix = prefix
         self.name = f'{data}_{prefix}' if prefix else data
@@ -88,6 +90,15 @@ class GenerativeEvalHook(Hook):
         if isinstance(metrics, Mapping):
             metrics = [metrics]
         self.metrics = [METRICS.build(dict(metric)) for metric in metrics or ()]
+        self.best: BestValue | None = None
+        if save_best_ckpt:
+            if interval is None:
+                raise ValueError(
+                    f'evaluation {self.name}: save_best_ckpt=True, but interval=None never evaluates while training; '
+                    'set interval, or save_best_ckpt=False'
+                )
+            number, better = number_that_decides(self.metrics, best_metric, f'evaluation {self.name}')
+            self.best = BestValue(f'{self.name}_{number}', better)
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()
         self._loader = None
@@ -124,8 +135,9 @@ class GenerativeEvalHook(Hook):
         tag: str,
         loader: str = 'val_dataloader',
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Evaluate now.
+        """Evaluate now; several processes do so together.
 
         Args:
             model: Has ``val_step``.
@@ -134,18 +146,29 @@ class GenerativeEvalHook(Hook):
             tag: Name of the weights that are evaluated: the iteration, or the checkpoint.
             loader: Key of the loader arguments in ``data``.
             seed: Seed of what the sampler draws beyond the data set's noise.
+            ranks: The processes.
 
         Returns:
-            The results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``, ``prefix`` and
-            ``images``, the folder of images; and the grid of samples, uint8 (H, W, 3), or None.
+            In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
+            ``prefix`` and ``images``, the folder of images; and in the main process the grid of samples, uint8
+            (H, W, 3), or None.
         """
         if self._loader is None:
-            self._loader = build_evaluation_loader(data, self.data, loader)
+            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+        path = None if self.viz_num == 0 else Path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
+        folder, grid = None, None
+
+        def prepare() -> None:
+            nonlocal folder
             for metric in self.metrics:
                 metric.bind(self.extractors)
-        folder = None
-        if self.viz_num != 0:
-            folder = ImageFolder(Path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag, self.viz_num)
+            folder = None if path is None else ImageFolder(path, self.viz_num)
+
+        def finish() -> None:
+            nonlocal grid
+            grid = folder.finish() if folder else None
+
+        ranks.on_main(prepare)
         results = evaluate(
             model,
             self._loader,
@@ -160,28 +183,60 @@ class GenerativeEvalHook(Hook):
             generate=self.generate,
             seed=seed,
             name=self.name,
+            ranks=ranks,
         )
-        grid = folder.finish() if folder else None
-        summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=str(folder.path) if folder else None)
-        for metric, value in results['metrics'].items():
-            logger.info('%s_%s = %.4f', self.name, metric, value)
-        logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
+        ranks.on_main(finish)
+        if ranks.is_main:
+            for metric, value in results['metrics'].items():
+                logger.info('%s_%s = %.4f', self.name, metric, value)
+            logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
+        summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=None if path is None else str(path))
         return {**summary, **results}, grid
 
     def before_train(self, runner) -> None:
+        """Share networks with the other evaluations, and see that the best checkpoint has a place to go.
+
+        Raises:
+            ValueError: It has none.
+        """
         self.share(runner.hooks)
+        if self.best is not None and runner.checkpoint_hook is None:
+            raise ValueError(
+                f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
+                'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
+            )
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far."""
         iteration = runner.iter + 1
         if not self.is_due(iteration):
             return
         run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
-        results, grid = self.run(runner.model, runner.cfg.data, run_name, str(iteration), seed=runner.seed)
-        scalars = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
-        if scalars:
-            runner.visualizer.add_scalars(scalars, step=iteration, file_path=f'{runner.timestamp}.json')
-        if grid is not None:
-            runner.visualizer.add_image(self.name, grid, step=iteration)
+        ranks = runner.strategy.ranks
+        with phase('evaluation'):
+            results, grid = self.run(
+                runner.model, runner.cfg.data, run_name, str(iteration), seed=runner.seed, ranks=ranks
+            )
+        numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
+
+        def log() -> None:
+            if numbers:
+                runner.visualizer.add_scalars(numbers, step=iteration, file_path=f'{runner.timestamp}.json')
+            if grid is not None:
+                runner.visualizer.add_image(self.name, grid, step=iteration)
+
+        ranks.on_main(log)
+        if self.best is not None and self.best.update(numbers[self.best.name], iteration):
+            runner.checkpoint_hook.save_best(runner, iteration, self.best.name, self.best.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far and when it was reached, as plain data."""
+        return dict(best=None if self.best is None else self.best.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the best value so far."""
+        if self.best is not None and state['best'] is not None:
+            self.best.load_state_dict(state['best'])
 
 
 def _checked_interval(interval: int | Mapping[str, Sequence[int]] | None) -> int | dict[str, list[int]] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ from lakonlab.registry import DATASETS, METRICS
 class Metric(ABC):
     """Base class of metrics.
 
-    Class attribute ``needs_reference``: whether batches must come with images to compare with one by one.
+    Class attributes: ``needs_reference``, whether batches must come with images to compare with one by one; and
+    ``better``, the numbers that tell which of two sets of weights is the better one -> ``'lower'`` or ``'higher'``.
     """
 
     needs_reference = False
+    better: Mapping[str, Literal['lower', 'higher']] = {}
 
     def __init__(self):
         self.reset()
@@ -97,6 +99,8 @@ class FrechetDistance(FeatureMetric):
         reference: Config of a data set of real images.
     """
 
+    better = {'frechet_distance': 'lower'}
+
     def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any]):
         super().__init__(extractor)
         self.reference_config = dict(reference)
@@ -140,6 +144,8 @@ class ClassAccuracy(FeatureMetric):
         extractor: Config of a feature extractor that classifies.
     """
 
+    better = {'class_accuracy': 'higher'}
+
     def reset(self) -> None:
         super().reset()
         self._correct = 0
@@ -160,6 +166,8 @@ class ClassAccuracy(FeatureMetric):
 @METRICS.register_module()
 class FeatureDiversity(FeatureMetric):
     """Mean distance of features over all pairs of samples of a class, averaged over the classes.
+
+    It does not tell better weights from worse ones: noise is diverse too.
 
     Args:
         extractor: Config of a feature extractor.
@@ -200,6 +208,7 @@ class ReferenceRMSE(Metric):
     """
 
     needs_reference = True
+    better = {'reference_rmse': 'lower'}
 
     def __init__(self, pixel_range: float = 2.0):
         super().__init__()
@@ -225,24 +234,31 @@ class ReferenceRMSE(Metric):
 
 @METRICS.register_module()
 class SamplingSpeed(Metric):
-    """Samples per second of wall time, without the first batch if there are others."""
+    """Samples per second of wall time of one process, without the first batch of each process if there are others.
+
+    Several processes together make about as many times more; if they share a machine, or wait for one another because
+    a network is divided among them, the speed of each is less than it would be alone.
+    """
 
     def reset(self) -> None:
-        self._first: tuple[int, float] | None = None
-        self._count, self._seconds = 0, 0.0
+        self._warm_up, self._timed = (0, 0.0), (0, 0.0)
 
     def feed(self, batch: SampleBatch) -> None:
         if batch.seconds is None:
             raise ValueError('SamplingSpeed needs samples that were generated, not real images')
-        if self._first is None:
-            self._first = (len(batch.ids), batch.seconds)
+        count, seconds = self._warm_up if batch.warm_up else self._timed
+        total = count + len(batch.ids), seconds + batch.seconds
+        if batch.warm_up:
+            self._warm_up = total
         else:
-            self._count += len(batch.ids)
-            self._seconds += batch.seconds
+            self._timed = total
+
+    def _counted(self) -> tuple[int, float]:
+        return self._timed if self._timed[0] else self._warm_up
 
     def compute(self) -> dict[str, float]:
-        count, seconds = (self._count, self._seconds) if self._count else self._first
+        count, seconds = self._counted()
         return dict(samples_per_second=count / seconds)
 
     def protocol(self) -> dict[str, Any]:
-        return dict(num_images=self._count or self._first[0], num_threads=torch.get_num_threads())
+        return dict(num_images=self._counted()[0], num_threads=torch.get_num_threads())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,34 @@ class ReferenceSamples:
     """Reference images by data split and sampling arguments, each generated once.
 
     The samples of a frozen teacher (``role='teacher'``) are kept for good; those of weights that train are kept as long
-    as the ``version`` of the weights is the same.
+    as the ``version`` of the weights is the same. Of several processes, each keeps those of its own samples.
     """
 
     def __init__(self):
         self._images: dict[str, dict[int, Tensor]] = {}
         self._version: object = None
 
-    def get(self, model: nn.Module, batch: dict, data: str, kwargs: Mapping[str, Any], version: object) -> Tensor:
+    def lacks(self, ids: Sequence[int], data: str, kwargs: Mapping[str, Any], version: object) -> bool:
+        """Whether a batch has samples whose reference images are still to be made.
+
+        Args:
+            ids: Numbers of the samples.
+            data: Name of the split.
+            kwargs: Arguments of ``val_step``.
+            version: What changes when the weights do, e.g. the iteration.
+        """
+        known = self._known(data, kwargs, version)
+        return any(number not in known for number in ids)
+
+    def get(
+        self,
+        model: nn.Module,
+        batch: dict,
+        data: str,
+        kwargs: Mapping[str, Any],
+        version: object,
+        make: bool | None = None,
+    ) -> Tensor:
         """Reference images of one batch.
 
         Args:
@@ -32,16 +52,21 @@ class ReferenceSamples:
             data: Name of the split.
             kwargs: Arguments of ``val_step``.
             version: What changes when the weights do, e.g. the iteration.
+            make: Whether to generate the images; None to do so if :meth:`lacks`. Processes that share a network have to
+                decide it together.
 
         Returns:
-            Shape (B, C, H, W), in [0, 1].
+            Shape (B, C, H, W), in [0, 1], on the CPU.
         """
+        known = self._known(data, kwargs, version)
+        if self.lacks(batch['ids'], data, kwargs, version) if make is None else make:
+            known.update(zip(batch['ids'], sample(model, batch, kwargs).images.cpu(), strict=True))
+        return torch.stack([known[number] for number in batch['ids']])
+
+    def _known(self, data: str, kwargs: Mapping[str, Any], version: object) -> dict[int, Tensor]:
         if version != self._version:
             self._images = {key: images for key, images in self._images.items() if key.startswith('frozen:')}
             self._version = version
         frozen = kwargs.get('role') == 'teacher'
         key = f'{"frozen" if frozen else "training"}:{data}:{json.dumps(kwargs, sort_keys=True, default=str)}'
-        known = self._images.setdefault(key, {})
-        if any(number not in known for number in batch['ids']):
-            known.update(zip(batch['ids'], sample(model, batch, kwargs).images.cpu(), strict=True))
-        return torch.stack([known[number] for number in batch['ids']])
+        return self._images.setdefault(key, {})

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lakonlab.evaluation.hook import GenerativeEvalHook
+from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS
 
 logger = logging.getLogger('lakonlab.evaluation')
@@ -28,8 +29,9 @@ def run_evaluations(
     tag: str = 'default',
     splits: Sequence[str] | None = None,
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
-    """Run every entry of the section ``evaluation`` once.
+    """Run every entry of the section ``evaluation`` once; several processes do so together.
 
     Args:
         model: Has ``val_step``.
@@ -37,9 +39,10 @@ def run_evaluations(
         tag: Name of the weights, e.g. of the checkpoint; part of the folder names of images.
         splits: Only entries of these data splits; None for all.
         seed: Seed of what the samplers draw beyond the data set's noise.
+        ranks: The processes.
 
     Returns:
-        The results of each entry, in their order.
+        The results of each entry, in their order, in every process.
 
     Raises:
         ValueError: No entry is left to run.
@@ -53,9 +56,10 @@ def run_evaluations(
         hooks.append(HOOKS.build(entry))
     results = []
     for number, hook in enumerate(hooks, start=1):
-        logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
+        if ranks.is_main:
+            logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
         hook.share(hooks)
-        results.append(hook.run(model, cfg['data'], cfg.get('name', 'run'), tag, 'test_dataloader', seed)[0])
+        results.append(hook.run(model, cfg['data'], cfg.get('name', 'run'), tag, 'test_dataloader', seed, ranks)[0])
     return results
 
 

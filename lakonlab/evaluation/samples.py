@@ -21,6 +21,7 @@ class SampleBatch:
         reference: Images to compare with one by one, shape of ``images``; None if no metric needs them.
         seconds: Wall time of generating the batch; None if it was not generated.
         feed_batch_size: Largest batch given to a feature extractor.
+        warm_up: Whether ``seconds`` include what happens once, because the process made no samples before.
     """
 
     images: Tensor
@@ -29,6 +30,7 @@ class SampleBatch:
     reference: Tensor | None = None
     seconds: float | None = None
     feed_batch_size: int = 512
+    warm_up: bool = False
     _features: dict[int, Features] = field(default_factory=dict, repr=False)
 
     def features(self, extractor: FeatureExtractor) -> Features:

@@ -12,7 +12,9 @@ from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
 from lakonlab.evaluation.images import make_grid, to_uint8
 from lakonlab.evaluation.results import run_evaluations, write_results
+from lakonlab.ranks import ALONE
 from lakonlab.registry import HOOKS
+from tests.evaluation.thread_ranks import run_threads
 
 DIGIT_FEATURES = dict(type='DigitClassifier')
 
@@ -25,6 +27,7 @@ class Model(nn.Module):
         self.offset = nn.Parameter(torch.zeros(()))
         self.calls = []
         self.draws = []
+        self.brightness = 1.0  # also the error of two steps in place of one
 
     def val_step(self, data, role=None, test_cfg_override=None, source=None):
         assert not self.training
@@ -32,7 +35,7 @@ class Model(nn.Module):
         steps = (test_cfg_override or {}).get('num_timesteps', 1)
         self.calls.append((role, steps, list(data['ids'])))
         self.draws.append(source.normal('probe', (len(data['ids']), 1)))
-        images = torch.full_like(data['noise'], 1 / steps) + self.offset
+        images = torch.full_like(data['noise'], self.brightness / steps) + self.offset
         return dict(num_samples=len(images), pred_imgs=images)
 
 
@@ -142,7 +145,12 @@ def test_interval(interval, due):
         (dict(interval=0), 'positive'),
         (dict(interval=dict(milestones=[1], interval=[1])), 'need 2 intervals'),
         (dict(interval=dict(milestone=[1], interval=[1])), 'expected milestones and interval'),
-        (dict(save_best_ckpt=True), 'save_best_ckpt'),
+        (dict(save_best_ckpt=True), 'evaluation val.best_metric: found None, but no metric'),
+        (dict(save_best_ckpt=True, interval=None, metrics=dict(type='ReferenceRMSE')), 'never evaluates'),
+        (
+            dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
+            "found 'fid', expected a number of a metric of this entry: 'reference_rmse'",
+        ),
         (dict(viz_dir='s3://bucket/viz'), 'only local directories can be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
     ],
@@ -159,26 +167,95 @@ def test_unknown_split_and_no_entry():
         run_evaluations(Model(), config(), splits=['test'])
 
 
-def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    logged = []
-    visualizer = SimpleNamespace(
-        add_scalars=lambda scalars, step, file_path: logged.append((scalars, step, file_path)),
-        add_image=lambda name, image, step: logged.append((name, image.shape, step)),
-    )
-    cfg = config(viz_num=4, interval=5, **RMSE)
+def hook_and_runner(ranks=ALONE, **entry):
+    """An evaluation, and a stand-in for a run that has it; what it logs and saves is listed in ``runner.done``."""
+    cfg = config(**entry)
     hook = GenerativeEvalHook(**{key: value for key, value in cfg['evaluation'][0].items() if key != 'type'})
+    done = []
     runner = SimpleNamespace(
-        hooks=[hook], iter=0, cfg=SimpleNamespace(data=cfg['data'], get=cfg.get), model=Model(),
-        visualizer=visualizer, work_dir='work_dirs/run', timestamp='now', seed=5,
+        hooks=[hook], iter=0, cfg=SimpleNamespace(data=cfg['data'], get=cfg.get), model=Model(), done=done,
+        visualizer=SimpleNamespace(
+            add_scalars=lambda scalars, step, file_path: done.append((scalars, step, file_path)),
+            add_image=lambda name, image, step: done.append((name, image.shape, step)),
+        ),
+        checkpoint_hook=SimpleNamespace(
+            save_best=lambda of, step, name, value: done.append(('best', of is runner, step, name, value))
+        ),
+        work_dir='work_dirs/run', timestamp='now', seed=5, strategy=SimpleNamespace(ranks=ranks),
     )  # fmt: skip
     hook.before_train(runner)
+    return hook, runner
+
+
+def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hook, runner = hook_and_runner(viz_num=4, interval=5, **RMSE)
     for runner.iter in range(9):
         hook.after_train_iter(runner, runner.iter)
-    assert logged[0][0] == {'val_p_reference_rmse': pytest.approx(1.0)}
-    assert logged[0][1:] == (5, 'now.json')
-    assert logged[1] == ('val_p', (70, 70, 3), 5)
+    scalars, grid = runner.done
+    assert scalars == ({'val_p_reference_rmse': pytest.approx(1.0)}, 5, 'now.json')
+    assert grid == ('val_p', (70, 70, 3), 5)
     assert Path('viz/run/val_p/5/grid.png').is_file()
+
+
+def evaluate_at(hook, runner, iteration, error):
+    """Evaluate weights of an error; what was saved as the best."""
+    runner.done.clear()
+    runner.iter, runner.model.brightness = iteration - 1, error
+    hook.after_train_iter(runner, runner.iter)
+    return [call[1:] for call in runner.done if call[0] == 'best']
+
+
+def test_only_the_main_process_logs_and_all_save_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, viz_num=4, save_best_ckpt=True, **RMSE)
+        hook.after_train_iter(runner, 0)
+        return hook.state_dict(), [call[0] for call in runner.done]
+
+    states, done = zip(*run_threads(evaluated, 2), strict=True)
+    assert states[0] == states[1]
+    assert states[0]['best']['value'] == pytest.approx(1.0)
+    assert done == ([{'val_p_reference_rmse': pytest.approx(1.0)}, 'val_p', 'best'], ['best'])
+
+
+def test_an_error_of_the_log_ends_all():
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, **RMSE)
+        runner.visualizer.add_scalars = None
+        hook.after_train_iter(runner, 0)
+
+    assert [type(error) for error in run_threads(evaluated, 2)] == [TypeError] * 2
+
+
+def test_best_checkpoint_is_saved_when_a_number_improves():
+    hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    name = 'val_p_reference_rmse'
+    saved = [evaluate_at(hook, runner, *when) for when in ((1, 1.0), (2, 1.5), (3, float('nan')), (4, 0.5), (5, 0.5))]
+    assert saved == [[(True, 1, name, 1.0)], [], [], [(True, 4, name, 0.5)], []]
+
+    again, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    again.load_state_dict(json.loads(json.dumps(hook.state_dict())))
+    assert evaluate_at(again, runner, 6, 0.75) == []
+    assert [step for _, step, _, _ in evaluate_at(again, runner, 7, 0.25)] == [7]
+
+    other, runner = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
+    other.load_state_dict(hook.state_dict())  # of another entry: its values say nothing here
+    assert [step for _, step, _, _ in evaluate_at(other, runner, 6, 0.75)] == [6]
+
+
+def test_best_checkpoint_is_saved_only_if_asked_for():
+    hook, runner = hook_and_runner(best_metric='fid', **RMSE)
+    assert evaluate_at(hook, runner, 1, 1.0) == []
+    hook.load_state_dict(hook.state_dict())
+
+
+def test_best_checkpoint_needs_a_place():
+    hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    runner.checkpoint_hook = None
+    with pytest.raises(ValueError, match='save_best_ckpt=True, but checkpoint_config is not set'):
+        hook.before_train(runner)
 
 
 def test_results_file(tmp_path):

@@ -92,11 +92,14 @@ def test_reference_rmse():
 def test_speed_leaves_out_the_first_batch():
     metric = SamplingSpeed()
     images = torch.zeros(4, 1, 2, 2)
-    metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=100.0))
+    metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=100.0, warm_up=True))
     assert metric.compute() == dict(samples_per_second=0.04)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=2.0))
     metric.feed(SampleBatch(images[:2], [0, 1], seconds=1.0))
     assert metric.compute() == dict(samples_per_second=2.0)
+    metric.reset()
+    metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=1.0))
+    assert metric.compute() == dict(samples_per_second=4.0)
     with pytest.raises(ValueError, match='generated'):
         metric.feed(SampleBatch(images, [0, 1, 2, 3]))
 

@@ -1,0 +1,144 @@
+"""Sampling a data split with several processes, one batch of each of them at a time.
+
+The batches that all processes make at the same time are a *round*. Networks that are divided among processes are asked
+by all of them together, so in every round each process has a batch, and all batches are equally large: where the data
+do not suffice, rows are repeated, and what is made of them is thrown away. The items of a round follow one another in
+the data set, so that the main process can put the samples of a round into batches as one process would have made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lakonlab.evaluation.samples import SampleBatch
+from lakonlab.ranks import Ranks
+
+
+class Share(NamedTuple):
+    """What one process does in a round.
+
+    Args:
+        batch: A batch of the data set, of the same size in every process.
+        count: How many of its first rows count; the others are repetitions.
+    """
+
+    batch: dict
+    count: int
+
+
+def shares(dataloader: DataLoader, ranks: Ranks) -> Iterator[Share]:
+    """This process's share of every round; to be iterated by all processes together.
+
+    Args:
+        dataloader: This process's loader, made by :func:`lakonlab.evaluation.evaluate.build_evaluation_loader`.
+        ranks: The processes.
+
+    Yields:
+        As many shares in every process.
+
+    Raises:
+        ValueError: The loader was built for other processes.
+        Exception: What loading a batch raised in any process.
+    """
+    sampler = dataloader.batch_sampler
+    built_for = getattr(sampler, 'rank', 0), getattr(sampler, 'world_size', 1)
+    if built_for != (ranks.rank, ranks.world_size):
+        raise ValueError(
+            f'this loader reads the items of process {built_for[0]} of {built_for[1]}, but this is process '
+            f'{ranks.rank} of {ranks.world_size}: build it with the same ranks'
+        )
+    iterator, batch = None, None
+
+    def load(is_mine: bool) -> tuple[dict, int]:
+        nonlocal iterator
+        if is_mine:
+            iterator = iter(dataloader) if iterator is None else iterator
+            loaded = next(iterator)
+            return loaded, len(loaded['ids'])
+        return dataloader.collate_fn([dataloader.dataset[0]]) if batch is None else batch, 0
+
+    for number in range(max(ranks.all_gather(len(dataloader)))):
+        batch, count = ranks.together(partial(load, number < len(dataloader)))
+        size = max(ranks.all_gather(count))
+        yield Share(batch if len(batch['ids']) == size else with_rows(batch, size), count)
+
+
+def with_rows(batch: Any, size: int) -> Any:
+    """A batch with another number of rows: the first ones, or all of them over and over.
+
+    Args:
+        batch: What :func:`lakonlab.datasets.collate.collate` returns, with at least one row.
+        size: Rows of the result.
+    """
+    if isinstance(batch, dict):
+        return {key: with_rows(value, size) for key, value in batch.items()}
+    rows = [row % len(batch) for row in range(size)]
+    return batch[rows] if isinstance(batch, Tensor) else [batch[row] for row in rows]
+
+
+def to_send(samples: SampleBatch, count: int) -> SampleBatch:
+    """The samples of a share that count, as tensors of their own on the CPU.
+
+    Args:
+        samples: What was made of a share.
+        count: How many of its first rows count.
+
+    Returns:
+        Copies, which hold no memory of the rows left out.
+    """
+
+    def part(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[:count].detach().to('cpu', copy=True)
+
+    seconds = samples.seconds
+    return SampleBatch(
+        part(samples.images),
+        list(samples.ids[:count]),
+        part(samples.labels),
+        part(samples.reference),
+        None if seconds is None else seconds * count / len(samples.ids),
+        warm_up=samples.warm_up,
+    )
+
+
+def in_order(
+    parts: Sequence[SampleBatch], size: int, device: torch.device, feed_batch_size: int
+) -> Iterator[SampleBatch]:
+    """Put the samples of a round into the batches that one process would have made.
+
+    Args:
+        parts: What each process made, by rank; others than the first may have made nothing.
+        size: Largest batch.
+        device: Where images go.
+        feed_batch_size: Largest batch given to a feature extractor.
+
+    Yields:
+        Batches in the order of the data set. Their ``seconds`` are the sum over their samples, as if one process had
+        made one after the other.
+    """
+    rows = sorted((row, rank) for rank, part in enumerate(parts) for row in range(len(part.ids)))
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        timed = parts[0].seconds is not None
+        reference = _take(parts, 'reference', chosen)
+        yield SampleBatch(
+            _take(parts, 'images', chosen).to(device),
+            [parts[rank].ids[row] for row, rank in chosen],
+            _take(parts, 'labels', chosen),
+            None if reference is None else reference.to(device),
+            sum(parts[rank].seconds / len(parts[rank].ids) for _, rank in chosen) if timed else None,
+            feed_batch_size,
+            parts[0].warm_up,
+        )
+
+
+def _take(parts: Sequence[SampleBatch], name: str, chosen: Sequence[tuple[int, int]]) -> Tensor | None:
+    if getattr(parts[0], name) is None:
+        return None
+    return torch.stack([getattr(parts[rank], name)[row] for row, rank in chosen])
