@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 Value = TypeVar('Value')
+Failure = TypeVar('Failure', bound=BaseException)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Ranks:
                 error = raised
         result, error = self.broadcast((result, error))
         if error is not None:
-            raise error
+            raise self.common(error)
         return result
 
     def together(self, function: Callable[[], Value]) -> Value:
@@ -105,9 +106,36 @@ class Ranks:
         errors = self.all_gather(error)
         first = next((found for found in errors if found is not None), None)
         if first is not None:
-            raise error if error is not None else first
+            raise self.common(error if error is not None else first)
         return result
+
+    def common(self, error: Failure) -> Failure:
+        """Mark an error that every process raises, so that only the main one reports it.
+
+        Args:
+            error: The error.
+
+        Returns:
+            The same.
+        """
+        if not self.is_main:
+            error.is_reported_by_main = True
+        return error
 
 
 ALONE = Ranks()
 """One process on its own."""
+
+
+def is_reported_by_main(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is one that the main process raises too and this one is not.
+
+    Args:
+        error: What was raised in this process, see :meth:`Ranks.common`.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, 'is_reported_by_main', False):
+            return True
+        cause = cause.__cause__
+    return False

@@ -24,7 +24,7 @@ from lakonlab.config.legacy import drop_legacy_keys
 from lakonlab.config.shared_sections import check_shared_sections
 from lakonlab.config.signature import arguments_of, field_types, fits
 from lakonlab.config.walker import Walker
-from lakonlab.registry import DATASETS, HOOKS, METRICS, MODELS, MODULES
+from lakonlab.registry import DATASETS, HOOKS, METRICS, MODELS, MODULES, STRATEGIES
 
 logger = logging.getLogger('lakonlab.config')
 
@@ -53,7 +53,7 @@ def check_config(
         if cfg.get(key) is not None:
             raise ConfigError(f'{key}: {cfg[key]!r} is not supported; {instead}')
     drop_legacy_keys(cfg, training)
-    checker = _Checker(cfg.to_dict(), training, planning)
+    checker = _Checker(cfg.to_dict(), training, planning, _strategy_of(cfg, training, planning, single_process))
     checker.run()
     checker.report_later(unused=_unused(checker, training, evaluating))
     for note in checker.notes:
@@ -66,6 +66,13 @@ def check_config(
         where = cfg.filename or 'config'
         listed = '\n'.join(f'  {problem}' for problem in checker.problems)
         raise ConfigError(f'{where} cannot be used:\n{listed}')
+
+
+def _strategy_of(cfg: Mapping[str, Any], training: bool, planning: bool, single_process: bool) -> str:
+    """Name of the strategy that a run will have; a plan is one of several processes if the config is."""
+    wrapper = cfg.get('module_wrapper') or 'ddp'
+    is_single = not training or (single_process and not planning)
+    return 'single' if is_single or wrapper not in schema.MODULE_WRAPPERS else wrapper
 
 
 def _unused(checker: _Checker, training: bool, evaluating: bool) -> list[str]:
@@ -104,7 +111,16 @@ def import_custom_modules(cfg: Mapping[str, Any]) -> None:
 
 
 class _Checker(Walker):
-    """Walks through a config and collects what is wrong with it."""
+    """Walks through a config and collects what is wrong with it.
+
+    Args:
+        cfg: See :class:`Walker`, as are the next two.
+        strategy: Name of the parallel strategy of the run.
+    """
+
+    def __init__(self, cfg: dict[str, Any], training: bool, planning: bool, strategy: str):
+        super().__init__(cfg, training, planning)
+        self.strategy = strategy
 
     def run(self) -> None:
         self._top_level()
@@ -365,8 +381,7 @@ class _Checker(Walker):
         self.check_arguments(entry.get('momentum_cfg') or {}, f'{path}.momentum_cfg', policy, arguments)
 
     def _optimizer(self) -> None:
-        from lakonlab.runner.optimizer import optimizer_class
-
+        classes = STRATEGIES.get(self.strategy).optimizer_class
         for key, options in self.section('optimizer').items():
             path = f'optimizer.{key}'
             model = self.section('model')
@@ -382,9 +397,10 @@ class _Checker(Walker):
                 self.problems.append(f"{path}: found {options!r}, expected dict(type='AdamW', lr=...)")
                 continue
             try:
-                kind = optimizer_class(options['type'])
+                kind = classes(options['type'])
             except ImportError as error:
-                self.only_plan(f'{path}.type', str(error))
+                if self.training:  # an evaluation has no use for it
+                    self.only_plan(f'{path}.type', str(error))
                 continue
             except ValueError as error:
                 self.problems.append(f'{path}.type: {error}')

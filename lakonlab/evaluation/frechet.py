@@ -64,9 +64,11 @@ class Moments:
 def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
     """Squared 2-Wasserstein distance between two Gaussians (Dowson & Landau, 1982; Heusel et al., 2017, FID).
 
-    ``|mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))``. The trace of the root is the sum of the square roots of
-    the eigenvalues of ``C_1 C_2``, and these are those of the symmetric ``L^T C_2 L`` with ``L L^T = C_1``, which needs
-    no matrix square root, no complex numbers and no regularisation of singular covariances.
+    ``|mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))``. With ``C_i = F_i F_i^T`` the trace of the root is the
+    sum of the singular values of ``F_1^T F_2``, which needs no matrix square root, no complex numbers and no
+    regularisation, and loses no digits to the squares of these values. An eigenvalue of a covariance that rounding
+    alone can make, at most D times the precision of float64 relative to the largest, counts as zero: its root would be
+    wrong by 1e-8. So singular covariances are no less exact than others.
 
     Args:
         mean_1: Shape (D,).
@@ -75,13 +77,19 @@ def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
         covariance_2: Shape (D, D), symmetric, positive semi-definite.
 
     Returns:
-        The distance, at least 0 up to rounding.
+        The distance, at least 0 up to rounding, which is relative to the traces of the covariances.
     """
     mean_1, covariance_1, mean_2, covariance_2 = (
         tensor.double() for tensor in (mean_1, covariance_1, mean_2, covariance_2)
     )
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance_1)
-    factor = eigenvectors * eigenvalues.clamp(min=0).sqrt()
-    root_trace = torch.linalg.eigvalsh(factor.T @ covariance_2 @ factor).clamp(min=0).sqrt().sum()
+    root_trace = torch.linalg.svdvals(_factor(covariance_1).T @ _factor(covariance_2)).sum()
     distance = (mean_1 - mean_2).square().sum() + covariance_1.trace() + covariance_2.trace() - 2 * root_trace
     return distance.item()
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """``F`` (D, R) with ``F F^T`` a covariance (D, D) of rank R."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    rounding = len(covariance) * torch.finfo(covariance.dtype).eps * eigenvalues[-1].clamp(min=0)
+    held = eigenvalues > rounding
+    return eigenvectors[:, held] * eigenvalues[held].sqrt()

@@ -31,6 +31,15 @@ def alone(last: bool) -> AbstractContextManager[None]:
 class GradientExchange:
     """What a step leaves to whoever spreads it over processes; this one is alone."""
 
+    def clear_gradients(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Forget the gradients of the step before.
+
+        Args:
+            optimizers: By key.
+        """
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around a forward and backward pass; gradients are exchanged in the last one of a step only.
 
@@ -125,8 +134,7 @@ def training_step(
     """
     source = source or TorchSource()
     exchange = exchange or GradientExchange()
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
+    exchange.clear_gradients(optimizers)
     batch_size = batch_size_of(data)
     parts = micro_batches(batch_size, train_cfg.get('grad_accum_batch_size'))
     totals: dict[str, Tensor] = {}

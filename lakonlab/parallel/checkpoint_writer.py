@@ -1,17 +1,20 @@
 """A process beside every process of a run, which writes checkpoints while training goes on.
 
 The writers form a process group of their own, so what they agree on never meets the exchange of gradients. Training
-hands over a copy of its state in shared memory and goes on; a failure reaches it with the next question. A writer ends
-with the process it belongs to.
+hands over a copy of its state in shared memory and goes on; a failure of one of them reaches all processes of the run.
+A writer ends with the process it belongs to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -22,14 +25,23 @@ import torch
 import torch.distributed as dist
 
 from lakonlab.parallel.store import serve_store
+from lakonlab.parallel.writer_process import READY
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 from lakonlab.storage.pieces import Box, Pieces
 from lakonlab.storage.shared_memory import SharedMemory, positions
 
-CLOSE_SECONDS = 60.0
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 5.0
+"""How long a writer may still report, or end, after another one has failed, or when nothing is left to do."""
+START_SECONDS = 10.0
+"""How long a process that leaves waits for writers that have not found each other yet."""
 Parts = Mapping[str, Mapping[str, Pieces]]
+
+
+class WriterEndedError(CheckpointError):
+    """A process that writes checkpoints has ended before its time."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class CheckpointWriter:
         self._connection: Connection | None = None
         self._memory: SharedMemory | None = None
         self._store: dist.Store | None = None
-        self._is_busy = False
+        self._is_ready = self._is_busy = False
         self._outcome: Path | BaseException | None = None
 
     def start(self) -> None:
@@ -120,7 +132,8 @@ class CheckpointWriter:
             root = str(Path(__file__).parents[2])  # also where the package is used from a source tree
             environment['PYTHONPATH'] = os.pathsep.join(filter(None, (root, os.environ.get('PYTHONPATH'))))
             command = [sys.executable, '-m', 'lakonlab.parallel.writer_process', str(theirs.fileno())]
-            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+            with _signals_held():  # one that reaches the new process too must not end it before it ignores them
+                self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         self._connection = Connection(ours.detach())
         self._connection.send((os.getpid(), self.ranks.rank, self.ranks.world_size, address))
 
@@ -171,22 +184,52 @@ class CheckpointWriter:
             raise self._ended() from error
 
     def has_failed(self) -> bool:
-        """Whether the checkpoint that was begun last has failed; costs nothing."""
-        if self._is_busy and self._connection.poll():
-            self._receive()
+        """Whether this process's writer has failed or ended; costs nothing."""
+        self._listen()
         return isinstance(self._outcome, BaseException)
 
     def wait(self) -> Path | None:
-        """Wait until the checkpoint that was begun last is published.
+        """Wait until the checkpoint that was begun last is published. Every process of the run calls this.
 
         Returns:
             Its directory; None if nobody asked for one since.
 
         Raises:
-            CheckpointError: It failed; reported once.
+            CheckpointError: It failed in one of the processes; the same in all of them, reported once.
         """
+        if not self.asynchronous or self.ranks.world_size == 1:
+            while self._is_busy:
+                self._listen(POLL_SECONDS)
+                beat()  # a slow disk is no hang
+            return self._taken()
+        while True:
+            if self._is_busy:
+                self._listen(POLL_SECONDS)
+            beat()
+            is_busy, errors = self._news()
+            if errors:
+                if self._is_busy:
+                    self._listen(GRACE_SECONDS)
+                _, errors = self._news()
+                self._abandon()
+                ended = [error for error in errors if isinstance(error, WriterEndedError)]
+                raise self.ranks.common([*ended, *errors][0])
+            if not is_busy:
+                return self._taken()
+
+    def _abandon(self) -> None:
+        """Give up what is being written; nothing of it has been published, and the next run removes what there is."""
         if self._is_busy:
-            self._receive()
+            self._process.kill()
+        self._is_busy, self._outcome = False, None
+
+    def _news(self) -> tuple[bool, list[BaseException]]:
+        """Whether any process is still writing, and the errors of all."""
+        own = self._outcome if isinstance(self._outcome, BaseException) else None
+        everyone = self.ranks.all_gather((self._is_busy, own))
+        return any(is_busy for is_busy, _ in everyone), [error for _, error in everyone if error is not None]
+
+    def _taken(self) -> Path | None:
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, BaseException):
             raise outcome
@@ -194,42 +237,64 @@ class CheckpointWriter:
 
     def finished(self) -> Path | None:
         """The directory of a checkpoint that was published since the last question; None if there is none."""
-        if self._is_busy and self._connection.poll():
-            self._receive()
-        if isinstance(self._outcome, BaseException):
-            return None
-        outcome, self._outcome = self._outcome, None
-        return outcome
+        self._listen()
+        return None if isinstance(self._outcome, BaseException) else self._taken()
 
-    def _receive(self) -> None:
-        self._is_busy = False
+    def _listen(self, seconds: float = 0) -> None:
+        """Take in what the writer says, if it says something within some seconds."""
+        if self._connection is None:
+            return
         try:
-            while not self._connection.poll(1):
-                beat()  # a slow disk is no hang
-            self._outcome = self._connection.recv()
+            if not self._connection.poll(seconds):
+                return
+            message = self._connection.recv()
         except (EOFError, OSError):
-            self._outcome = self._ended()
+            message = self._ended()
+        if isinstance(message, str) and message == READY:
+            self._is_ready = True
+        else:
+            self._outcome, self._is_busy = message, False
 
-    def _ended(self) -> CheckpointError:
+    def _ended(self) -> WriterEndedError:
         try:
             code = self._process.wait(1)  # its end may be noticed before it is over
         except subprocess.TimeoutExpired:
             code = None
         how = '' if code is None else f' with exit code {code}'
-        return CheckpointError(
-            f'the process that writes checkpoints has ended{how}, so the last one was not saved; those before are '
-            'untouched. If it was killed for lack of memory, set checkpoint_config.asynchronous=False.'
+        where = f' of rank {self.ranks.rank}' if self.ranks.world_size > 1 else ''
+        return WriterEndedError(
+            f'the process{where} that writes checkpoints has ended{how}; what it was writing is lost, what was saved '
+            'before is untouched. If it was killed for lack of memory, set checkpoint_config.asynchronous=False.'
         )
 
     def close(self) -> Path | None:
-        """Wait for what is being written and end the process; returns and reports like :meth:`wait`."""
+        """Wait for what this process's writer is writing, and end it.
+
+        Other processes of the run are not waited for, as they may have failed.
+
+        Returns:
+            The directory of the checkpoint that was begun last; None if nobody asked for one since.
+
+        Raises:
+            CheckpointError: It failed.
+        """
         try:
-            return self.wait()
+            deadline = time.monotonic() + START_SECONDS
+            while self._is_busy and (self._is_ready or time.monotonic() < deadline):
+                self._listen(POLL_SECONDS)
+                beat()
+            if self._is_busy:
+                self._abandon()
+                raise CheckpointError(
+                    'the processes that write checkpoints have not found each other, so nothing was saved; look for '
+                    'the error of another process of this run'
+                )
+            return self._taken()
         finally:
             if self._process is not None:
                 self._connection.close()
                 try:
-                    self._process.wait(CLOSE_SECONDS)
+                    self._process.wait(GRACE_SECONDS)
                 except subprocess.TimeoutExpired:
                     self._process.kill()
                     self._process.wait()
@@ -238,3 +303,16 @@ class CheckpointWriter:
                 self._memory.close()
                 self._memory = None
             self._store = None
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Delay signals; processes that are started meanwhile do not get them before they allow it."""
+    if not hasattr(signal, 'pthread_sigmask'):  # not a POSIX system
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

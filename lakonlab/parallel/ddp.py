@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lakonlab.parallel.strategy import Strategy
 from lakonlab.registry import STRATEGIES
@@ -45,7 +46,7 @@ def data_parallel(model: nn.Module, children: Sequence[str], find_unused_paramet
             # weights are equal already; buffers are constants, and an exchange of them in every forward pass would
             # wait for ever in evaluations, where processes make different numbers of passes
             init_sync=False,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
         )
         setattr(model, name, wrapper)
         wrappers.append(wrapper)
@@ -54,11 +55,12 @@ def data_parallel(model: nn.Module, children: Sequence[str], find_unused_paramet
 
 def trained_children(model: nn.Module) -> list[str]:
     """Names of the children that have trained parameters."""
-    return [
-        name
-        for name, child in model.named_children()
-        if any(parameter.requires_grad for parameter in child.parameters())
-    ]
+    return [name for name, child in model.named_children() if is_trained(child)]
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether a module has trained parameters."""
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @STRATEGIES.register_module('ddp')
@@ -81,6 +83,14 @@ class DistributedData(Strategy):
         model = model.to(self.device)
         self._wrappers = data_parallel(model, trained_children(model), self.find_unused_parameters)
         return model
+
+    def clear_gradients(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """See the base class; gradients stay in the buckets, beside which new ones would take their size once more.
+
+        What takes no part in a step has no gradient, so where that may happen there are new ones.
+        """
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=self.find_unused_parameters)
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.utils._pytree import tree_map_only
 
 from lakonlab.models.architecture.roles import Backbone
 from lakonlab.parallel.sharded import Sharded, float32_modules, owners_of
@@ -23,13 +24,31 @@ class Unit(FullyShardedDataParallel):
 
     wraps = '_fsdp_wrapped_module'
 
+    def forward(self, *args, **kwargs):
+        """See the base class.
+
+        A unit that is frozen is let go once the gradients of all its inputs are there. Those of a tensor that every
+        block gets, such as an embedding of the time, are there at the end of the backward pass only, when all blocks
+        would be gathered. So the inputs of a unit are views of its own.
+        """
+        handle = self._handle
+        if torch.is_grad_enabled() and handle is not None and not handle.flat_param.requires_grad:
+            args, kwargs = tree_map_only(Tensor, _view, (args, kwargs))
+        return super().forward(*args, **kwargs)
+
+
+def _view(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor
+
 
 @STRATEGIES.register_module('fsdp')
 class FlatShards(Sharded):
     """The parameters of a unit are flattened into one and cut into equal stretches.
 
     A unit has one dtype, and what is trained and its average must be cut alike, so in a network that is partly frozen
-    every module that holds trained or averaged parameters is a unit of its own. See :class:`Sharded` for the arguments.
+    every module that holds trained or averaged parameters is a unit of its own. Trained weights that are gathered in
+    lower precision have their gradients exchanged after every pass: kept until the last one, they would be added up in
+    that precision. See :class:`Sharded` for the arguments.
     """
 
     name = 'fsdp'
@@ -39,14 +58,32 @@ class FlatShards(Sharded):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._starts: dict[str, int] = {}
         self._divided: set[int] = set()
+        self._keeps_gradients = True
+
+    def units_within(self, network: nn.Module, units: Mapping[int, nn.Module], kept: set[int]) -> set[int]:
+        """See the base class."""
+        is_mixed = any(id(parameter) not in kept for parameter in network.parameters())
+        return {*units, *(owners_of(network, kept) if is_mixed else ())}
+
+    def keeps_gradients(self, network: nn.Module, kept: set[int]) -> bool:
+        """See the base class."""
+        if self.param_dtype in (None, torch.float32):
+            return super().keeps_gradients(network, kept)
+        exact = float32_modules(network)
+        adds_in_lower_precision = any(
+            parameter.requires_grad
+            for key, owner in owners_of(network, kept).items()
+            if key not in exact
+            for parameter in owner.parameters(recurse=False)
+        )
+        return super().keeps_gradients(network, kept) and not adds_in_lower_precision
 
     def divide(self, place: Place, units: Mapping[int, nn.Module], kept: set[int], whole: set[nn.Parameter]):
         """See the base class."""
         network = place.module
         exact = float32_modules(network)
-        is_mixed = any(id(parameter) not in kept for parameter in network.parameters())
-        apart = owners_of(network, kept) if is_mixed else {}
-        for inner in places_within(place, {*units, *apart}):
+        self._keeps_gradients &= self.keeps_gradients(network, kept)
+        for inner in places_within(place, self.units_within(network, units, kept)):
             inner.put(self._unit(inner.module, exact, whole))
         # an outermost unit keeps its weights after an evaluation, older than the next step: it gets none of its own
         place.put(self._unit(self._unit(network, exact, whole), exact, whole))
@@ -85,7 +122,7 @@ class FlatShards(Sharded):
         """See the base class."""
         with contextlib.ExitStack() as stack:
             if not last:
-                for root in self._roots if not self.sync_every_pass else ():
+                for root in self._roots if self._keeps_gradients else ():
                     stack.enter_context(root.no_sync())
                 for wrapper in self._replicated:
                     stack.enter_context(wrapper.no_sync())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +14,30 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lakonlab.config.errors import ConfigError
 from lakonlab.models.architecture.freezing import computing_dtype, parse_dtype
 from lakonlab.models.architecture.network import Network
-from lakonlab.parallel.ddp import DataParallel, data_parallel, trained_children
+from lakonlab.parallel.ddp import DataParallel, data_parallel, is_trained, trained_children
+from lakonlab.parallel.optimizer_classes import optimizer_of_flat
 from lakonlab.parallel.state import training_state
 from lakonlab.parallel.strategy import Strategy
 from lakonlab.parallel.units import NEVER_DIVIDED, Place, networks_of, number_of_parts, select_units
 
 logger = logging.getLogger('lakonlab.parallel')
 
-BY_SHAPE = ('Adafactor', 'LBFGS', 'Muon', 'Shampoo', 'SOAP')
-"""Optimisers whose step depends on the shape of a parameter or on all of them together."""
+
+@dataclass(frozen=True)
+class Division:
+    """What of a model is to be divided.
+
+    Args:
+        children: Names of the model's children.
+        networks: Their modules that are called.
+        units: What of these is gathered one at a time, by ``id``.
+        whole: Parameters of the networks that stay whole.
+    """
+
+    children: Sequence[str]
+    networks: Sequence[Place]
+    units: Mapping[int, nn.Module]
+    whole: set[nn.Parameter]
 
 
 class Sharded(Strategy):
@@ -30,7 +46,7 @@ class Sharded(Strategy):
     Args:
         fsdp_modules: What is gathered at a time, see :func:`~lakonlab.parallel.units.select_units`; empty for the
             repeated blocks of every network.
-        exclude_keys: Children of the model that every process holds whole.
+        exclude_keys: Children of the model that every process holds whole; the average of one is whole too.
         wrap_frozen_modules: Divide children without trained parameters too.
         ignore_frozen_parameters: Leave the frozen parameters of a divided child whole.
         param_dtype: Precision in which weights are gathered to compute; None for their own. What computes in float32
@@ -97,18 +113,15 @@ class Sharded(Strategy):
         return self._mesh
 
     def _wrap(self, model: nn.Module) -> nn.Module:
-        divided = self.divided_children(model)
-        networks = [place for child in divided for place in networks_of(model, child)]
-        whole = self._whole_parameters(model, networks, divided)
-        self._check_precision(model, divided)
+        division = self.division(model)
+        divided, networks, units, whole = division.children, division.networks, division.units, division.whole
         state = training_state(model)
         kept = {id(tensor) for tensor in state.values()}
-        units = select_units([place.module for place in networks], self.fsdp_modules)
         self._remember(model)
         for place in networks:
             if self.buffer_dtype is not None:
                 _cast_buffers(place.module, self.buffer_dtype)
-            has_gradient = any(parameter.requires_grad for parameter in place.module.parameters())
+            has_gradient = is_trained(place.module)
             root = self.divide(place, units, kept, whole)
             if has_gradient:
                 self._roots.append(root)
@@ -130,16 +143,69 @@ class Sharded(Strategy):
         )
         return model
 
+    def division(self, model: nn.Module) -> Division:
+        """What of a model is divided.
+
+        Args:
+            model: Not wrapped; may be on the meta device.
+
+        Raises:
+            ConfigError: ``fsdp_modules`` matches nothing, or ``param_dtype`` contradicts a network.
+        """
+        children = self.divided_children(model)
+        networks = [place for child in children for place in networks_of(model, child)]
+        whole = self._whole_parameters(model, networks, children)
+        self._check_precision(model, children)
+        units = select_units([place.module for place in networks], self.fsdp_modules)
+        return Division(children, networks, units, whole)
+
     def divided_children(self, model: nn.Module) -> list[str]:
-        """Names of the children that are divided."""
+        """Names of the children that are divided.
+
+        Raises:
+            ConfigError: A key of ``exclude_keys`` names no child, or the average of a child that is divided.
+        """
         trained = set(trained_children(model))
+        for key in self.exclude_keys:
+            if not isinstance(getattr(model, key, key), nn.Module | None):
+                children = ', '.join(name for name, _ in model.named_children())
+                raise ConfigError(f'fsdp_kwargs.exclude_keys: found {key!r}, expected parts of the model: {children}')
+            source = key.removesuffix('_ema')
+            if source != key and source in trained and source not in self.exclude_keys:
+                raise ConfigError(
+                    f'fsdp_kwargs.exclude_keys names {key!r} without {source!r}: an average is computed from what a '
+                    'process holds, so both are divided alike; name both, or neither'
+                )
+        excluded = {*self.exclude_keys, *(f'{key}_ema' for key in self.exclude_keys), *NEVER_DIVIDED}
         divided = []
-        for name, child in model.named_children():
-            if name in self.exclude_keys or name in NEVER_DIVIDED or child is None:
+        for name, _ in model.named_children():
+            if name in excluded:
                 continue
             if name in trained or name.removesuffix('_ema') in trained or self.wrap_frozen_modules:
                 divided.append(name)
         return divided
+
+    def units_within(self, network: nn.Module, units: Mapping[int, nn.Module], kept: set[int]) -> set[int]:
+        """What of a network is gathered one at a time: the chosen units, and what has to be one by itself.
+
+        Args:
+            network: Not divided yet.
+            units: The chosen units, by ``id``.
+            kept: ``id`` of the parameters that are trained or averaged.
+
+        Returns:
+            ``id`` of the modules.
+        """
+        raise NotImplementedError
+
+    def keeps_gradients(self, network: nn.Module, kept: set[int]) -> bool:
+        """Whether whole gradients are kept between the passes of a step, to be exchanged once.
+
+        Args:
+            network: Not divided yet.
+            kept: ``id`` of the parameters that are trained or averaged.
+        """
+        return not self.sync_every_pass
 
     def divide(self, place: Place, units: Mapping[int, nn.Module], kept: set[int], whole: set[nn.Parameter]):
         """Divide one network in place.
@@ -200,14 +266,10 @@ class Sharded(Strategy):
                     merged.setdefault(key, {}).setdefault(slot, {}).update(values)
         return tensors, {key: merged.get(key, {}) for key in optimizers}
 
-    def check_optimizer(self, key: str, options: Mapping[str, Any]) -> None:
+    @classmethod
+    def optimizer_class(cls, name):
         """See the base class."""
-        kind = str(options.get('type'))
-        if kind in BY_SHAPE:
-            raise ValueError(
-                f'optimizer[{key!r}].type={kind!r} looks at whole parameters, which module_wrapper={self.name!r} '
-                "divides: use an optimiser that treats every number by itself, such as 'AdamW', or module_wrapper='ddp'"
-            )
+        return optimizer_of_flat(name, cls.name)
 
 
 def float32_modules(network: nn.Module) -> set[int]:

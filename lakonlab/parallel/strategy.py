@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.optim import Optimizer
 
 from lakonlab.models.architecture.roles import parameter_names
 from lakonlab.models.training_step import GradientExchange
+from lakonlab.parallel.block_moments import has_parts
+from lakonlab.parallel.optimizer_classes import named_class, optimizer_of_whole
 from lakonlab.parallel.state import check_fits, local_part, training_state
 from lakonlab.parallel.synchronise import synchronise
 from lakonlab.ranks import ALONE, Ranks
@@ -189,22 +192,44 @@ class Strategy(GradientExchange):
         """What the optimisers remember, by parameter name rather than by position.
 
         Returns:
-            ``<optimizer key>/<slot>/<parameter name>`` -> what this process holds, views; and the entries that are no
-            tensors, nested as ``{optimizer key: {slot: {parameter name: value}}}``.
+            ``<optimizer key>/<slot>/<parameter name>`` -> what this process holds, views, or copies of what several
+            parameters share; and the entries that are no tensors, nested as
+            ``{optimizer key: {slot: {parameter name: value}}}``.
         """
         tensors, plain = {}, {}
+        seen: set[int] = set()
         names = parameter_names(model)
         for key, optimizer in optimizers.items():
             plain[key] = {}
             for parameter, slots in optimizer.state.items():
+                if not local_part(parameter).numel():  # what it says of steps may be behind
+                    continue
                 name = names[parameter]
                 for slot, value in slots.items():
                     if isinstance(value, Tensor):
-                        like = value.shape == parameter.shape
-                        tensors[f'{key}/{slot}/{name}'] = self.pieces(name, value) if like else Pieces.whole(value)
+                        entries = self.slot_entries(optimizer, parameter, name, slot, value)
+                        for entry, pieces in entries.items():
+                            tensors[f'{key}/{entry}/{name}'] = _not_shared(pieces, seen)
                     elif value is not None:
                         plain[key].setdefault(slot, {})[name] = value
         return tensors, plain
+
+    def slot_entries(
+        self, optimizer: Optimizer, parameter: nn.Parameter, name: str, slot: str, value: Tensor
+    ) -> dict[str, Pieces]:
+        """What this process saves of a tensor that an optimiser remembers.
+
+        Args:
+            optimizer: The optimiser.
+            parameter: A parameter of which this process holds some.
+            name: The parameter's name.
+            slot: What the optimiser calls the tensor.
+            value: The tensor.
+
+        Returns:
+            Name of an entry of the checkpoint -> what this process holds of it, views.
+        """
+        return {slot: self.pieces(name, value) if value.shape == parameter.shape else Pieces.whole(value)}
 
     def load_optimizer_state(
         self, model: nn.Module, optimizers: Mapping[str, Optimizer], checkpoint: Path, plain: Mapping[str, Any]
@@ -225,27 +250,67 @@ class Strategy(GradientExchange):
         listed += [(key, name) for key, slots in plain.items() for of in slots.values() for name in of]
         names = parameter_names(model)
         _refuse_strangers(listed, optimizers, names, checkpoint)
+        for key, optimizer in optimizers.items():
+            of_key: dict[str, dict[str, tuple]] = {}
+            for (own, slot, name), info in saved.items():
+                if own == key:
+                    of_key.setdefault(name, {})[slot] = info
+            self.restore_optimizer(model, key, optimizer, of_key, plain.get(key, {}), checkpoint)
+
+    def restore_optimizer(
+        self,
+        model: nn.Module,
+        key: str,
+        optimizer: Optimizer,
+        saved: Mapping[str, Mapping[str, tuple[torch.Size, torch.dtype]]],
+        plain: Mapping[str, Mapping[str, Any]],
+        checkpoint: Path,
+    ) -> None:
+        """Restore one optimiser.
+
+        Args:
+            model: A wrapped model.
+            key: The optimiser's key.
+            optimizer: The optimiser.
+            saved: Parameter name -> entry of the checkpoint -> shape and dtype.
+            plain: Slot -> parameter name -> value that is no tensor.
+            checkpoint: The checkpoint.
+
+        Raises:
+            CheckpointError: The state was saved in another form.
+        """
+        if any(map(has_parts, saved.values())):
+            raise CheckpointError(
+                f"{checkpoint} holds 8-bit moments of optimizer {key!r} by torchao, as module_wrapper='fsdp2' divides "
+                f'them, which {type(optimizer).__name__} of {self.name!r} cannot read: go on with '
+                "module_wrapper='fsdp2' on any number of processes that torchrun starts; or start a run of another "
+                'name (work_dir) from the weights alone, with load_from'
+            )
+        names = parameter_names(model)
         shapes = {name: pieces.shape for name, pieces in self.model_state(model).items()}
         wanted: dict[str, Pieces] = {}
-        for key, optimizer in optimizers.items():
-            states, position = {}, 0
-            for group in optimizer.param_groups:
-                for parameter in group['params']:
-                    name = names[parameter]
-                    slots = {slot: info for (own, slot, of), info in saved.items() if own == key and of == name}
-                    states[position] = {
+        restored = optimizer.state_dict()
+        states, position = {}, 0
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                name = names[parameter]
+                if local_part(parameter).numel():
+                    slots = {
                         slot: self._empty_slot(f'{key}/{slot}/{name}', name, parameter, shapes[name], *info, wanted)
-                        for slot, info in slots.items()
-                        if local_part(parameter).numel()
+                        for slot, info in saved.get(name, {}).items()
                     }
-                    states[position].update({slot: of[name] for slot, of in plain.get(key, {}).items() if name in of})
-                    position += 1
-            states = {position: slots for position, slots in states.items() if slots}
-            restored = optimizer.state_dict()
-            restored['state'] = states
-            read_pieces(checkpoint, 'optimizer', wanted)
-            wanted.clear()
-            optimizer.load_state_dict(restored)
+                    slots.update({slot: of[name] for slot, of in plain.items() if name in of})
+                else:
+                    slots = restored['state'].get(position)
+                if slots:
+                    states[position] = slots
+                position += 1
+        restored['state'] = states
+        read_pieces(checkpoint, 'optimizer', wanted)
+        optimizer.load_state_dict(restored)
+        own = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        for position, slots in states.items():
+            _undo_casts(own[position], slots, optimizer.state[own[position]])
 
     def _empty_slot(
         self,
@@ -266,6 +331,16 @@ class Strategy(GradientExchange):
             wanted[entry] = Pieces.whole(value)
         return value
 
+    @classmethod
+    def optimizer_class(cls, name: str) -> type[Optimizer]:
+        """The optimiser that a name in the config means under this strategy.
+
+        Raises:
+            ValueError: There is no such optimiser, or this strategy cannot run it.
+            ImportError: Its package is not installed; the message says how to install it.
+        """
+        return optimizer_of_whole(name)
+
     def check_optimizer(self, key: str, options: Mapping[str, Any]) -> None:
         """Refuse an optimiser that this strategy cannot run.
 
@@ -275,7 +350,23 @@ class Strategy(GradientExchange):
 
         Raises:
             ValueError: The message says what to use instead.
+            ImportError: Its package is not installed.
         """
+        named_class(key, str(options.get('type')), self.optimizer_class)
+
+
+def _not_shared(pieces: Pieces, seen: set[int]) -> Pieces:
+    """Pieces that share no memory with those seen before: files hold what several parameters share several times."""
+    tensors = tuple(tensor.clone() if tensor.data_ptr() in seen else tensor for tensor in pieces.tensors)
+    seen.update(tensor.data_ptr() for tensor in tensors if tensor.numel())
+    return replace(pieces, tensors=tensors)
+
+
+def _undo_casts(parameter: nn.Parameter, read: Mapping[str, Any], loaded: dict[str, Any]) -> None:
+    """Take back that torch casts what it loads to the parameter's dtype, also what is no moment of it."""
+    for slot, value in read.items():
+        if isinstance(value, Tensor) and value.shape != parameter.shape and loaded[slot].dtype != value.dtype:
+            loaded[slot] = value.to(loaded[slot].device)
 
 
 def _refuse_strangers(

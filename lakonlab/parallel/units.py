@@ -81,7 +81,8 @@ def select_units(networks: Iterable[nn.Module], patterns: Sequence[str]) -> dict
     Args:
         networks: Where to look; the networks themselves are no units.
         patterns: Dotted paths of classes, or patterns of class names or of qualified names of modules, such as
-            ``'*TransformerBlock'`` or ``'transformer_blocks.*'``; empty for the repeated blocks of each network.
+            ``'*TransformerBlock'`` or ``'transformer_blocks.*'``, which means the blocks and nothing within them; empty
+            for the repeated blocks of each network.
 
     Returns:
         ``id`` -> module.
@@ -114,7 +115,10 @@ def select_units(networks: Iterable[nn.Module], patterns: Sequence[str]) -> dict
 def _matches(module: nn.Module, name: str, pattern: str, kind: type | None) -> bool:
     if kind is not None:
         return isinstance(module, kind)
-    return any(fnmatchcase(text, pattern) for text in (name, type(module).__name__, path_of(type(module))))
+    parts, wanted = name.split('.'), pattern.split('.')
+    if len(parts) == len(wanted) and all(fnmatchcase(part, glob) for part, glob in zip(parts, wanted)):
+        return True
+    return any(fnmatchcase(text, pattern) for text in (type(module).__name__, path_of(type(module))))
 
 
 def path_of(kind: type) -> str:

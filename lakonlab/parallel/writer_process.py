@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import signal
@@ -12,9 +13,14 @@ import time
 from datetime import timedelta
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from typing import Any
 
 WATCH_SECONDS = 0.1
 GROUP_TIMEOUT = timedelta(hours=1)
+JOIN_TIMEOUT = timedelta(minutes=5)
+PR_SET_PDEATHSIG = 1
+READY = 'ready'
+"""What a writer says when it has found the others."""
 
 
 def main(descriptor: int) -> None:
@@ -29,20 +35,21 @@ def main(descriptor: int) -> None:
     with contextlib.suppress(OSError):
         os.nice(10)  # training comes first
     connection = Connection(descriptor)
-    parent, rank, world_size, address = connection.recv()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    greeting = _next(connection)
+    if greeting is None:
+        return
+    parent, rank, world_size, address = greeting
+    _end_with(parent)
     ranks = _ranks(rank, world_size, address)
-    memory = None
 
     from lakonlab.storage.shared_memory import SharedMemory
 
-    while True:
-        try:
-            job, layouts, memory_size = connection.recv()
-            if memory_size is not None:
-                memory = SharedMemory(memory_size, reduction.recv_handle(connection))
-        except EOFError:
-            return
+    connection.send(READY)
+    memory = None
+    while (request := _next(connection)) is not None:
+        job, layouts, memory_size = request
+        if memory_size is not None:
+            memory = SharedMemory(memory_size, reduction.recv_handle(connection))
         parts = {
             part: {name: layout.pieces(memory) for name, layout in named.items()} for part, named in layouts.items()
         }
@@ -54,22 +61,39 @@ def main(descriptor: int) -> None:
         connection.send(outcome)
 
 
+def _next(connection: Connection) -> Any:
+    """What the process of the run asks for; None if it has closed the connection or is gone."""
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionError):
+        return None
+
+
 def _ranks(rank: int, world_size: int, address: tuple[str, int] | None):
     from lakonlab.ranks import Ranks
 
     if world_size > 1:
         import torch.distributed as dist
 
-        store = dist.TCPStore(*address, is_master=False, timeout=GROUP_TIMEOUT)
-        dist.init_process_group('gloo', store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        # those that never come are not waited for as long as those that write
+        store = dist.TCPStore(*address, is_master=False, timeout=JOIN_TIMEOUT)
+        dist.init_process_group('gloo', store=store, rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT)
+        group = dist.new_group(timeout=GROUP_TIMEOUT)
+        return Ranks(rank, world_size, group=group)
     return Ranks(rank, world_size)
 
 
 def _end_with(parent: int) -> None:
-    """End this process as soon as the one that it belongs to is gone, whatever it is doing."""
-    while os.getppid() == parent:
-        time.sleep(WATCH_SECONDS)
-    os._exit(1)
+    """See to it that this process ends as soon as the one that it belongs to is gone, whatever it is doing."""
+    if sys.platform == 'linux':  # the kernel does it, so nothing is published when the next run has begun to look
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _portable(error: Exception) -> Exception:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from lakonlab.ranks import Ranks
 
+MOST_LINES = 8
+
 
 class DisagreementError(RuntimeError):
     """Processes of one run have different configs, or have drifted apart."""
@@ -22,18 +24,21 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, object], when: str) -> N
     Raises:
         DisagreementError: In all processes, if any two differ.
     """
-    everyone = ranks.all_gather({name: repr(value) for name, value in facts.items()})
+    everyone = ranks.all_gather({name: str(value) for name, value in facts.items()})
     lines = []
-    for name in everyone[0]:
+    for name in sorted({name for own in everyone for name in own}):
         by_value: dict[str, list[int]] = {}
         for rank, own in enumerate(everyone):
             by_value.setdefault(own.get(name, '(absent)'), []).append(rank)
         if len(by_value) > 1:
             lines.append(f'{name} is ' + ', '.join(f'{value} on {_ranks(who)}' for value, who in by_value.items()))
     if lines:
-        raise DisagreementError(
-            f'the processes of this run differ {when}: {"; ".join(lines)}. Start all of them with the same config, '
-            'options, code and versions.'
+        more = f'; and {len(lines) - MOST_LINES} more' if len(lines) > MOST_LINES else ''
+        raise ranks.common(
+            DisagreementError(
+                f'the processes of this run differ {when}: {"; ".join(lines[:MOST_LINES])}{more}. Start all of them '
+                'with the same config, options, code and versions.'
+            )
         )
 
 

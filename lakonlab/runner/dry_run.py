@@ -11,10 +11,11 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.hooks.checkpoint import run_directory
-from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, plan, recommendation, table
+from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, Plan, Sizes, plan, recommendation, remarks, table
 from lakonlab.runner.memory_sizes import sizes_of
 from lakonlab.runner.resume import find_starting_point
 from lakonlab.runner.sections import training_loader_options
@@ -155,28 +156,54 @@ def dry_run(
 
 def _memory(model: nn.Module, cfg: Config, world_sizes: Sequence[int]) -> list[str]:
     sizes, notes = sizes_of(model, cfg)
-    sharding = (cfg.get('fsdp_kwargs') or {}).get('hybrid_sharding', True)
-    plans = [plan(sizes, strategy, size, sharding) for size in world_sizes for strategy in STRATEGIES]
+    plans = memory_plans(sizes, cfg, world_sizes, notes)
     single = [
         ('frozen', sizes.frozen + sizes.resident),
         ('trainable', sizes.trainable),
         ('EMA', sizes.average),
         ('gradients', sizes.gradients),
         ('optimizer', sizes.optimizer),
-        ('activations', sizes.kept),
-        ('the same, checkpointing', sizes.checkpointed),
+        ('activations', sizes.kept and sizes.kept.most),
+        ('the same, checkpointing', sizes.checkpointed and sizes.checkpointed.most),
     ]
     network = getattr(model.diffusion, 'denoising', None)
     return [
         *(f'  {what:<24}{"unknown" if size is None else f"{size / MEBIBYTE:,.1f} MB":>16}' for what, size in single),
         '',
-        *table([entry for entry in plans if entry.strategy == 'ddp' or entry.world_size > 1]),
+        *table(plans),
         '',
         *(f'  {sentence}' for sentence in recommendation(plans, bool(getattr(network, 'checkpointing', False)))),
         '',
+        *(f'  {sentence}' for sentence in remarks(plans, sizes.passes)),
         *(f'  {note}.' for note in notes),
         f'  {OVERHEAD / 2**30:.0f} GB are set aside on every card for the driver and libraries; see docs/memory.md.',
     ]
+
+
+def memory_plans(sizes: Sizes, cfg: Mapping[str, Any], world_sizes: Sequence[int], notes: list[str]) -> list[Plan]:
+    """Plans of all strategies: of one process alone, of several under each that shares them out.
+
+    Args:
+        sizes: Of the config.
+        cfg: The config, of which ``fsdp_kwargs`` counts.
+        world_sizes: Numbers of processes.
+        notes: Gets what is impossible.
+    """
+    options = {
+        key: value
+        for key, value in (cfg.get('fsdp_kwargs') or {}).items()
+        if key in ('hybrid_sharding', 'shard_size', 'sync_every_pass')
+    }
+    plans = []
+    for world_size in world_sizes:
+        for strategy in STRATEGIES:
+            if (strategy == 'single') != (world_size == 1):
+                continue
+            try:
+                plans.append(plan(sizes, strategy, world_size, **options))
+            except ConfigError as error:
+                notes.append(f'{strategy} is impossible on {world_size} processes: {error}')
+    return plans
 
 
 def title(text: str) -> str:

@@ -40,13 +40,16 @@ def run_command(command: Callable[[Namespace], int], args: Namespace) -> int:
     # and a resumed run on CPUs would not end with the same weights
     os.environ.setdefault('MKL_CBWR', 'AUTO')
     from lakonlab.models.architecture.loading import PretrainedError
+    from lakonlab.ranks import is_reported_by_main
+    from lakonlab.runner.agreement import DisagreementError
     from lakonlab.runner.guard import TrainingDivergedError
     from lakonlab.storage.checkpoint import CheckpointError
 
     try:
         return command(args)
-    except (ConfigError, CheckpointError, PretrainedError, TrainingDivergedError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)  # noqa: T201
+    except (ConfigError, CheckpointError, DisagreementError, PretrainedError, TrainingDivergedError, OSError) as error:
+        if not is_reported_by_main(error):
+            print(f'error: {error}', file=sys.stderr)  # noqa: T201
         return 1
 
 
@@ -96,7 +99,11 @@ def train(args: Namespace) -> int:
             )
     # later errors are not about values of the config: these were all in use for an iteration
     with _impossible_values(lambda: runner.iter == runner.first_iter):
-        runner.train()
+        try:
+            runner.train()
+        except SystemExit:  # stopped by a signal, and saved; the launcher ends the others when the first one leaves
+            stop_processes(ranks)
+            raise
     stop_processes(ranks)
     return 0
 

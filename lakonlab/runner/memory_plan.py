@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from lakonlab.parallel.units import number_of_parts
 
 GIBIBYTE = 2**30
-STRATEGIES = ('ddp', 'fsdp', 'fsdp2')
+STRATEGIES = ('single', 'ddp', 'fsdp', 'fsdp2')
+SHARDING = ('fsdp', 'fsdp2')
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
 """Memory of accelerators in GiB."""
 OVERHEAD = 2 * GIBIBYTE
 """What the driver's context, libraries and their workspaces take."""
 PROCESSES_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro-batch takes, gradients of parameters left out.
+
+    Attributes:
+        held: Alive between the student's forward and backward pass.
+        peak: Most that is alive while the student goes forward and backward.
+        asking: Alive while the teacher is asked: what is held, and the teacher's own.
+    """
+
+    held: int
+    peak: int
+    asking: int = 0
+
+    @property
+    def most(self) -> int:
+        """The larger of the two."""
+        return max(self.peak, self.asking)
 
 
 @dataclass(frozen=True)
@@ -21,16 +44,23 @@ class Sizes:
     Attributes:
         frozen: Weights that never change and that sharding strategies share out: the base of a student, and a teacher's
             where ``wrap_frozen_modules`` says so.
-        resident: Weights that every process holds whole: autoencoder, text encoder, a teacher that is not wrapped.
+        resident: Weights that every process holds whole: autoencoder, text encoder, a teacher that is not wrapped,
+            buffers, and what ``exclude_keys`` and ``ignore_frozen_parameters`` name.
         trainable: Weights that are trained.
         average: Moving averages.
         gradients: Gradients.
         optimizer: State of the optimisers.
         kept: Activations without gradient checkpointing; None if they are not known.
         checkpointed: Activations with it; None if they are not known.
-        gathered: The two largest units of weights, which a sharding strategy gathers at once.
-        sharded_optimizer: State of the optimisers under strategies that share it out, where that differs.
+        gathered: What a sharding strategy gathers at once: the student's two largest units, and what is in no unit.
+        teacher_gathered: The same of the teacher, if it is divided.
+        unit_gradients: Whole gradients of the largest unit.
+        whole_gradients: Gradients that a sharding strategy keeps whole between the passes of a step.
+        passes: Forward and backward passes of a step.
+        sharded_optimizer: Strategy -> state of the optimisers, where that differs.
         undivided: Of what is trained or averaged, with gradients and state, what every process holds whole.
+        saved: What a checkpoint holds of weights, averages and buffers, without the optimisers' state.
+        saved_undivided: Of that and the optimisers' state, what every process holds whole.
     """
 
     frozen: int
@@ -39,16 +69,26 @@ class Sizes:
     average: int
     gradients: int
     optimizer: int
-    kept: int | None
-    checkpointed: int | None
+    kept: Activations | None
+    checkpointed: Activations | None
     gathered: int = 0
-    sharded_optimizer: int | None = None
+    teacher_gathered: int = 0
+    unit_gradients: int = 0
+    whole_gradients: int = 0
+    passes: int = 1
+    sharded_optimizer: Mapping[str, int] = field(default_factory=dict)
     undivided: int = 0
+    saved: int = 0
+    saved_undivided: int = 0
 
     @property
     def states(self) -> int:
         """Everything but activations."""
         return self.frozen + self.resident + self.trainable + self.average + self.gradients + self.optimizer
+
+    def optimizer_of(self, strategy: str) -> int:
+        """State of the optimisers under a strategy."""
+        return self.sharded_optimizer.get(strategy, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -58,50 +98,100 @@ class Plan:
     Attributes:
         strategy: Name of the strategy.
         world_size: Number of processes.
-        states: Weights, gradients, optimiser and averages.
+        parts: Among how many processes a copy of the weights is divided.
+        states: Weights, gradients, optimiser and averages after a step.
         gathered: Weights that are gathered for the moment.
-        kept: Sum with activations kept; None if those are not known.
-        checkpointed: Sum with gradient checkpointing; None if activations are not known.
+        gradients_between: Gradients that are there when a pass begins that is not the first of its step.
+        kept: The most at any moment of a step, with activations kept; None if those are not known.
+        checkpointed: The same with gradient checkpointing; None if activations are not known.
+        host: Memory of the machine that an asynchronous checkpoint takes: a copy of what this process holds of the
+            state.
     """
 
     strategy: str
     world_size: int
+    parts: int
     states: int
     gathered: int
+    gradients_between: int
     kept: int | None
     checkpointed: int | None
+    host: int
 
 
-def plan(sizes: Sizes, strategy: str, world_size: int, hybrid_sharding: bool = True) -> Plan:
+def plan(
+    sizes: Sizes,
+    strategy: str,
+    world_size: int,
+    hybrid_sharding: bool = True,
+    shard_size: int | None = None,
+    sync_every_pass: bool = False,
+    processes_per_node: int = PROCESSES_PER_NODE,
+) -> Plan:
     """What one process holds.
 
-    ``ddp`` holds everything. The sharding strategies hold a part of all but ``resident``, and gather two units of
-    weights at a time, the one that computes and the one that is fetched ahead.
+    ``ddp`` holds everything, and its buckets of gradients all the time. The sharding strategies hold a part of all but
+    what is whole. They gather two units of weights at a time, the one that computes and the one that is fetched ahead,
+    beside what is in no unit; and hold the whole gradients of a unit until they are reduced, or of all units if a step
+    has several passes and exchanges gradients in the last one only.
 
     Args:
         sizes: Sizes on one device.
         strategy: One of :data:`STRATEGIES`.
         world_size: Number of processes.
         hybrid_sharding: Whether every node holds a whole copy, so that parts are as many as processes of a node.
+        shard_size: Number of processes that share one copy; None for those of a node, or all.
+        sync_every_pass: Whether a sharding strategy exchanges gradients after every pass.
+        processes_per_node: Processes of a full node.
 
     Raises:
-        ValueError: The strategy is unknown or ``world_size`` is not positive.
+        ValueError: The strategy is unknown, or ``world_size`` is not positive.
+        ConfigError: ``shard_size`` does not divide ``world_size``.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f'strategy={strategy!r}: expected one of {", ".join(STRATEGIES)}')
     if world_size < 1:
         raise ValueError(f'world_size={world_size}: expected at least 1')
-    gathered, states = 0, sizes.states
-    if strategy != 'ddp' and world_size > 1:
-        parts = min(world_size, PROCESSES_PER_NODE) if hybrid_sharding else world_size
-        whole = sizes.resident + sizes.undivided
-        shared = sizes.states - whole
-        if sizes.sharded_optimizer is not None:
-            shared += sizes.sharded_optimizer - sizes.optimizer
-        states = whole + -(-shared // parts)
-        gathered = sizes.gathered
-    totals = (None if size is None else states + gathered + size for size in (sizes.kept, sizes.checkpointed))
-    return Plan(strategy, world_size, states, gathered, *totals)
+    several = sizes.passes > 1
+    if strategy not in SHARDING:
+        between = sizes.gradients if strategy == 'ddp' or several else 0
+        base = sizes.states - sizes.gradients
+        totals = (
+            None if size is None else base + max(between + size.most, sizes.gradients + size.peak - size.held)
+            for size in (sizes.kept, sizes.checkpointed)
+        )
+        host = sizes.saved + sizes.optimizer
+        return Plan(strategy, world_size, 1, sizes.states, 0, between, *totals, host)
+
+    local = min(world_size, processes_per_node)
+    parts = number_of_parts(world_size, local, hybrid_sharding, shard_size)
+    optimizer = sizes.optimizer_of(strategy)
+    whole = sizes.resident + sizes.undivided
+    shared = sizes.states - sizes.optimizer + optimizer - whole
+    states = whole + -(-shared // parts)
+    gradients = -(-sizes.whole_gradients // parts)
+    between = 0
+    if several:
+        between = gradients if sync_every_pass else sizes.whole_gradients
+    is_divided = parts > 1 or strategy != 'fsdp'  # FSDP1 gathers nothing where there is nothing to gather
+    gathered, asked, unit = (
+        size if is_divided else 0 for size in (sizes.gathered, sizes.teacher_gathered, sizes.unit_gradients)
+    )
+    totals = (
+        None
+        if size is None
+        else states
+        - gradients
+        + max(
+            between + gathered + unit + size.peak,
+            between + asked + size.asking,
+            gradients + gathered + 2 * unit + size.peak - size.held,
+        )
+        for size in (sizes.kept, sizes.checkpointed)
+    )
+    saved = sizes.saved + optimizer
+    host = sizes.saved_undivided + -(-(saved - sizes.saved_undivided) // parts)
+    return Plan(strategy, world_size, parts, states, gathered, between, *totals, host)
 
 
 def smallest_card(size: int, cards: Sequence[int] = CARDS) -> int | None:
@@ -151,13 +241,38 @@ def table(plans: Sequence[Plan]) -> list[str]:
     def number(size: int | None) -> str:
         return 'unknown' if size is None else f'{size / unit:,.1f}'
 
-    lines = [f'  {"in " + name:<8}{"processes":>10}{"states":>10}{"gathered":>10}{"sum":>10}{"sum, checkpointing":>20}']
+    titles = ('processes', 'parts', 'states', 'gathered', 'most', 'most, checkpointing', 'host')
+    lines = [f'  {"in " + name:<8}' + ''.join(f'{title:>{len(title) + 3}}' for title in titles)]
     for entry in plans:
+        sizes = (entry.states, entry.gathered, entry.kept, entry.checkpointed, entry.host)
+        cells = (str(entry.world_size), str(entry.parts), *map(number, sizes))
         lines.append(
-            f'  {entry.strategy:<8}{entry.world_size:>10}{number(entry.states):>10}{number(entry.gathered):>10}'
-            f'{number(entry.kept):>10}{number(entry.checkpointed):>20}'
+            f'  {entry.strategy:<8}' + ''.join(f'{cell:>{len(title) + 3}}' for cell, title in zip(cells, titles))
         )
     return lines
+
+
+def remarks(plans: Sequence[Plan], passes: int) -> list[str]:
+    """Sentences about what the table does not say.
+
+    Args:
+        plans: What was planned.
+        passes: Forward and backward passes of a step.
+    """
+    sentences = []
+    whole = [entry for entry in plans if entry.strategy in SHARDING and entry.parts > 1 and entry.gradients_between]
+    if whole:
+        most = max(entry.gradients_between for entry in whole)
+        names = _listed(sorted({entry.strategy for entry in whole}))
+        sentences.append(
+            f'{names} hold {most / GIBIBYTE:,.2f} GB of gradients between the {passes} passes of a step; unless '
+            'fsdp_kwargs.sync_every_pass=True they are whole and exchanged once.'
+        )
+    sentences.append(
+        'host: memory of the machine, for each of its processes, that a checkpoint being written takes; none with '
+        'checkpoint_config.asynchronous=False.'
+    )
+    return sentences
 
 
 def parse_world_sizes(text: str) -> list[int]:

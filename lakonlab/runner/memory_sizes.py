@@ -1,28 +1,34 @@
-"""The sizes that a memory plan is made of, from a config and its model on the meta device."""
+"""The sizes that a memory plan is made of, from a config and its model on the meta device.
+
+What is divided and what stays whole is not decided here: the strategies are asked.
+"""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lakonlab.config.errors import ConfigError
-from lakonlab.models.architecture.blocks import block_lists
 from lakonlab.models.architecture.roles import named_state
+from lakonlab.parallel.state import training_state
+from lakonlab.parallel.units import Place
+from lakonlab.registry import STRATEGIES
 from lakonlab.runner.activation_memory import measure_inference, measure_training
-from lakonlab.runner.memory_plan import Sizes, optimizer_bytes
+from lakonlab.runner.memory_plan import SHARDING, Activations, Sizes, optimizer_bytes
 
 TEACHER, STUDENT = 'teacher', 'diffusion'
+ON_THE_HUB = ('vae', 'text_encoder')
+"""Children that have no parameters before their weights are read."""
 DEFAULT_TEXT_LENGTH = 512
 
 
-def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]]:
@@ -34,123 +40,234 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
 
     Returns:
         The sizes, and what had to be assumed or is not known, in sentences.
+
+    Raises:
+        ConfigError: ``fsdp_kwargs`` does not fit the model.
     """
     notes: list[str] = []
-    optimizer = cfg['optimizer']
-    trained = {id(p): p for key in optimizer for _, p in named_state(model.get_submodule(key)) if p.requires_grad}
-    state = dict(named_state(model))
-    shared_out = _shared_out(cfg)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = {id(tensor): tensor for _, tensor in named}
-    owners = {id(tensor): name.partition('.')[0] for name, tensor in named}
-    used = {id(tensor) for name, tensor in state.items() if not name.startswith(f'{STUDENT}_ema.')}
-    averages = {id(tensor) for name, tensor in state.items() if name.startswith(f'{STUDENT}_ema.')} - used
-    groups = dict.fromkeys(('frozen', 'resident', 'trainable', 'average'), 0)
-    for key, tensor in tensors.items():
-        owner = owners.get(key, '')
-        if key in trained:
-            group = 'trainable'
-        elif key in averages:
-            group = 'average'
-        else:
-            group = 'frozen' if owner in shared_out else 'resident'
-        groups[group] += bytes_of(tensor)
-    state_bytes = whole_bytes = 0
-    for key, options in optimizer.items():
-        own = [p for _, p in named_state(model.get_submodule(key)) if p.requires_grad]
-        own_sizes = [(p.numel(), bytes_of(p)) for p in own]
-        state_bytes += optimizer_bytes(options, own_sizes)
-        plain = str(options['type']).removesuffix('8bit')
-        whole_bytes += optimizer_bytes({**options, 'type': plain}, own_sizes)
-    if whole_bytes != state_bytes:
-        notes.append('moments of 8 bits cannot be shared out: fsdp and fsdp2 are planned with those of full precision')
-    for name in ('vae', 'text_encoder'):
-        child = getattr(model, name, None)
-        if child is None or any(True for _ in child.parameters()):
-            continue
-        number = getattr(child, 'published_parameters', None)
-        if number is None:
-            notes.append(f'{name} is on the hub: its size is not known, and it is NOT counted')
-            continue
-        groups['resident'] += number * child.torch_dtype.itemsize
-        notes.append(f'{name} is on the hub and taken to be as large as the published one')
-    excluded = set((cfg.get('fsdp_kwargs') or {}).get('exclude_keys') or ())
-    gradients = sum(bytes_of(p) for p in trained.values())
-    undivided = 0
-    if f'{STUDENT}_ema' not in shared_out:
-        undivided += groups['average']
-    if STUDENT in excluded:
-        undivided += groups['trainable'] + gradients + state_bytes
-        whole_bytes = state_bytes
-    kept, checkpointed = _activations(model, cfg, notes)
+    division = _Division(model, cfg, notes)
+    by_key = {
+        key: [parameter for _, parameter in named_state(model.get_submodule(key)) if parameter.requires_grad]
+        for key in cfg['optimizer']
+    }
+    trained = {id(parameter): parameter for own in by_key.values() for parameter in own}
+    of_average = [name.startswith(f'{STUDENT}_ema.') for name, _ in named_state(model)]
+    of_others = {id(tensor) for (_, tensor), own in zip(named_state(model), of_average) if not own}
+    averages = {
+        id(tensor): tensor
+        for (_, tensor), own in zip(named_state(model), of_average)
+        if own and id(tensor) not in of_others
+    }
+    constant = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    constant = {key: tensor for key, tensor in constant.items() if key not in trained and key not in averages}
+    groups = {
+        'frozen': division.bytes_of_divided(constant.values()),
+        'resident': division.bytes_of_whole(constant.values()),
+        'trainable': bytes_of(trained.values()),
+        'average': bytes_of(averages.values()),
+    }
+    for name, size in _sizes_on_the_hub(model, notes).items():
+        groups['frozen' if name in division.children else 'resident'] += size
+
+    moments = _moments(by_key, cfg['optimizer'])
+    whole_moments = _moments(by_key, cfg['optimizer'], division.is_whole)
+    state = training_state(model, bool((cfg.get('runner') or {}).get('ckpt_trainable_only', True))).values()
+    micro_batch, passes = _micro_batch_and_passes(model, cfg)
+    kept, checkpointed = _activations(model, cfg, micro_batch, notes)
     return (
         Sizes(
             **groups,
-            gradients=gradients,
-            optimizer=state_bytes,
+            gradients=groups['trainable'],
+            optimizer=moments,
             kept=kept,
             checkpointed=checkpointed,
-            gathered=_gathered(model, cfg.get('fsdp_kwargs') or {}, notes),
-            sharded_optimizer=whole_bytes,
-            undivided=undivided,
+            gathered=division.gathered(STUDENT),
+            teacher_gathered=division.gathered(STUDENT if _teacher_shares(model) else TEACHER),
+            unit_gradients=division.largest_gradients(trained),
+            whole_gradients=division.bytes_of_divided(trained.values()),
+            passes=passes,
+            sharded_optimizer=_sharded_moments(by_key, cfg['optimizer'], notes),
+            undivided=2 * division.bytes_of_whole(trained.values())
+            + whole_moments
+            + division.bytes_of_whole(averages.values()),
+            saved=bytes_of(state),
+            saved_undivided=division.bytes_of_whole(state) + whole_moments,
         ),
         notes,
     )
 
 
-def _shared_out(cfg: Mapping[str, Any]) -> set[str]:
-    """Children of the model whose frozen weights a sharding strategy shares out."""
-    options = cfg.get('fsdp_kwargs') or {}
-    parts = {STUDENT, f'{STUDENT}_ema'}
-    if options.get('wrap_frozen_modules'):
-        parts |= {TEACHER, 'vae', 'text_encoder'}
-    if options.get('ignore_frozen_parameters'):
-        parts.clear()
-    return parts - set(options.get('exclude_keys') or ())
+class _Division:
+    """What a sharding strategy of a config divides.
 
-
-def _gathered(model: nn.Module, options: Mapping[str, Any], notes: list[str]) -> int:
-    """Bytes of the two largest units of the student: blocks, or modules of ``fsdp_modules``, and all that is in none.
+    Args:
+        model: On the meta device.
+        cfg: The config.
+        notes: Gets what is not known.
 
     Raises:
-        ConfigError: ``fsdp_modules`` names what is no class, or a class that the model has no instance of.
+        ConfigError: ``fsdp_kwargs`` does not fit the model.
     """
-    network = getattr(getattr(model, STUDENT, None), 'denoising', None)
-    if network is None:
-        return 0
-    units = [block for owner, name in block_lists(network) for block in getattr(owner, name)]
-    kinds = tuple(_class_at(path) for path in options.get('fsdp_modules') or ())
-    for kind, path in zip(kinds, options.get('fsdp_modules') or ()):
-        if any(isinstance(module, kind) for module in model.modules()):
-            continue
-        if any(getattr(model, name, None) is not None for name in ('vae', 'text_encoder')):
-            notes.append(f'fsdp_modules: {path} is no module of the networks; autoencoder and text encoder may have it')
-            continue
-        raise ConfigError(
-            f'fsdp_kwargs.fsdp_modules: found {path!r}, of which the model has no instance; name classes of its '
-            f'blocks, such as {", ".join(sorted({_path_of(type(unit)) for unit in units})) or "none: it has no blocks"}'
+
+    def __init__(self, model: nn.Module, cfg: Mapping[str, Any], notes: list[str]):
+        from lakonlab.parallel.sharded import float32_modules
+
+        kind = cfg.get('module_wrapper')
+        options = {key: value for key, value in (cfg.get('fsdp_kwargs') or {}).items() if key != 'shard_size'}
+        self.strategy = STRATEGIES.build(
+            {'type': kind if kind in SHARDING else SHARDING[-1], 'device': 'meta', **options}
         )
-    if kinds:
-        units = [module for module in network.modules() if isinstance(module, kinds)]
-    inside = {id(p) for unit in units for p in unit.parameters()}
-    rest = sum(bytes_of(p) for p in network.parameters() if id(p) not in inside)
-    sizes = [rest, *(sum(bytes_of(p) for p in unit.parameters()) for unit in units)]
-    return sum(sorted(sizes)[-2:])
+        self.children = self.strategy.divided_children(model)
+        try:
+            division = self.strategy.division(model)
+        except ConfigError as error:
+            unknown = [name for name in ON_THE_HUB if name in self.children and _is_on_the_hub(model, name)]
+            if 'fsdp_modules' not in str(error) or not unknown:
+                raise
+            notes.append(f'fsdp_modules may name modules of {" and ".join(unknown)}: blocks are planned instead')
+            self.strategy.fsdp_modules = ()
+            division = self.strategy.division(model)
+        self._networks, self._units, whole = division.networks, division.units, division.whole
+        self._divided = {id(p) for place in self._networks for p in place.module.parameters() if p not in whole}
+        self._exact: set[int] = set()
+        for place in self._networks:
+            exact = float32_modules(place.module)
+            modules = (module for module in place.module.modules() if id(module) in exact)
+            self._exact |= {id(parameter) for module in modules for parameter in module._parameters.values()}
+
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether every process holds all of a tensor."""
+        return id(tensor) not in self._divided
+
+    def bytes_of_divided(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of those that are divided."""
+        return bytes_of(tensor for tensor in tensors if not self.is_whole(tensor))
+
+    def bytes_of_whole(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the others."""
+        return bytes_of(filter(self.is_whole, tensors))
+
+    def gathered(self, child: str) -> int:
+        """Bytes that are gathered at once while a child computes: its two largest units, and what is in no unit."""
+
+        def size(module: nn.Module, inside: set[int]) -> int:
+            dtype = self.strategy.param_dtype
+            return sum(
+                parameter.numel()
+                * (parameter.dtype if dtype is None or id(parameter) in self._exact else dtype).itemsize
+                for parameter in module.parameters()
+                if id(parameter) not in inside and not self.is_whole(parameter)
+            )
+
+        rest, units = self._cut(child)
+        inside = {id(parameter) for unit in units for parameter in unit.parameters()}
+        return sum(size(network, inside) for network in rest) + sum(sorted(size(unit, set()) for unit in units)[-2:])
+
+    def largest_gradients(self, trained: Mapping[int, Tensor]) -> int:
+        """Bytes of the whole gradients of the student's unit that has most, in the precision they are summed in."""
+
+        def size(module: nn.Module, inside: set[int]) -> int:
+            dtype = self.strategy.reduce_dtype
+            return sum(
+                parameter.numel() * (parameter.dtype if dtype is None else dtype).itemsize
+                for parameter in module.parameters()
+                if id(parameter) in trained and id(parameter) not in inside and not self.is_whole(parameter)
+            )
+
+        rest, units = self._cut(STUDENT)
+        inside = {id(parameter) for unit in units for parameter in unit.parameters()}
+        sizes = [size(network, inside) for network in rest] + [size(unit, set()) for unit in units]
+        return max(sizes, default=0)
+
+    def _cut(self, child: str) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The networks of a child that are divided, and their units."""
+        networks = [place.module for place in self._networks if _child_of(place) == child]
+        units = {
+            id(module): module for network in networks for module in network.modules() if id(module) in self._units
+        }
+        return networks, list(units.values())
 
 
-def _path_of(kind: type) -> str:
-    return f'{kind.__module__}.{kind.__qualname__}'
+def _child_of(place: Place) -> str:
+    return place.path.partition('.')[0]
 
 
-def _class_at(path: str) -> type:
-    module, _, name = path.rpartition('.')
-    try:
-        found = getattr(importlib.import_module(module), name, None) if module else None
-    except ImportError:
-        found = None
-    if not isinstance(found, type):
-        raise ConfigError(f'fsdp_kwargs.fsdp_modules: found {path!r}, expected the dotted path of a class')
-    return found
+def _teacher_shares(model: nn.Module) -> bool:
+    """Whether the teacher is a role of the student's base."""
+    bases = [
+        getattr(getattr(getattr(model, name, None), 'denoising', None), 'backbone', None) for name in (TEACHER, STUDENT)
+    ]
+    return bases[0] is not None and bases[0] is bases[1]
+
+
+def _is_on_the_hub(model: nn.Module, name: str) -> bool:
+    child = getattr(model, name, None)
+    return child is not None and next(child.parameters(), None) is None
+
+
+def _sizes_on_the_hub(model: nn.Module, notes: list[str]) -> dict[str, int]:
+    """Bytes of the parts that are not built here, as far as they are known."""
+    sizes = {}
+    for name in ON_THE_HUB:
+        if not _is_on_the_hub(model, name):
+            continue
+        child = getattr(model, name)
+        number = getattr(child, 'published_parameters', None)
+        if number is None:
+            notes.append(f'{name} is on the hub: its size is not known, and it is NOT counted')
+            continue
+        sizes[name] = number * child.torch_dtype.itemsize
+        notes.append(f'{name} is on the hub and taken to be as large as the published one')
+    return sizes
+
+
+def _moments(
+    by_key: Mapping[str, Sequence[Tensor]],
+    optimizer: Mapping[str, Mapping[str, Any]],
+    counts: Callable[[Tensor], bool] = lambda parameter: True,
+) -> int:
+    """Bytes of the state of optimisers.
+
+    Args:
+        by_key: Key -> parameters.
+        optimizer: Key -> section of the config.
+        counts: Which parameters count.
+    """
+    return sum(
+        optimizer_bytes(options, [(p.numel(), bytes_of([p])) for p in by_key[key] if counts(p)])
+        for key, options in optimizer.items()
+    )
+
+
+def _sharded_moments(
+    by_key: Mapping[str, Sequence[Tensor]], optimizer: Mapping[str, Mapping[str, Any]], notes: list[str]
+) -> dict[str, int]:
+    """The same under strategies that share them out; with full precision where they cannot share out lower ones."""
+    sizes = {}
+    for strategy in SHARDING:
+        changed = dict(optimizer)
+        for key, options in optimizer.items():
+            kind = str(options['type'])
+            try:
+                STRATEGIES.get(strategy).optimizer_class(kind)
+            except ImportError:
+                pass  # a package that is missing here may be there where it trains
+            except ValueError:
+                if kind.endswith('8bit'):
+                    changed[key] = {**options, 'type': kind.removesuffix('8bit')}
+                    notes.append(f'{strategy} cannot share out {kind}: planned with moments of full precision')
+        sizes[strategy] = _moments(by_key, changed)
+    return sizes
+
+
+def _micro_batch_and_passes(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """Samples of a micro-batch, and forward and backward passes of a step."""
+    train_cfg = cfg.get('train_cfg') or {}
+    data = cfg.get('data') or {}
+    batch = {**data, **(data.get('train_dataloader') or {})}.get('samples_per_gpu') or 1
+    micro_batch = max(1, min(train_cfg.get('grad_accum_batch_size') or batch, batch))
+    is_multistep = getattr(getattr(model, STUDENT, None), 'is_multistep', False)
+    return micro_batch, -(-batch // micro_batch) * (train_cfg.get('nfe', 1) if is_multistep else 1)
 
 
 def latent_size_of(cfg: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -164,7 +281,9 @@ def latent_size_of(cfg: Mapping[str, Any]) -> tuple[int, ...] | None:
     return (size[0] * patch * patch, *(length // patch for length in size[1:]))
 
 
-def _activations(model: nn.Module, cfg: Mapping[str, Any], notes: list[str]) -> tuple[int | None, int | None]:
+def _activations(
+    model: nn.Module, cfg: Mapping[str, Any], micro_batch: int, notes: list[str]
+) -> tuple[Activations | None, Activations | None]:
     diffusion = getattr(model, STUDENT, None)
     network = getattr(diffusion, 'denoising', None)
     latent_size = latent_size_of(cfg)
@@ -175,24 +294,22 @@ def _activations(model: nn.Module, cfg: Mapping[str, Any], notes: list[str]) -> 
         notes.append('activations are not known: neither test_cfg nor the data sets say latent_size')
         return None, None
     train_cfg = cfg.get('train_cfg') or {}
-    loader = {**cfg['data'], **(cfg['data'].get('train_dataloader') or {})}
-    batch_size = min(train_cfg.get('grad_accum_batch_size') or loader['samples_per_gpu'], loader['samples_per_gpu'])
 
-    def inputs(count: int) -> dict[str, torch.Tensor]:
+    def inputs(count: int) -> dict[str, Tensor]:
         options = {}
         if 'text_length' in inspect.signature(network.example_inputs).parameters:
             options['text_length'] = _text_length(cfg)
         return network.example_inputs(count, latent_size, **options)
 
     asked = _teacher_queries(model, train_cfg)
-    teacher = measure_inference(network, inputs(batch_size * asked)) if asked else 0
-    policy = _policy_bytes(network, latent_size, batch_size, train_cfg) if asked else 0
+    teacher = measure_inference(network, inputs(micro_batch * asked)) if asked else 0
+    policy = _policy_bytes(network, latent_size, micro_batch, train_cfg) if asked else 0
     totals = []
     for checkpointing in (False, True):
-        own = measure_training(network, inputs(batch_size), checkpointing)
-        totals.append(max(own.peak, own.held + teacher) + policy)
+        own = measure_training(network, inputs(micro_batch), checkpointing)
+        totals.append(Activations(own.held + policy, own.peak + policy, own.held + teacher + policy))
     notes.append(
-        f'activations are of micro-batches of {batch_size:,} with latents {" x ".join(map(str, latent_size))}'
+        f'activations are of micro-batches of {micro_batch:,} with latents {" x ".join(map(str, latent_size))}'
         + (f', and the teacher is asked about {asked} states of each sample at once' if asked else '')
     )
     return totals[0], totals[1]

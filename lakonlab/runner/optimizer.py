@@ -6,67 +6,49 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lakonlab.models.architecture.roles import parameter_names
+from lakonlab.parallel.optimizer_classes import (
+    BITSANDBYTES_SUFFIXES,
+    OptimizerClasses,
+    can_fuse,
+    named_class,
+    optimizer_of_whole,
+)
 
-BITSANDBYTES_SUFFIX = '8bit'
-BITSANDBYTES_SUFFIXES = (BITSANDBYTES_SUFFIX, '32bit')
-
-
-def optimizer_class(name: str) -> type[Optimizer]:
-    """The optimiser of a name: torch's own, or bitsandbytes' for names ending in ``8bit`` or ``32bit``.
-
-    Raises:
-        ValueError: There is no such optimiser.
-        ImportError: It is one of bitsandbytes', which is not installed.
-    """
-    found = getattr(torch.optim, name, None)
-    if inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer:
-        return found
-    if name.endswith(BITSANDBYTES_SUFFIXES):
-        try:
-            import bitsandbytes.optim as optim
-        except ImportError as error:
-            plain = name.removesuffix(BITSANDBYTES_SUFFIX)
-            instead = f' Without it, use {plain!r}.' if hasattr(torch.optim, plain) else ''
-            raise ImportError(
-                f'optimizer type {name!r} needs bitsandbytes: pip install bitsandbytes.{instead}'
-            ) from error
-        if hasattr(optim, name):
-            return getattr(optim, name)
-    known = sorted(
-        key for key, value in vars(torch.optim).items() if inspect.isclass(value) and issubclass(value, Optimizer)
-    )
-    raise ValueError(f'optimizer type {name!r} is unknown; torch.optim has {", ".join(known)}')
+__all__ = ['BITSANDBYTES_SUFFIXES', 'build_optimizers']
 
 
-def build_optimizers(model: nn.Module, config: Mapping[str, Mapping[str, Any]]) -> dict[str, Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: Mapping[str, Mapping[str, Any]], classes: OptimizerClasses = optimizer_of_whole
+) -> dict[str, Optimizer]:
     """One optimiser per entry; a key names the submodule that it trains.
 
     Args:
         model: The whole model.
         config: Submodule path -> ``dict(type=..., lr=..., paramwise_cfg=dict(custom_keys={pattern: dict(lr_mult=...,
             decay_mult=...)}), ...)``; of several patterns contained in a parameter's name the longest counts.
+        classes: What names of optimisers mean, a strategy's ``optimizer_class``.
 
     Returns:
         The optimisers; each parameter group has ``initial_lr``, the base of its schedule.
 
     Raises:
         ValueError: A submodule or optimiser does not exist, an argument is wrong, or nothing is trainable.
+        ImportError: An optimiser's package is not installed.
     """
-    return {key: _build(model, key, dict(options)) for key, options in config.items()}
+    return {key: _build(model, key, dict(options), classes) for key, options in config.items()}
 
 
-def _build(model: nn.Module, key: str, options: dict[str, Any]) -> Optimizer:
+def _build(model: nn.Module, key: str, options: dict[str, Any], classes: OptimizerClasses) -> Optimizer:
     try:
         module = model.get_submodule(key)
     except AttributeError:
         children = ', '.join(name for name, _ in model.named_children())
         raise ValueError(f'optimizer[{key!r}]: the model has no submodule {key!r}; it has {children}') from None
-    kind = optimizer_class(options.pop('type'))
+    kind = named_class(key, options.pop('type'), classes)
     paramwise = dict(options.pop('paramwise_cfg', None) or {})
     custom_keys = paramwise.pop('custom_keys', {})
     if paramwise:
@@ -96,6 +78,11 @@ def _build(model: nn.Module, key: str, options: dict[str, Any]) -> Optimizer:
         if decay_mult != 1:
             group['weight_decay'] = options.get('weight_decay', _default_weight_decay(kind)) * decay_mult
         parameter_groups.append(group)
+    if options.get('fused') and not can_fuse(kind, [p for parameters in groups.values() for p in parameters]):
+        raise ValueError(
+            f'optimizer[{key!r}].fused=True: torch has no {kind.__name__} that updates parameters divided by rows in '
+            'one kernel; expected fused=False, or no fused at all'
+        )
     if _can_be_fused(kind, options, parameter_groups):
         options['fused'] = True
     try:
@@ -103,6 +90,8 @@ def _build(model: nn.Module, key: str, options: dict[str, Any]) -> Optimizer:
     except TypeError as error:
         known = ', '.join(list(inspect.signature(kind).parameters)[1:])
         raise ValueError(f'optimizer[{key!r}]: {error}; {kind.__name__} takes {known}') from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'optimizer[{key!r}]: {error}') from error
     for group in optimizer.param_groups:
         group['initial_lr'] = float(group['lr'])
     return optimizer
@@ -110,10 +99,13 @@ def _build(model: nn.Module, key: str, options: dict[str, Any]) -> Optimizer:
 
 def _can_be_fused(kind: type[Optimizer], options: Mapping[str, Any], groups: list[dict[str, Any]]) -> bool:
     """Whether torch can update all parameters in one kernel; it never does so without being asked."""
-    if 'fused' not in inspect.signature(kind).parameters or 'fused' in options or options.get('foreach'):
+    if 'fused' not in inspect.signature(kind).parameters or 'fused' in options:
         return False
-    devices = {parameter.device.type for group in groups for parameter in group['params']}
-    return len(devices) == 1 and devices <= {'cpu', 'cuda'}
+    if options.get('foreach') or options.get('differentiable'):
+        return False
+    parameters = [parameter for group in groups for parameter in group['params']]
+    devices = {parameter.device.type for parameter in parameters}
+    return len(devices) == 1 and devices <= {'cpu', 'cuda'} and can_fuse(kind, parameters)
 
 
 def _default_weight_decay(kind: type[Optimizer]) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import logging
+import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +38,14 @@ class StartingPoint:
         mode: ``resume`` restores everything, ``weights`` the model only, ``fresh`` nothing.
         reason: How it was chosen, for the log.
         named: Whether the user named this very checkpoint, rather than the run finding its own.
+        present: Steps of the run's own checkpoints when it was chosen, valid or not; None if nobody looked.
     """
 
     checkpoint: Path | None
     mode: Literal['resume', 'weights', 'fresh']
     reason: str
     named: bool = False
+    present: frozenset[int] | None = None
 
     def origin(self) -> dict[str, str]:
         """What a run that starts from this checkpoint remembers of it."""
@@ -74,6 +77,18 @@ def find_starting_point(
         CheckpointError: What must exist does not, or is damaged; or the run's directory holds checkpoints later than
             the one named.
     """
+    present = frozenset(step_of(path) for path in list_checkpoints(run_dir))
+    start = _choose(run_dir, resume_from, configured_resume_from, load_from, auto_resume)
+    return replace(start, present=present)
+
+
+def _choose(
+    run_dir: Path,
+    resume_from: str | None,
+    configured_resume_from: str | None,
+    load_from: str | None,
+    auto_resume: bool,
+) -> StartingPoint:
     own_latest = False
     if resume_from is None and configured_resume_from is not None:
         path = Path(configured_resume_from).expanduser()
@@ -147,6 +162,45 @@ def set_aside_later(run_dir: Path, step: int) -> None:
             logger.warning('the damaged checkpoint %s was set aside as %s', path, target.name)
 
 
+def require_seen(checkpoint: Path, digest: str) -> None:
+    """Make sure that this process reads the checkpoint that the main one has chosen.
+
+    Args:
+        checkpoint: Its directory.
+        digest: :func:`~lakonlab.storage.checkpoint.content_digest` of what the main process sees there.
+
+    Raises:
+        CheckpointError: It is not there, or is another one.
+    """
+    try:
+        own = content_digest(checkpoint)
+    except CheckpointError as error:
+        found = str(error)
+    else:
+        if own == digest:
+            return
+        found = 'it is another one'
+    raise CheckpointError(
+        f'{socket.gethostname()} does not see the checkpoint {checkpoint} as the main process does ({found}): it must '
+        'be on a file system that all nodes share'
+    )
+
+
+def require_untouched(run_dir: Path, start: StartingPoint) -> None:
+    """Make sure that a run's directory is still as it was when its starting point was chosen.
+
+    Args:
+        run_dir: The run's checkpoint directory, held by this run now.
+        start: The starting point.
+
+    Raises:
+        CheckpointError: Another process has saved there meanwhile.
+    """
+    for path in list_checkpoints(run_dir):
+        if start.present is not None and step_of(path) not in start.present and _is_valid(path):
+            raise CheckpointError(f'{path} was saved by another process meanwhile; run the same command again')
+
+
 def require_same_run(
     start: StartingPoint, saved: Mapping[str, Any], present: Mapping[str, Any], optimizers: Mapping[str, str]
 ) -> None:
@@ -198,7 +252,7 @@ def config_differences(before: str, now: str) -> list[str]:
         Lines like ``lr_config.warmup_iters: 10 -> 20``.
     """
     try:
-        old, new = _values(before), _values(now)
+        old, new = config_values(before), config_values(now)
     except SyntaxError as error:  # a value without a literal, which only configs made in Python can hold
         return [f'the two cannot be compared ({error.msg})']
     absent = '(absent)'
@@ -212,8 +266,18 @@ def config_differences(before: str, now: str) -> list[str]:
     return lines
 
 
-def _values(text: str) -> dict[str, str]:
-    """Dotted key -> source text of its value; the text is parsed, never run."""
+def config_values(text: str) -> dict[str, str]:
+    """The values of a config, which is parsed, never run.
+
+    Args:
+        text: Text of a resolved config.
+
+    Returns:
+        Dotted key -> source text of its value.
+
+    Raises:
+        SyntaxError: A value has no literal, which only configs made in Python can hold.
+    """
     values: dict[str, str] = {}
     for statement in ast.parse(text).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):

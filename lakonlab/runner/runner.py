@@ -59,8 +59,11 @@ from lakonlab.runner.optimizer import build_optimizers
 from lakonlab.runner.resume import (
     StartingPoint,
     config_differences,
+    config_values,
     find_starting_point,
     require_same_run,
+    require_seen,
+    require_untouched,
     set_aside_later,
 )
 from lakonlab.runner.sections import build_hooks, training_loader_options
@@ -69,8 +72,8 @@ from lakonlab.runner.signals import StopRequest
 from lakonlab.runner.strategy import build_strategy
 from lakonlab.runner.views import LearningRates, TrainingStream
 from lakonlab.runner.watchdog import Watchdog, open_store
-from lakonlab.storage.checkpoint import read_manifest, read_state
-from lakonlab.storage.local import directory_lock, require_writable, restore_replaced, stale_replaced
+from lakonlab.storage.checkpoint import content_digest, read_manifest, read_state
+from lakonlab.storage.local import directory_lock, require_shared, require_writable, restore_replaced, stale_replaced
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -189,6 +192,7 @@ class Runner:
         seed = cfg.get('seed') if seed is None else seed
         seed = 2021 if seed is None else int(seed)
         options = dict(cfg.get('runner') or {})
+        _require_same_config(ranks, cfg, seed)
         if deterministic:
             make_deterministic()
         elif torch.cuda.is_available():
@@ -403,6 +407,7 @@ class Runner:
         stack.callback(detach_log_handlers, handlers)
         if self.checkpoint_hook is not None:
             ranks.on_main(lambda: self._hold_checkpoint_dir(stack))
+            ranks.together(lambda: require_shared(self.checkpoint_dir))
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)
         if self.gc_interval:
@@ -430,20 +435,29 @@ class Runner:
     def _restore(self) -> None:
         start = self.starting_point
         logger.info('%s', self.describe())
+        if self.checkpoint_hook is not None:
+            self.strategy.ranks.on_main(lambda: require_untouched(self.checkpoint_dir, start))
         if start.mode == 'fresh':
             logger.info('starting from the beginning (%s)', start.reason)
             return
-        self.strategy.load_model_state(self.model, start.checkpoint)
+        ranks = self.strategy.ranks
+        digest = ranks.on_main(lambda: content_digest(start.checkpoint))
+        ranks.together(lambda: require_seen(start.checkpoint, digest))
+        ranks.together(lambda: self.strategy.load_model_state(self.model, start.checkpoint))
         if start.mode == 'weights':
             logger.info('starting with the weights of %s (%s)', start.checkpoint, start.reason)
             return
-        state = read_state(start.checkpoint)
-        require_same_run(start, state, self._data_identity(), self._optimizer_types())
+        state = ranks.together(lambda: read_state(start.checkpoint))
+        ranks.together(lambda: require_same_run(start, state, self._data_identity(), self._optimizer_types()))
         self.started_from = [*(state.get('started_from') or ()), *([start.origin()] if start.named else ())]
         for line in config_differences(read_manifest(start.checkpoint).get('config', ''), self.config_text):
             logger.info('config changed since %s was saved: %s', start.checkpoint, line)
         if 'optimizers' in state:
-            self.strategy.load_optimizer_state(self.model, self.optimizers, start.checkpoint, state['optimizers'])
+            ranks.together(
+                lambda: self.strategy.load_optimizer_state(
+                    self.model, self.optimizers, start.checkpoint, state['optimizers']
+                )
+            )
         else:
             logger.warning('%s was saved without optimizer state: the optimizers start anew', start.checkpoint)
         self.iter = self.first_iter = state['iteration']
@@ -453,7 +467,7 @@ class Runner:
                 hook.load_state_dict(state['hooks'][name])
         load_log_window(self.message_hub, state['log_window'], self.settings.interval)
         if start.checkpoint.parent.absolute() == self.checkpoint_dir.absolute():
-            self.strategy.ranks.on_main(lambda: set_aside_later(self.checkpoint_dir, self.iter))
+            ranks.on_main(lambda: set_aside_later(self.checkpoint_dir, self.iter))
         logger.info('resuming after iteration %d from %s (%s)', self.iter, start.checkpoint, start.reason)
 
     def _save_and_exit(self, stop: StopRequest) -> None:
@@ -463,7 +477,7 @@ class Runner:
         else:
             if self.checkpoint_hook.last_saved != self.iter:
                 self.checkpoint_hook.save(self, self.iter)
-            self.checkpoint_hook.close()
+            self.checkpoint_hook.finish()
             logger.info(
                 'stopped by %s after iteration %d, saved in %s; run the same command to go on',
                 name,
@@ -504,3 +518,14 @@ def _restore_replaced(checkpoint_dir: Path) -> None:
         with directory_lock(checkpoint_dir):
             restored = restore_replaced(checkpoint_dir)
         logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))
+
+
+def _require_same_config(ranks: Ranks, cfg: Config, seed: int) -> None:
+    """Compare what the processes were started with, before they build anything that would wait for the others."""
+    if ranks.world_size == 1:
+        return
+    try:
+        values = config_values(resolved_text(cfg))
+    except SyntaxError:  # values without a literal are compared as a whole, later
+        values = {}
+    require_agreement(ranks, {**values, 'seed': seed, 'torch': torch.__version__}, 'at launch')

@@ -327,10 +327,12 @@ def write_checkpoint(
     except Exception as error:
         if temporary is not None and ranks.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f'saving {final} failed: {type(error).__name__}: {error}. Checkpoints saved before are untouched; free '
-            'space or fix the permissions of the directory, or choose another one with checkpoint_config.out_dir, and '
-            'run again.'
+        raise ranks.common(
+            CheckpointError(
+                f'saving {final} failed: {type(error).__name__}: {error}. Checkpoints saved before are untouched; free '
+                'space or fix the permissions of the directory, or choose another one with checkpoint_config.out_dir, '
+                'and run again.'
+            )
         ) from error
     return final
 

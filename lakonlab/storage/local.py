@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_MARK = '.tmp-'
+LOCK_FILE = '.lock'
 REPLACED_NAME = re.compile(rf'\.(.+){re.escape(TEMPORARY_MARK)}replaced-[0-9a-f]+')
 
 
@@ -189,6 +190,22 @@ def require_writable(path: Path, setting: str) -> None:
         ) from error
 
 
+def require_shared(path: Path) -> None:
+    """Make sure that this process sees a directory that another one holds with :func:`directory_lock`.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        OSError: It is not there, so every node has a file system of its own there.
+    """
+    if not (path / LOCK_FILE).exists():
+        raise OSError(
+            f'{path} is not seen by {socket.gethostname()} as the main process made it: checkpoint_config.out_dir must '
+            'be on a file system that all nodes share'
+        )
+
+
 @contextlib.contextmanager
 def directory_lock(path: Path, wait_seconds: float = 10.0) -> Iterator[None]:
     """Keep other processes from writing to a directory at the same time.
@@ -206,9 +223,10 @@ def directory_lock(path: Path, wait_seconds: float = 10.0) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # not a POSIX system: two writers are not detected there
+        (path / LOCK_FILE).touch()
         yield
         return
-    with open(path / '.lock', 'a+', encoding='utf-8') as stream:
+    with open(path / LOCK_FILE, 'a+', encoding='utf-8') as stream:
         deadline = time.monotonic() + wait_seconds
         while True:
             try:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ IMAGENET_REPORTS = [
 @pytest.fixture(autouse=True)
 def _in_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, 'bitsandbytes.optim', None)
 
 
 def checked(path, **options):

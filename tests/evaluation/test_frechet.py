@@ -43,13 +43,24 @@ def test_equals_the_matrix_square_root(seed):
     assert frechet_distance(mean_1, covariance_1, mean_2, covariance_2) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_singular_covariances_and_symmetry():
-    generator = torch.Generator().manual_seed(0)
-    covariance_1, covariance_2 = (random_covariance(16, 3, generator) for _ in range(2))
+@pytest.mark.parametrize('rank', [1, 3, 16])
+def test_singular_covariances_and_symmetry(rank):
+    generator = torch.Generator().manual_seed(rank)
+    factors = torch.randn(2, 16, rank, generator=generator, dtype=torch.float64)
+    covariance_1, covariance_2 = factors @ factors.mT
     mean = torch.zeros(16)
+    root_trace = torch.linalg.matrix_norm(factors[0].T @ factors[1], ord='nuc')
+    expected = factors.square().sum() - 2 * root_trace
     forward = frechet_distance(mean, covariance_1, mean, covariance_2)
-    assert forward == pytest.approx(frechet_distance(mean, covariance_2, mean, covariance_1), rel=1e-6)
-    assert frechet_distance(mean, covariance_1, mean, covariance_1) == pytest.approx(0, abs=1e-6)
+    assert forward == pytest.approx(expected.item(), rel=1e-12)
+    assert forward == pytest.approx(frechet_distance(mean, covariance_2, mean, covariance_1), rel=1e-12)
+    assert frechet_distance(mean, covariance_1, mean, covariance_1) == pytest.approx(0, abs=1e-11)
+
+
+def test_covariances_of_no_spread():
+    mean, covariance = torch.ones(4), torch.zeros(4, 4)
+    assert frechet_distance(mean, covariance, 2 * mean, covariance) == 4
+    assert frechet_distance(mean, covariance, mean, torch.eye(4)) == 4
 
 
 @pytest.mark.parametrize('parts', [1, 7, 50])

@@ -24,6 +24,7 @@ from lakonlab.storage.pieces import Pieces
 from tests import tiny_text_image
 
 GLOBAL_BATCH = 4
+CLIP = 0.5
 DIT = dict(
     num_attention_heads=2,
     attention_head_dim=16,
@@ -75,23 +76,26 @@ def distilled_digits(student: str) -> dict[str, Any]:
 
 
 def scratch(family: str) -> dict[str, Any]:
-    """A mixture model of digits with a spectrum network, or of points in the plane; there is no teacher."""
-    digits = family == 'digits'
-    network = dict(type='GMFlowMLP2DDenoiser', num_gaussians=4, embed_dim=16, hidden_dim=32, num_layers=2)
-    if digits:
-        network = dict(type='GMDiTTransformer2DModel', num_gaussians=3, logstd_inner_dim=12, **DIT)
+    """A mixture model of digits with a spectrum network, or of points in the plane; there is no teacher.
+
+    Digits are in double precision: their spectral loss inverts distribution functions, which turns a last digit of the
+    weights in single precision into 1e-2 of the loss and 1e-5 of the gradient.
+    """
+    double = dict(torch_dtype='float64')
+    if family == 'digits':
+        kind = 'LatentDiffusionClassImage'
+        network = dict(type='GMDiTTransformer2DModel', num_gaussians=3, logstd_inner_dim=12, **DIT, **double)
+        own = dict(spectrum_net=dict(type='SpectrumMLP', base_size=(1, 8, 8), layers=[8, 4], **double))
+        train_cfg, test_cfg = dict(prob_class=0.8), dict(latent_size=(1, 8, 8))
+    else:
+        kind, own, train_cfg, test_cfg = 'Diffusion2D', {}, {}, {}
+        network = dict(type='GMFlowMLP2DDenoiser', num_gaussians=4, embed_dim=16, hidden_dim=32, num_layers=2)
     return dict(
-        type='LatentDiffusionClassImage' if digits else 'Diffusion2D',
-        diffusion=dict(
-            type='GMFlow',
-            denoising=network,
-            spectrum_net=dict(type='SpectrumMLP', base_size=(1, 8, 8), layers=[8, 4]) if digits else None,
-            flow_loss=MIXTURE_LOSS,
-            num_timesteps=1000,
-        ),
+        type=kind,
+        diffusion=dict(type='GMFlow', denoising=network, flow_loss=MIXTURE_LOSS, num_timesteps=1000, **own),
         diffusion_use_ema=True,
-        train_cfg=dict(trans_ratio=0.5, **(dict(prob_class=0.8) if digits else {})),
-        test_cfg=dict(output_mode='sample', num_timesteps=2, **(dict(latent_size=(1, 8, 8)) if digits else {})),
+        train_cfg=dict(trans_ratio=0.5, **train_cfg),
+        test_cfg=dict(output_mode='sample', num_timesteps=2, **test_cfg),
     )
 
 
@@ -126,7 +130,7 @@ def build(
     config['diffusion']['denoising'].update({**(networks or {}), **student})
     if 'teacher' in config:
         config['teacher']['denoising'].update(networks or {})
-    section = {'diffusion_grad_clip': 0.5, **(train_cfg or {})}
+    section = {'diffusion_grad_clip': CLIP, **(train_cfg or {})}
     if text_image:
         model = tiny_text_image.build(config, family, **section)
     else:
@@ -153,8 +157,9 @@ def batch_of(kind: str, iteration: int) -> dict[str, Any]:
     family = kind.partition('-')[0]
     generator = torch.Generator().manual_seed(iteration)
     if family == 'digits':
+        dtype = torch.float64 if kind in SCRATCH else torch.float32
         return {
-            'latents': torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=generator),
+            'latents': torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=generator, dtype=dtype),
             'labels': torch.randint(0, 10, (GLOBAL_BATCH,), generator=generator),
             'negative_labels': torch.full((GLOBAL_BATCH,), 10),
         }
@@ -192,7 +197,7 @@ class SmallRun:
         self.strategy = STRATEGIES.build({'type': strategy, 'ranks': ranks, 'device': 'cpu', **(options or {})})
         self.model = self.strategy.wrap(build(kind, **model)).train()
         section = {'type': 'AdamW', 'lr': 1e-3, 'betas': (0.9, 0.95), **(optimizer or {})}
-        self.optimizers = build_optimizers(self.model, {'diffusion': section})
+        self.optimizers = build_optimizers(self.model, {'diffusion': section}, self.strategy.optimizer_class)
         self.average = ExponentialMovingAverageHook(momentum_policy='fixed', momentum_cfg=dict(momentum=0.7))
         self.average.before_train(self._as_runner())
 
@@ -218,7 +223,8 @@ class SmallRun:
         """Role -> samples for this process's rows of the first batch."""
         data = select_rows(batch_of(self.kind, 0), self.rows)
         content = data.pop('latents' if 'latents' in data else 'x')
-        noise = torch.randn(GLOBAL_BATCH, *content.shape[1:], generator=torch.Generator().manual_seed(9))
+        generator = torch.Generator().manual_seed(9)
+        noise = torch.randn(GLOBAL_BATCH, *content.shape[1:], generator=generator, dtype=content.dtype)
         roles = ('student', 'ema', *(['teacher'] if getattr(self.model, 'teacher', None) is not None else []))
         samples = {}
         self.model.eval()
@@ -319,5 +325,7 @@ def worst_difference(logs: Sequence[Mapping[str, float]], others: Sequence[Mappi
     for values, expected in zip(logs, others):
         assert values.keys() == expected.keys()
         assert all(map(math.isfinite, values.values()))
-        worst = max(worst, *(abs(values[key] - expected[key]) / abs(expected[key]) for key in values if is_compared(key)))
+        worst = max(
+            worst, *(abs(values[key] - expected[key]) / abs(expected[key]) for key in values if is_compared(key))
+        )
     return worst

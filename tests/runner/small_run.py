@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -18,9 +19,31 @@ from torch.utils.data import Dataset
 from lakonlab.registry import DATASETS
 from lakonlab.runner.runner import Runner
 from lakonlab.storage.checkpoint import find_checkpoint, list_checkpoints, read_state, read_tensors, step_of
-from tests.parallel.small_runs import digits_config
 
 NAME = 'small'
+NETWORK = dict(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=1,
+    num_layers=2,
+    sample_size=8,
+    patch_size=2,
+    num_embeds_ada_norm=10,
+    class_dropout_prob=0.0,
+    checkpointing=False,
+)
+MODEL = dict(
+    type='LatentDiffusionClassImage',
+    diffusion=dict(
+        type='PiFlowImitation',
+        policy_type='GMFlow',
+        denoising=dict(type='GMDiTTransformer2DModelV2', num_gaussians=3, logstd_inner_dim=8, **NETWORK),
+        flow_loss=dict(type='DiffusionMSELoss', data_info=dict(pred='u_t_pred', target='u_t')),
+        num_timesteps=1,
+    ),
+    diffusion_use_ema=True,
+    teacher=dict(type='GaussianFlow', denoising=dict(type='DiTTransformer2DModelMod', **NETWORK), num_timesteps=1),
+)
 TIMING = ('time', 'it_per_s', 'per_s', 'memory', 'share_')
 
 
@@ -47,7 +70,7 @@ def config(world_size: int = 2, strategy: str = 'fsdp2', **changes: Any) -> Conf
     cfg = Config(
         dict(
             name=NAME,
-            model=digits_config('GM'),
+            model=copy.deepcopy(MODEL),
             module_wrapper=strategy,
             data=dict(train=dict(type='SmallImages'), train_dataloader=dict(samples_per_gpu=4 // world_size)),
             train_cfg=dict(
@@ -59,12 +82,12 @@ def config(world_size: int = 2, strategy: str = 'fsdp2', **changes: Any) -> Conf
             ),
             test_cfg=dict(nfe=2, total_substeps=16, latent_size=(1, 8, 8)),
             optimizer=dict(diffusion=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.95))),
-            lr_config=dict(policy='CosineAnnealing', min_lr=0.0, warmup='linear', warmup_iters=4),
+            lr_config=dict(policy='fixed', warmup='linear', warmup_iters=4),
             custom_hooks=[dict(type='ExponentialMovingAverageHook', momentum_policy='karras', start_iter=2)],
-            checkpoint_config=dict(interval=2, max_keep_ckpts=2, must_save_interval=8, asynchronous=False),
+            checkpoint_config=dict(interval=2, max_keep_ckpts=2, asynchronous=False),
             log_config=dict(interval=3, hooks=[dict(type='TextLoggerHook')]),
             runner=dict(watchdog_seconds=0),
-            total_iters=12,
+            total_iters=8,
         )
     )
     cfg.merge_from_dict({key.replace('__', '.'): value for key, value in changes.items()})

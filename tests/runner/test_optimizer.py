@@ -59,6 +59,7 @@ def test_fused_where_torch_can():
     assert not build(foreach=True).param_groups[0]['fused']
     assert not build(make_model().to('meta')).param_groups[0]['fused']
     assert 'fused' not in build(type='RAdam').param_groups[0]
+    assert not build(differentiable=True).param_groups[0]['fused']
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,10 @@ def test_fused_where_torch_can():
     [
         ({'key': 'difusion'}, r"no submodule 'difusion'; it has diffusion, teacher"),
         ({'key': 'teacher'}, 'no parameter .* requires a gradient'),
-        ({'type': 'AdamX'}, r"'AdamX' is unknown; torch.optim has .*AdamW"),
+        ({'type': 'AdamX'}, r"^optimizer\['diffusion'\]\.type: 'AdamX' is unknown; torch.optim has .*AdamW"),
+        ({'type': 'LBFGS'}, r"^optimizer\['diffusion'\]\.type: 'LBFGS' computes the loss several times"),
+        ({'lr': -1.0}, r"^optimizer\['diffusion'\]: .*-1\.0"),
+        ({'differentiable': True, 'fused': True}, r"^optimizer\['diffusion'\]: .*differentiable"),
         ({'learning_rate': 1}, 'learning_rate'),
         ({'paramwise_cfg': {'bias_mult': 1}}, 'bias_mult'),
         ({'paramwise_cfg': {'custom_keys': {'bias': {'wd_mult': 1}}}}, "'wd_mult'"),
@@ -80,5 +84,32 @@ def test_wrong_config(arguments, message):
 def test_missing_bitsandbytes_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
     monkeypatch.setitem(sys.modules, 'bitsandbytes.optim', None)
-    with pytest.raises(ImportError, match=r"pip install bitsandbytes.*'AdamW'"):
+    expected = r"^optimizer\['diffusion'\]\.type: 'AdamW8bit' needs bitsandbytes: pip install bitsandbytes\. .*'AdamW'"
+    with pytest.raises(ImportError, match=expected):
         build(type='AdamW8bit')
+
+
+def test_eight_bits():
+    pytest.importorskip('bitsandbytes', reason='needs bitsandbytes: pip install bitsandbytes')
+    model = make_model()
+    model.diffusion.head = nn.Linear(256, 64)
+    optimizer = build(model, type='AdamW8bit', paramwise_cfg={'custom_keys': {'bias': {'decay_mult': 0.0}}})
+    assert sorted(group['weight_decay'] for group in optimizer.param_groups) == [0.0, 0.01]
+    for parameter in model.diffusion.head.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert optimizer.state[model.diffusion.head.weight]['state1'].dtype == torch.uint8
+    assert optimizer.state[model.diffusion.head.bias]['state1'].dtype == torch.float32  # too small to be worth it
+
+
+def test_another_meaning_of_names():
+    """A strategy says what a name means where parameters are divided."""
+    asked = []
+
+    def classes(name):
+        asked.append(name)
+        return torch.optim.SGD
+
+    optimizers = build_optimizers(make_model(), {'diffusion': {'type': 'AdamW8bit', 'lr': 1e-3}}, classes)
+    assert isinstance(optimizers['diffusion'], torch.optim.SGD)
+    assert asked == ['AdamW8bit']

@@ -189,11 +189,28 @@ class CheckpointHook(Hook):
         if path is not None:
             _report(path)
 
+    def after_run(self, runner) -> None:
+        """Wait for a running write."""
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for a running write. Every process of the run calls this.
+
+        Raises:
+            CheckpointError: It failed.
+        """
+        if self._writer is not None:
+            _report(self._writer.wait())
+            self.close()
+
     def close(self) -> None:
-        """Wait for a running write; reports its failure."""
+        """End the writer, after what it is writing; for the end of a run, good or bad, so failures are only logged."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            _report(writer.close())
+            try:
+                _report(writer.close())
+            except CheckpointError as error:
+                logger.error('%s', error)
 
 
 def _report(path: Path | None) -> None:
