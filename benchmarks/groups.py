@@ -111,6 +111,6 @@ def _serve(
         connection.send(answer(begin))
         while (request := connection.recv()) is not None:
             method, its_args, its_kwargs = request
-            connection.send(answer(lambda: getattr(worker, method)(*its_args, **its_kwargs)))  # noqa: B023
+            connection.send(answer(lambda: getattr(worker, method)(*its_args, **its_kwargs)))
         if hasattr(worker, 'close'):
             worker.close()

@@ -97,10 +97,13 @@ def environment(fault: Fault, folder: Path) -> Mapping[str, str]:
         fault: The fault.
         folder: Where a start-up file may be written.
     """
-    (folder / 'sitecustomize.py').write_text(
-        'import json, os\n'
-        f'from tests.faults import Fault, active\nactive(Fault(**json.loads(os.environ[{VARIABLE!r}]))).__enter__()\n'
-    )
+    code = [
+        'import json, os',
+        'from tests.faults import Fault, active',
+        f'fault = active(Fault(**json.loads(os.environ[{VARIABLE!r}])))  # would end if nobody kept it',
+        'fault.__enter__()',
+    ]
+    (folder / 'sitecustomize.py').write_text('\n'.join(code))
     root = str(Path(__file__).parents[1])
     paths = filter(None, (str(folder), root, os.environ.get('PYTHONPATH')))
     return {VARIABLE: json.dumps(asdict(fault)), 'PYTHONPATH': os.pathsep.join(paths)}

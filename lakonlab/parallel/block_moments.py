@@ -10,15 +10,14 @@ blocks that begin at the same elements are kept, and the rest is computed from t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,30 +30,42 @@ SlotInfos = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
 class BlockMoments:
-    """What is added to an optimiser of torchao, which insists on learning rates that are tensors."""
+    """What is added to an optimiser of torchao: it sees the parts of parameters, and learning rates stay numbers.
+
+    torchao takes divided parameters too. But its step is compiled, and torch's cache of what was compiled takes parts
+    of different sizes for the same, since they are parts of the same tensor; and they make every operation dearer.
+    """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See the base class; the group's learning rate stays a plain number."""
+        """See the base class, which makes a tensor of the learning rate."""
         rate = param_group.get('lr', self.defaults['lr'])
         super().add_param_group(param_group)
         self.param_groups[-1]['lr'] = rate
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """See the base class; learning rates are tensors meanwhile."""
-        rates = [group['lr'] for group in self.param_groups]
-        on_cpu = all(parameter.device.type == 'cpu' for group in self.param_groups for parameter in group['params'])
+        """See the base class."""
+        groups = [(group, group['params'], group['lr']) for group in self.param_groups]
+        parts = {parameter: _part_with_gradient(parameter) for _, parameters, _ in groups for parameter in parameters}
+        on_cpu = all(part.device.type == 'cpu' for part in parts.values())
+        for parameter, part in parts.items():
+            if parameter in self.state:
+                self.state[part] = self.state.pop(parameter)
         try:
-            for group, rate in zip(self.param_groups, rates):
+            for group, parameters, rate in groups:
+                group['params'] = [parts[parameter] for parameter in parameters]
                 group['lr'] = torch.tensor(rate, dtype=torch.float32)
-            with uncompiled() if on_cpu else compiled_by_each():
+            with uncompiled() if on_cpu else contextlib.nullcontext():
                 return super().step(closure)
         finally:
-            for group, rate in zip(self.param_groups, rates):
-                group['lr'] = rate
+            for group, parameters, rate in groups:
+                group['params'], group['lr'] = parameters, rate
+            for parameter, part in parts.items():
+                if part in self.state:
+                    self.state[parameter] = self.state.pop(part)
 
     def empty_moment(self, parameter: nn.Parameter, slot: str) -> Tensor:
-        """A moment of zeros, quantised if it would be in training."""
-        return self._new_buffer(parameter, slot == SIGNED)
+        """A moment of zeros of what this process holds of a parameter, quantised if it would be in training."""
+        return self._new_buffer(local_part(parameter.detach()), slot == SIGNED)
 
     def values_of_codes(self, parameter: nn.Parameter, slot: str) -> Tensor:
         """The number in [-1, 1] that each of the 256 codes of a moment stands for."""
@@ -62,17 +73,9 @@ class BlockMoments:
         return self._subclass_zeros(block, slot == SIGNED, self.block_size).qmap
 
 
-def uncompiled() -> AbstractContextManager:
-    """Without compiling: on a CPU that takes longer than many steps, and a C++ compiler."""
+def uncompiled() -> contextlib.AbstractContextManager:
+    """Without compiling: on a CPU that takes longer than hundreds of steps, and a C++ compiler."""
     return torch.compiler.set_stance('force_eager')
-
-
-def compiled_by_each() -> AbstractContextManager:
-    """Compiling without what another process has compiled.
-
-    torch's cache on the disk takes parts of different sizes for the same, since they are parts of the same tensor.
-    """
-    return torch._functorch.config.patch(enable_autograd_cache=False)
 
 
 @functools.cache
@@ -100,18 +103,17 @@ def entries_of(slot: str, moment: Tensor, first: int) -> dict[str, Pieces]:
 
     Args:
         slot: Name of the moment.
-        moment: The moment, divided or not; this process holds some of it.
+        moment: The part.
         first: Number of the first element that it holds.
 
     Returns:
         Name of the entry -> the part, views.
     """
-    part = _part(moment)
-    if not _is_coded(part):
-        return {f'{slot}[{first}]': Pieces.whole(part.reshape(-1))}
+    if not _is_coded(moment):
+        return {f'{slot}[{first}]': Pieces.whole(moment.reshape(-1))}
     return {
-        f'{slot}.codes[{first}]': Pieces.whole(part.codes.view(-1)),
-        f'{slot}.scale[{first}]': Pieces.whole(part.scale),
+        f'{slot}.codes[{first}]': Pieces.whole(moment.codes.view(-1)),
+        f'{slot}.scale[{first}]': Pieces.whole(moment.scale),
     }
 
 
@@ -161,7 +163,7 @@ class _Restoring:
     """A moment that is being filled.
 
     Args:
-        moment: A moment of zeros.
+        part: What this process holds of the moment; zeros.
         first: Number of the first element that this process holds.
         saved: The saved parts.
 
@@ -169,9 +171,9 @@ class _Restoring:
         ValueError: They do not hold all of what this process needs.
     """
 
-    def __init__(self, moment: Tensor, first: int, saved: Sequence[_Saved]):
-        self.moment, self.first = moment, first
-        self._part = part = _part(moment)
+    def __init__(self, part: Tensor, first: int, saved: Sequence[_Saved]):
+        self.first = first
+        self._part = part
         self.is_same = any(_is_alike(part, first, other) for other in saved)
         """Whether the part was saved as it is divided now, and is read as it was."""
         bounds = [
@@ -296,6 +298,8 @@ def _is_coded(part: Tensor) -> bool:
     return hasattr(part, 'codes')
 
 
-def _part(moment: Tensor) -> Tensor:
-    with torch.no_grad():  # with gradients, a view is made, which loses the dtype of codes
-        return local_part(moment)
+def _part_with_gradient(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter and of its gradient, sharing their memory."""
+    part = local_part(parameter.detach())
+    part.grad = None if parameter.grad is None else local_part(parameter.grad)
+    return part

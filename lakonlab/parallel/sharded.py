@@ -115,8 +115,11 @@ class Sharded(Strategy):
     def _wrap(self, model: nn.Module) -> nn.Module:
         division = self.division(model)
         divided, networks, units, whole = division.children, division.networks, division.units, division.whole
-        state = training_state(model)
-        kept = {id(tensor) for tensor in state.values()}
+        # nothing here holds on to a tensor, so that the whole of what is divided is freed unit by unit
+        kept = {id(tensor) for tensor in training_state(model).values()}
+        size = sum(
+            tensor.numel() for name, tensor in training_state(model).items() if name.partition('.')[0] in divided
+        )
         self._remember(model)
         for place in networks:
             if self.buffer_dtype is not None:
@@ -131,7 +134,6 @@ class Sharded(Strategy):
         left = [name for name in trained_children(model) if name not in divided]
         self._replicated = data_parallel(model, left, self.find_unused_parameters)
         self._locate(model)
-        size = sum(tensor.numel() for name, tensor in state.items() if name.partition('.')[0] in divided)
         logger.info(
             '%s: %s divided among %d processes in %d units (%s trained and averaged parameters)%s',
             self.name,

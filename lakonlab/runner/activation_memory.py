@@ -143,11 +143,18 @@ def measure_training(network: nn.Module, inputs: Mapping[str, Tensor], checkpoin
         network.train(was_training)
 
 
-def measure_inference(network: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """Most bytes alive in a forward pass without gradient; see :func:`measure_training`."""
+def measure_inference(network: nn.Module, inputs: Mapping[str, Tensor], role: nn.Module | None = None) -> int:
+    """Most bytes alive in a forward pass without gradient; see :func:`measure_training`.
+
+    Args:
+        network: Holds the tensors.
+        inputs: Keyword arguments of the forward pass.
+        role: What is called, if that is another role of the network.
+    """
+    called = network if role is None else role
     with _faked(network):
         inputs = {name: _fake(value) for name, value in inputs.items()}
-        return _extrapolated(network, lambda: inference_memory(network, inputs))
+        return _extrapolated(network, lambda: inference_memory(called, inputs))
 
 
 @functools.cache

@@ -190,9 +190,7 @@ def memory_plans(sizes: Sizes, cfg: Mapping[str, Any], world_sizes: Sequence[int
         notes: Gets what is impossible.
     """
     options = {
-        key: value
-        for key, value in (cfg.get('fsdp_kwargs') or {}).items()
-        if key in ('hybrid_sharding', 'shard_size', 'sync_every_pass')
+        key: value for key, value in (cfg.get('fsdp_kwargs') or {}).items() if key in ('hybrid_sharding', 'shard_size')
     }
     plans = []
     for world_size in world_sizes:

@@ -19,10 +19,11 @@ from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import load_config, resolved_text
 from lakonlab.config.options import parse_options
 from lakonlab.models.architecture.roles import named_state, parameter_names
+from lakonlab.parallel.optimizer_classes import BITSANDBYTES_SUFFIXES
 from lakonlab.parallel.state import training_state
 from lakonlab.runner.dry_run import build_on_meta
 from lakonlab.runner.guard import SkipGuard
-from lakonlab.runner.optimizer import BITSANDBYTES_SUFFIXES, build_optimizers
+from lakonlab.runner.optimizer import build_optimizers
 from lakonlab.runner.paths import require_local
 from lakonlab.storage.checkpoint import CheckpointError, checkpoint_name, write_checkpoint
 from lakonlab.storage.local import directory_lock

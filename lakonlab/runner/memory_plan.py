@@ -38,6 +38,25 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """Bytes of what one sharding strategy does with a model.
+
+    Attributes:
+        optimizer: State of the optimisers.
+        gathered: Weights that are gathered at once while the student computes: some units, and what is in no unit.
+        teacher_gathered: The same of the teacher, if it is divided.
+        unit_gradients: Whole gradients of the unit that has most.
+        keeps_gradients: Whether gradients stay whole between the passes of a step, to be exchanged once.
+    """
+
+    optimizer: int
+    gathered: int = 0
+    teacher_gathered: int = 0
+    unit_gradients: int = 0
+    keeps_gradients: bool = True
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes on one device that holds everything; activations are those of one micro-batch.
 
@@ -52,13 +71,10 @@ class Sizes:
         optimizer: State of the optimisers.
         kept: Activations without gradient checkpointing; None if they are not known.
         checkpointed: Activations with it; None if they are not known.
-        gathered: What a sharding strategy gathers at once: the student's two largest units, and what is in no unit.
-        teacher_gathered: The same of the teacher, if it is divided.
-        unit_gradients: Whole gradients of the largest unit.
-        whole_gradients: Gradients that a sharding strategy keeps whole between the passes of a step.
+        sharding: Name of a sharding strategy -> what it does.
         passes: Forward and backward passes of a step.
-        sharded_optimizer: Strategy -> state of the optimisers, where that differs.
         undivided: Of what is trained or averaged, with gradients and state, what every process holds whole.
+        undivided_gradients: Of the gradients, what every process holds whole.
         saved: What a checkpoint holds of weights, averages and buffers, without the optimisers' state.
         saved_undivided: Of that and the optimisers' state, what every process holds whole.
     """
@@ -71,13 +87,10 @@ class Sizes:
     optimizer: int
     kept: Activations | None
     checkpointed: Activations | None
-    gathered: int = 0
-    teacher_gathered: int = 0
-    unit_gradients: int = 0
-    whole_gradients: int = 0
+    sharding: Mapping[str, Sharding] = field(default_factory=dict)
     passes: int = 1
-    sharded_optimizer: Mapping[str, int] = field(default_factory=dict)
     undivided: int = 0
+    undivided_gradients: int = 0
     saved: int = 0
     saved_undivided: int = 0
 
@@ -85,10 +98,6 @@ class Sizes:
     def states(self) -> int:
         """Everything but activations."""
         return self.frozen + self.resident + self.trainable + self.average + self.gradients + self.optimizer
-
-    def optimizer_of(self, strategy: str) -> int:
-        """State of the optimisers under a strategy."""
-        return self.sharded_optimizer.get(strategy, self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -125,15 +134,13 @@ def plan(
     world_size: int,
     hybrid_sharding: bool = True,
     shard_size: int | None = None,
-    sync_every_pass: bool = False,
     processes_per_node: int = PROCESSES_PER_NODE,
 ) -> Plan:
     """What one process holds.
 
     ``ddp`` holds everything, and its buckets of gradients all the time. The sharding strategies hold a part of all but
-    what is whole. They gather two units of weights at a time, the one that computes and the one that is fetched ahead,
-    beside what is in no unit; and hold the whole gradients of a unit until they are reduced, or of all units if a step
-    has several passes and exchanges gradients in the last one only.
+    what is whole. They gather units of weights, and hold the whole gradients of a unit until they are reduced, or of
+    all units if a step has several passes and exchanges gradients in the last one only.
 
     Args:
         sizes: Sizes on one device.
@@ -141,7 +148,6 @@ def plan(
         world_size: Number of processes.
         hybrid_sharding: Whether every node holds a whole copy, so that parts are as many as processes of a node.
         shard_size: Number of processes that share one copy; None for those of a node, or all.
-        sync_every_pass: Whether a sharding strategy exchanges gradients after every pass.
         processes_per_node: Processes of a full node.
 
     Raises:
@@ -165,17 +171,22 @@ def plan(
 
     local = min(world_size, processes_per_node)
     parts = number_of_parts(world_size, local, hybrid_sharding, shard_size)
-    optimizer = sizes.optimizer_of(strategy)
-    whole = sizes.resident + sizes.undivided
-    shared = sizes.states - sizes.optimizer + optimizer - whole
-    states = whole + -(-shared // parts)
-    gradients = -(-sizes.whole_gradients // parts)
+    sharding = sizes.sharding.get(strategy, Sharding(sizes.optimizer))
+
+    def share(size: int, undivided: int) -> int:
+        return undivided + -(-(size - undivided) // parts)
+
+    states = share(
+        sizes.states - sizes.optimizer + sharding.optimizer,
+        sizes.resident + sizes.undivided,
+    )
+    gradients = share(sizes.gradients, sizes.undivided_gradients)
     between = 0
     if several:
-        between = gradients if sync_every_pass else sizes.whole_gradients
+        between = sizes.gradients if sharding.keeps_gradients else gradients
     is_divided = parts > 1 or strategy != 'fsdp'  # FSDP1 gathers nothing where there is nothing to gather
     gathered, asked, unit = (
-        size if is_divided else 0 for size in (sizes.gathered, sizes.teacher_gathered, sizes.unit_gradients)
+        size if is_divided else 0 for size in (sharding.gathered, sharding.teacher_gathered, sharding.unit_gradients)
     )
     totals = (
         None
@@ -189,8 +200,7 @@ def plan(
         )
         for size in (sizes.kept, sizes.checkpointed)
     )
-    saved = sizes.saved + optimizer
-    host = sizes.saved_undivided + -(-(saved - sizes.saved_undivided) // parts)
+    host = share(sizes.saved + sharding.optimizer, sizes.saved_undivided)
     return Plan(strategy, world_size, parts, states, gathered, between, *totals, host)
 
 

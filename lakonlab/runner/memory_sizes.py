@@ -18,12 +18,14 @@ from lakonlab.parallel.state import training_state
 from lakonlab.parallel.units import Place
 from lakonlab.registry import STRATEGIES
 from lakonlab.runner.activation_memory import measure_inference, measure_training
-from lakonlab.runner.memory_plan import SHARDING, Activations, Sizes, optimizer_bytes
+from lakonlab.runner.memory_plan import SHARDING, Activations, Sharding, Sizes, optimizer_bytes
 
 TEACHER, STUDENT = 'teacher', 'diffusion'
 ON_THE_HUB = ('vae', 'text_encoder')
 """Children that have no parameters before their weights are read."""
 DEFAULT_TEXT_LENGTH = 512
+UNITS_AT_ONCE = {'fsdp': 2, 'fsdp2': 3}
+"""The unit that computes and the one that is fetched ahead; FSDP2 copies the one that computes out of what was sent."""
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -45,7 +47,8 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
         ConfigError: ``fsdp_kwargs`` does not fit the model.
     """
     notes: list[str] = []
-    division = _Division(model, cfg, notes)
+    divisions = {strategy: _Division(model, cfg, strategy, notes) for strategy in SHARDING}
+    division = divisions[SHARDING[0]]  # what is whole is the same under all of them
     by_key = {
         key: [parameter for _, parameter in named_state(model.get_submodule(key)) if parameter.requires_grad]
         for key in cfg['optimizer']
@@ -71,6 +74,7 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
 
     moments = _moments(by_key, cfg['optimizer'])
     whole_moments = _moments(by_key, cfg['optimizer'], division.is_whole)
+    sharded_moments = _sharded_moments(by_key, cfg['optimizer'], notes)
     state = training_state(model, bool((cfg.get('runner') or {}).get('ckpt_trainable_only', True))).values()
     micro_batch, passes = _micro_batch_and_passes(model, cfg)
     kept, checkpointed = _activations(model, cfg, micro_batch, notes)
@@ -81,15 +85,21 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
             optimizer=moments,
             kept=kept,
             checkpointed=checkpointed,
-            gathered=division.gathered(STUDENT),
-            teacher_gathered=division.gathered(STUDENT if _teacher_shares(model) else TEACHER),
-            unit_gradients=division.largest_gradients(trained),
-            whole_gradients=division.bytes_of_divided(trained.values()),
+            sharding={
+                strategy: Sharding(
+                    optimizer=sharded_moments[strategy],
+                    gathered=divisions[strategy].gathered(STUDENT),
+                    teacher_gathered=divisions[strategy].gathered(STUDENT if _teacher_shares(model) else TEACHER),
+                    unit_gradients=divisions[strategy].largest_gradients(trained),
+                    keeps_gradients=divisions[strategy].keeps_gradients,
+                )
+                for strategy in SHARDING
+            },
             passes=passes,
-            sharded_optimizer=_sharded_moments(by_key, cfg['optimizer'], notes),
             undivided=2 * division.bytes_of_whole(trained.values())
             + whole_moments
             + division.bytes_of_whole(averages.values()),
+            undivided_gradients=division.bytes_of_whole(trained.values()),
             saved=bytes_of(state),
             saved_undivided=division.bytes_of_whole(state) + whole_moments,
         ),
@@ -98,42 +108,47 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
 
 
 class _Division:
-    """What a sharding strategy of a config divides.
+    """What a sharding strategy divides under the options of a config.
 
     Args:
         model: On the meta device.
         cfg: The config.
+        name: Name of the strategy.
         notes: Gets what is not known.
 
     Raises:
         ConfigError: ``fsdp_kwargs`` does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, cfg: Mapping[str, Any], notes: list[str]):
-        from lakonlab.parallel.sharded import float32_modules
-
-        kind = cfg.get('module_wrapper')
+    def __init__(self, model: nn.Module, cfg: Mapping[str, Any], name: str, notes: list[str]):
         options = {key: value for key, value in (cfg.get('fsdp_kwargs') or {}).items() if key != 'shard_size'}
-        self.strategy = STRATEGIES.build(
-            {'type': kind if kind in SHARDING else SHARDING[-1], 'device': 'meta', **options}
-        )
+        self.strategy = STRATEGIES.build({'type': name, 'device': 'meta', **options})
         self.children = self.strategy.divided_children(model)
+        division = self._divide(model, notes)
+        self._networks = division.networks
+        self._divided = {
+            id(parameter)
+            for place in self._networks
+            for parameter in place.module.parameters()
+            if parameter not in division.whole
+        }
+        kept = {id(tensor) for tensor in training_state(model).values()}
+        self._units = {
+            id(place.module): self.strategy.units_within(place.module, division.units, kept) for place in self._networks
+        }
+        self.keeps_gradients = all(self.strategy.keeps_gradients(place.module, kept) for place in self._networks)
+
+    def _divide(self, model: nn.Module, notes: list[str]):
         try:
-            division = self.strategy.division(model)
+            return self.strategy.division(model)
         except ConfigError as error:
             unknown = [name for name in ON_THE_HUB if name in self.children and _is_on_the_hub(model, name)]
             if 'fsdp_modules' not in str(error) or not unknown:
                 raise
-            notes.append(f'fsdp_modules may name modules of {" and ".join(unknown)}: blocks are planned instead')
+            note = f'fsdp_modules may name modules of {" and ".join(unknown)}: blocks are planned instead'
+            notes.extend({note} - {*notes})
             self.strategy.fsdp_modules = ()
-            division = self.strategy.division(model)
-        self._networks, self._units, whole = division.networks, division.units, division.whole
-        self._divided = {id(p) for place in self._networks for p in place.module.parameters() if p not in whole}
-        self._exact: set[int] = set()
-        for place in self._networks:
-            exact = float32_modules(place.module)
-            modules = (module for module in place.module.modules() if id(module) in exact)
-            self._exact |= {id(parameter) for module in modules for parameter in module._parameters.values()}
+            return self.strategy.division(model)
 
     def is_whole(self, tensor: Tensor) -> bool:
         """Whether every process holds all of a tensor."""
@@ -148,44 +163,51 @@ class _Division:
         return bytes_of(filter(self.is_whole, tensors))
 
     def gathered(self, child: str) -> int:
-        """Bytes that are gathered at once while a child computes: its two largest units, and what is in no unit."""
+        """Bytes that are gathered at once while a child computes: its largest units, and what is in no unit."""
+        from lakonlab.parallel.sharded import float32_modules
 
-        def size(module: nn.Module, inside: set[int]) -> int:
-            dtype = self.strategy.param_dtype
-            return sum(
-                parameter.numel()
-                * (parameter.dtype if dtype is None or id(parameter) in self._exact else dtype).itemsize
-                for parameter in module.parameters()
-                if id(parameter) not in inside and not self.is_whole(parameter)
-            )
+        total, units = 0, []
+        for network in self._networks_of(child):
+            exact = float32_modules(network)
 
-        rest, units = self._cut(child)
-        inside = {id(parameter) for unit in units for parameter in unit.parameters()}
-        return sum(size(network, inside) for network in rest) + sum(sorted(size(unit, set()) for unit in units)[-2:])
+            def size(module: nn.Module, parameter: Tensor, exact: set[int] = exact) -> int:
+                dtype = parameter.dtype if id(module) in exact else self.strategy.param_dtype or parameter.dtype
+                return parameter.numel() * dtype.itemsize
+
+            own, of_units = self._sizes(network, size)
+            total += own
+            units += of_units
+        return total + sum(sorted(units)[-UNITS_AT_ONCE[self.strategy.name] :])
 
     def largest_gradients(self, trained: Mapping[int, Tensor]) -> int:
         """Bytes of the whole gradients of the student's unit that has most, in the precision they are summed in."""
 
-        def size(module: nn.Module, inside: set[int]) -> int:
-            dtype = self.strategy.reduce_dtype
-            return sum(
-                parameter.numel() * (parameter.dtype if dtype is None else dtype).itemsize
-                for parameter in module.parameters()
-                if id(parameter) in trained and id(parameter) not in inside and not self.is_whole(parameter)
-            )
+        def size(module: nn.Module, parameter: Tensor) -> int:
+            dtype = self.strategy.reduce_dtype or parameter.dtype
+            return parameter.numel() * dtype.itemsize if id(parameter) in trained else 0
 
-        rest, units = self._cut(STUDENT)
-        inside = {id(parameter) for unit in units for parameter in unit.parameters()}
-        sizes = [size(network, inside) for network in rest] + [size(unit, set()) for unit in units]
-        return max(sizes, default=0)
+        sizes = [self._sizes(network, size) for network in self._networks_of(STUDENT)]
+        return max((largest for own, units in sizes for largest in (own, *units)), default=0)
 
-    def _cut(self, child: str) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The networks of a child that are divided, and their units."""
-        networks = [place.module for place in self._networks if _child_of(place) == child]
-        units = {
-            id(module): module for network in networks for module in network.modules() if id(module) in self._units
-        }
-        return networks, list(units.values())
+    def _networks_of(self, child: str) -> list[nn.Module]:
+        return [place.module for place in self._networks if _child_of(place) == child]
+
+    def _sizes(self, network: nn.Module, size: Callable[[nn.Module, Tensor], int]) -> tuple[int, list[int]]:
+        """Sums over the divided parameters of a network that are in no unit, and over those of each unit."""
+        sums: dict[int, int] = {}
+        seen: set[int] = set()
+
+        def visit(module: nn.Module, unit: int) -> None:
+            unit = id(module) if id(module) in self._units[id(network)] else unit
+            for parameter in module._parameters.values():
+                if parameter is not None and not self.is_whole(parameter) and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    sums[unit] = sums.get(unit, 0) + size(module, parameter)
+            for child in module.children():
+                visit(child, unit)
+
+        visit(network, id(network))
+        return sums.pop(id(network), 0), list(sums.values())
 
 
 def _child_of(place: Place) -> str:
@@ -295,18 +317,23 @@ def _activations(
         return None, None
     train_cfg = cfg.get('train_cfg') or {}
 
-    def inputs(count: int) -> dict[str, Tensor]:
+    def inputs(of: nn.Module, count: int) -> dict[str, Tensor]:
         options = {}
-        if 'text_length' in inspect.signature(network.example_inputs).parameters:
+        if 'text_length' in inspect.signature(of.example_inputs).parameters:
             options['text_length'] = _text_length(cfg)
-        return network.example_inputs(count, latent_size, **options)
+        return of.example_inputs(count, latent_size, **options)
 
     asked = _teacher_queries(model, train_cfg)
-    teacher = measure_inference(network, inputs(micro_batch * asked)) if asked else 0
-    policy = _policy_bytes(network, latent_size, micro_batch, train_cfg) if asked else 0
+    teacher = policy = 0
+    if asked:
+        of_teacher = getattr(model.teacher, 'denoising', None)
+        of_teacher = of_teacher if hasattr(of_teacher, 'example_inputs') else network
+        holder = network if _teacher_shares(model) else of_teacher
+        teacher = measure_inference(holder, inputs(of_teacher, micro_batch * asked), of_teacher)
+        policy = _policy_bytes(network, latent_size, micro_batch, train_cfg)
     totals = []
     for checkpointing in (False, True):
-        own = measure_training(network, inputs(micro_batch), checkpointing)
+        own = measure_training(network, inputs(network, micro_batch), checkpointing)
         totals.append(Activations(own.held + policy, own.peak + policy, own.held + teacher + policy))
     notes.append(
         f'activations are of micro-batches of {micro_batch:,} with latents {" x ".join(map(str, latent_size))}'

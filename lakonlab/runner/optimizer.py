@@ -11,14 +11,11 @@ from torch.optim import Optimizer
 
 from lakonlab.models.architecture.roles import parameter_names
 from lakonlab.parallel.optimizer_classes import (
-    BITSANDBYTES_SUFFIXES,
     OptimizerClasses,
     can_fuse,
     named_class,
     optimizer_of_whole,
 )
-
-__all__ = ['BITSANDBYTES_SUFFIXES', 'build_optimizers']
 
 
 def build_optimizers(

@@ -243,7 +243,7 @@ class Runner:
 
         runner = cls(
             model,
-            build_optimizers(model, cfg.optimizer),
+            build_optimizers(model, cfg.optimizer, strategy.optimizer_class),
             schedule,
             dataset,
             loader,
@@ -490,9 +490,12 @@ class Runner:
     def describe(self) -> str:
         """What a reader of the log wants to know before the first iteration."""
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        names = parameter_names(self.model)
-        trained = ((names[parameter], parameter) for group in groups for parameter in group['params'])
-        trainable = sum(self.strategy.pieces(name, parameter).size().numel() for name, parameter in trained)
+        trained = {parameter for group in groups for parameter in group['params']}
+        trainable = sum(
+            self.strategy.pieces(name, parameter).size().numel()
+            for parameter, name in parameter_names(self.model).items()
+            if parameter in trained
+        )
         checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
         rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
         return '\n'.join(

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lakonlab.models.architecture.roles import unwrapped
@@ -97,6 +98,37 @@ def test_accumulation(runs, kind, strategy):
     close_to(runs.train(2, kind, strategy, **parts), reference)
 
 
+def count_exchanges(ranks, kind, strategy, **run):
+    """How often gradients are exchanged in a step."""
+    small_run = SmallRun(ranks, kind, strategy, **run)
+    small_run.step()
+    small_run.step()  # data parallelism puts gradients into other buckets after the first
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        small_run.step()
+    collective = 'c10d::allreduce_' if strategy == 'ddp' else 'c10d::_reduce_scatter_base_'
+    return sum(event.name() == collective for event in profiler.profiler.kineto_results.events())
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_number_of_exchanges(runs, strategy):
+    """Once in a step of two micro-batches of two segments, unless every pass is asked for, or needed for precision."""
+
+    def count(**run):
+        counts = runs.call(2, count_exchanges, 'digits-data-free', strategy, **run)
+        assert counts[0] == counts[1] > 0
+        return counts[0]
+
+    parts = dict(grad_accum_batch_size=1)
+    once = count(train_cfg=parts)
+    if strategy == 'ddp':
+        assert once == 2  # gradients, and what is logged
+        return
+    assert once == 4  # three blocks and the rest
+    assert count(train_cfg=parts, options=dict(sync_every_pass=True)) == 4 * once
+    low = dict(networks=dict(autocast_dtype='bfloat16'), options=dict(param_dtype='bfloat16'))
+    assert count(train_cfg=parts, **low) == (4 * once if strategy == 'fsdp' else once)
+
+
 @pytest.mark.parametrize(
     ('kind', 'strategy'), cases(('digits-data-free', 'Flux-data-free'), SHARDED, {('digits-data-free', 'fsdp2')})
 )
@@ -174,7 +206,7 @@ def through_one_node(module, args, kwargs):
 
 
 def train_in_order_of_blocks(ranks, kind, num_steps, **run):
-    """Logs of data parallelism that sums the gradients of a block's inputs as fully_shard's hooks make it do."""
+    """Logs of data parallelism that sums the gradients of a block's inputs as it is when blocks are units."""
     small_run = SmallRun(ranks, kind, 'ddp', **run)
     for block in repeated_blocks(unwrapped(small_run.model.diffusion).denoising.backbone.tree):
         block.register_forward_pre_hook(through_one_node, with_kwargs=True)
@@ -206,10 +238,7 @@ def test_mixed_precision(runs, kind, strategy, precision, param_dtype):
         train_cfg=dict(diffusion_grad_clip=0.0),
         optimizer=dict(fused=False, foreach=False),
     )
-    if strategy == 'fsdp2':
-        expected = runs.call(2, train_in_order_of_blocks, kind, weights=runs.weights(kind), **model)[0]
-    else:
-        expected = runs.train(2, kind, 'ddp', **model)[0]['logs']
+    expected = runs.call(2, train_in_order_of_blocks, kind, weights=runs.weights(kind), **model)[0]
     found = runs.train(2, kind, strategy, options=dict(param_dtype=param_dtype), **model)
     worst = worst_difference(found[0]['logs'], expected)
     logger.info('relative difference %.1e', worst)

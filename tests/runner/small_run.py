@@ -1,4 +1,4 @@
-"""A run of the real Runner, of tiny networks, as one of several processes; what it leaves can be compared bit for bit."""
+"""A run of the real Runner, of tiny networks, as one of several processes; what it leaves is compared bit for bit."""
 
 from __future__ import annotations
 
@@ -49,14 +49,22 @@ TIMING = ('time', 'it_per_s', 'per_s', 'memory', 'share_')
 
 @DATASETS.register_module()
 class SmallImages(Dataset):
-    """Noise with labels; item ``i`` is a function of ``i``."""
+    """Noise with labels; item ``i`` is a function of ``i``.
+
+    Args:
+        size: Number of items.
+        key: What the noise is called: ``latents`` to train on, ``noise`` to sample from.
+    """
+
+    def __init__(self, size: int = 23, key: str = 'latents'):
+        self.size, self.key = size, key
 
     def __len__(self) -> int:
-        return 23
+        return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(index)
-        return dict(ids=index, latents=torch.randn(1, 8, 8, generator=generator), labels=torch.tensor(index % 10))
+        image = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(index))
+        return {'ids': index, 'name': str(index), self.key: image, 'labels': torch.tensor(index % 10)}
 
 
 def config(world_size: int = 2, strategy: str = 'fsdp2', **changes: Any) -> Config:

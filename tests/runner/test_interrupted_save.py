@@ -92,7 +92,9 @@ def suffer(workers, runs, tmp_path, monkeypatch):  # noqa: F811
             for error in errors:
                 assert error.startswith('CheckpointError: saving '), where
                 assert 'iter_8 failed: OSError: [Errno 28] No space left on device' in error, where
-        assert {4, 6} <= set(small_run.steps(folder)) or (is_published and {6, 8} <= set(small_run.steps(folder))), where
+        assert {4, 6} <= set(small_run.steps(folder)) or (is_published and {6, 8} <= set(small_run.steps(folder))), (
+            where
+        )
         firsts = workers.run(small_run.train, folder, strategy=strategy, total_iters=END)
         if how == 'kill' or not is_published:
             assert firsts == ([8, 8] if is_published else [6, 6]), where
@@ -103,17 +105,13 @@ def suffer(workers, runs, tmp_path, monkeypatch):  # noqa: F811
     return case
 
 
-@pytest.mark.parametrize(
-    ('rank', 'number', 'how', 'strategy'),
-    [(0, 10, 'kill', 'fsdp2'), (1, 4, 'kill', 'ddp'), (0, 18, 'full', 'ddp'), (1, 1, 'full', 'fsdp2')],
-)
-def test_at_some_operations(suffer, rank, number, how, strategy):
-    suffer(rank, number, how, strategy)
+@pytest.mark.parametrize(('rank', 'number', 'how'), [(0, 10, 'kill'), (1, 1, 'full')])
+def test_at_some_operations(suffer, rank, number, how):
+    suffer(rank, number, how, 'fsdp2')
 
 
-@pytest.mark.parametrize(('rank', 'number', 'how'), [(1, 4, 'kill'), (0, 13, 'full')])
-def test_in_the_process_that_writes(suffer, rank, number, how):
-    suffer(rank, number, how, 'fsdp2', in_writer=True)
+def test_in_the_process_that_writes(suffer):
+    suffer(1, 4, 'kill', 'fsdp2', in_writer=True)
 
 
 @pytest.mark.slow

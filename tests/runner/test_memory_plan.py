@@ -1,5 +1,6 @@
 """What a dry run says of memory, against what small models really allocate."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -16,7 +17,9 @@ from lakonlab.runner.dry_run import build_on_meta, memory_plans
 from lakonlab.runner.memory_plan import (
     GIBIBYTE,
     OVERHEAD,
+    SHARDING,
     Activations,
+    Sharding,
     Sizes,
     number_of_moments,
     optimizer_bytes,
@@ -144,9 +147,10 @@ SIZES = Sizes(
     optimizer=8 * GIBIBYTE,
     kept=Activations(held=58 * GIBIBYTE, peak=60 * GIBIBYTE, asking=59 * GIBIBYTE),
     checkpointed=Activations(held=2 * GIBIBYTE, peak=6 * GIBIBYTE, asking=3 * GIBIBYTE),
-    gathered=GIBIBYTE,
-    unit_gradients=GIBIBYTE // 8,
-    whole_gradients=4 * GIBIBYTE,
+    sharding={
+        strategy: Sharding(optimizer=8 * GIBIBYTE, gathered=GIBIBYTE, unit_gradients=GIBIBYTE // 8)
+        for strategy in SHARDING
+    },
     saved=8 * GIBIBYTE,
 )
 SEVERAL = dataclasses.replace(SIZES, passes=4)
@@ -190,7 +194,8 @@ def test_gradients_between_passes_are_whole_unless_exchanged(strategy):
     assert several.gradients_between == 4 * GIBIBYTE
     assert several.checkpointed - once.checkpointed == 4 * GIBIBYTE
     assert several.states == once.states  # after the step they are divided
-    synced = plan(SEVERAL, strategy, 8, sync_every_pass=True)
+    exchanging = {name: dataclasses.replace(entry, keeps_gradients=False) for name, entry in SIZES.sharding.items()}
+    synced = plan(dataclasses.replace(SEVERAL, sharding=exchanging), strategy, 8)
     assert synced.gradients_between == GIBIBYTE // 2
     assert any('4.00 GB of gradients between the 4 passes' in line for line in remarks([several], 4))
     assert not any('gradients' in line for line in remarks([plan(SEVERAL, 'ddp', 8)], 4))
@@ -292,57 +297,103 @@ def test_what_is_not_shared_out():
         states[name], hosts[name] = plan(sizes, 'fsdp', 8).states, plan(sizes, 'fsdp', 8).host
         assert plan(sizes, 'ddp', 8).states == sizes.states
     teacher = digits_plan(wrap_frozen_modules=True)[0].frozen
-    assert states['all'] - states['teacher too'] == pytest.approx(7 * teacher // 8, abs=8) > 0
+    assert teacher > 0
+    assert states['all'] - states['teacher too'] == pytest.approx(7 * teacher // 8, abs=8)
     trained = sizes.trainable + sizes.gradients + sizes.optimizer + sizes.average  # the average is kept alike
     assert states['student whole'] - states['all'] == pytest.approx(7 * trained // 8, abs=80)  # buffers are whole
     saved = sizes.trainable + sizes.average + sizes.optimizer
     assert hosts['student whole'] - hosts['all'] == pytest.approx(7 * saved // 8, abs=80)
 
 
+def flux_plan(tie_teacher=True, text_encoder=False, **options):
+    """Sizes of a small adapted student under options of sharding, and its notes."""
+    model = tiny.config('Flux', 'GM', None, tie_teacher=tie_teacher)
+    if text_encoder:
+        model['text_encoder'] = dict(
+            type='PretrainedFluxTextEncoder', model_name_or_path='black-forest-labs/FLUX.1-dev', torch_dtype='bfloat16'
+        )
+    with torch.device('meta'):
+        planned = MODELS.build({**copy.deepcopy(model), **tiny.SECTIONS})
+    data = dict(train_dataloader=dict(samples_per_gpu=2))
+    cfg = dict(model=model, optimizer=OPTIMIZERS, data=data, fsdp_kwargs=options, **tiny.SECTIONS)
+    return sizes_of(planned, cfg)
+
+
 def test_frozen_parameters_of_a_divided_network():
-    base = 'configs/piflux/gmflux_k8_piid_4step_32gpus.py'
-    divided, _ = planned_config(base)
-    whole, _ = planned_config(base, ignore_frozen_parameters=True)
-    excluded, _ = planned_config(base, exclude_keys=['diffusion'])
-    assert divided.frozen == pytest.approx(2 * 11_901_408_320, rel=0.01)  # FLUX.1 in bfloat16; teacher and student
-    assert whole.frozen == 0
+    divided, _ = flux_plan()
+    whole, _ = flux_plan(ignore_frozen_parameters=True)
+    excluded, _ = flux_plan(exclude_keys=['diffusion'])
+    assert whole.frozen == 0 < divided.frozen
     assert whole.resident - divided.resident == divided.frozen
     assert whole.undivided == divided.undivided == 0
     assert excluded.undivided == excluded.states - excluded.resident
-    assert divided.gathered > whole.gathered > 0
-    assert divided.teacher_gathered == divided.gathered  # a role of the same base
-    assert divided.unit_gradients == whole.unit_gradients < divided.whole_gradients / 19
+    for strategy in SHARDING:
+        of_divided, of_whole = divided.sharding[strategy], whole.sharding[strategy]
+        assert of_divided.gathered > of_whole.gathered > 0
+        assert of_divided.teacher_gathered == of_divided.gathered  # a role of the same base
+        assert of_divided.unit_gradients == of_whole.unit_gradients < divided.gradients
+    # FSDP1 makes a unit of every adapter, FSDP2 gathers them with their block
+    assert divided.sharding['fsdp'].gathered < divided.sharding['fsdp2'].gathered
+    assert divided.sharding['fsdp'].unit_gradients < divided.sharding['fsdp2'].unit_gradients
+
+
+def test_teacher_of_its_own():
+    whole, _ = flux_plan(tie_teacher=False)
+    divided, _ = flux_plan(tie_teacher=False, wrap_frozen_modules=True)
+    shared, _ = flux_plan(wrap_frozen_modules=True)
+    assert divided.resident == shared.resident == 0 < whole.resident
+    assert divided.frozen == whole.frozen + whole.resident > shared.frozen
+    assert whole.sharding['fsdp2'].teacher_gathered == 0 < divided.sharding['fsdp2'].teacher_gathered
 
 
 def test_modules_that_are_gathered():
-    blocks, _ = digits_plan()
-    named, _ = digits_plan(fsdp_modules=['lakonlab.models.architecture.diffusers.dit.DiTBlock'])
-    pattern, _ = digits_plan(fsdp_modules=['*Block'])
-    assert blocks.gathered == named.gathered == pattern.gathered > 0
-    assert blocks.teacher_gathered == 0  # it is whole
-    assert digits_plan(wrap_frozen_modules=True)[0].teacher_gathered > 0
-    low = load_config('configs/digits/gmdit_k8_digits_piid_2step.py')
-    low.model.diffusion.denoising.autocast_dtype = 'bfloat16'
-    low.fsdp_kwargs = dict(param_dtype='bfloat16')
-    halved, _ = sizes_of(build_on_meta(low, locate=False), low)
-    assert halved.gathered == blocks.gathered / 2
+    def gathered(**options):
+        return [entry.gathered for entry in digits_plan(**options)[0].sharding.values()]
+
+    blocks = gathered()
+    assert blocks[0] == blocks[1] > 0
+    assert blocks == gathered(fsdp_modules=['lakonlab.models.architecture.diffusers.dit.DiTBlock'])
+    assert blocks == gathered(fsdp_modules=['*Block'])
+    assert blocks > gathered(fsdp_modules=['lakonlab.models.architecture.diffusers.dit.DiTBlock', 'torch.nn.Linear'])
+    of_teacher = [digits_plan(wrap_frozen_modules=wrap)[0].sharding['fsdp2'].teacher_gathered for wrap in (False, True)]
+    assert of_teacher[0] == 0 < of_teacher[1]  # it is whole, unless it is wrapped
     for path in ('no.such.Block', 'torch.nn.Bilinear'):
         with pytest.raises(ConfigError, match=r'which is no class of a module of the model.*DiTBlock'):
             digits_plan(fsdp_modules=[path])
 
 
+def test_lower_precision():
+    cfg = load_config('configs/digits/gmdit_k8_digits_piid_2step.py')
+    cfg.train_cfg.grad_accum_batch_size = 16
+    cfg.model.diffusion.denoising.autocast_dtype = 'bfloat16'
+    whole, _ = sizes_of(build_on_meta(cfg, locate=False), cfg)
+    cfg.fsdp_kwargs = dict(param_dtype='bfloat16')
+    halved, _ = sizes_of(build_on_meta(cfg, locate=False), cfg)
+    for strategy in SHARDING:
+        assert halved.sharding[strategy].gathered == whole.sharding[strategy].gathered / 2
+        assert halved.sharding[strategy].unit_gradients == whole.sharding[strategy].unit_gradients
+    # FSDP1 would add up gradients in bfloat16
+    assert [entry.keeps_gradients for entry in halved.sharding.values()] == [False, True]
+    between = {strategy: plan(halved, strategy, 8).gradients_between for strategy in SHARDING}
+    assert between['fsdp2'] == halved.gradients
+    assert between['fsdp'] == pytest.approx(halved.gradients / 8, abs=8)
+    cfg.fsdp_kwargs = dict(sync_every_pass=True)
+    synced, _ = sizes_of(build_on_meta(cfg, locate=False), cfg)
+    assert not any(entry.keeps_gradients for entry in synced.sharding.values())
+
+
 def test_modules_of_what_is_on_the_hub():
-    """A text encoder is not built for a plan, so that what it consists of is not known."""
-    cfg = load_config('configs/piflux/gmflux_k8_piid_4step_32gpus.py')
-    kind = 'transformers.models.t5.modeling_t5.T5Block'
-    cfg.fsdp_kwargs = dict(fsdp_modules=[kind], wrap_frozen_modules=True)
-    sizes, notes = sizes_of(build_on_meta(cfg, locate=False), cfg)
+    """A text encoder is not built for a plan, so what it consists of is not known."""
+    patterns = ['transformers.models.t5.modeling_t5.T5Block', '*TransformerBlock']
+    number = 2 * 4_885_371_136  # parameters of T5 and CLIP in bfloat16
+    whole, _ = flux_plan(text_encoder=True)
+    assert whole.resident == number
+    divided, notes = flux_plan(text_encoder=True, fsdp_modules=patterns, wrap_frozen_modules=True)
     assert any('fsdp_modules may name modules of text_encoder' in note for note in notes)
-    assert sizes.frozen > 2 * 11_901_408_320 + 9 * 10**9  # T5 is divided too
-    assert sizes.resident < 10**9  # the autoencoder never is
-    cfg.fsdp_kwargs = dict(fsdp_modules=[kind])
+    assert divided.frozen == whole.frozen + number
+    assert divided.resident == 0
     with pytest.raises(ConfigError, match='T5Block'):
-        sizes_of(build_on_meta(cfg, locate=False), cfg)
+        flux_plan(text_encoder=True, fsdp_modules=patterns)
 
 
 def test_moments_that_cannot_be_shared_out():
@@ -350,8 +401,8 @@ def test_moments_that_cannot_be_shared_out():
     cfg.optimizer.diffusion.type = 'AdamW8bit'
     sizes, notes = sizes_of(build_on_meta(cfg, locate=False), cfg)
     assert sizes.optimizer == 2 * sizes.trainable / 4
-    assert sizes.optimizer_of('fsdp2') == sizes.optimizer
-    assert sizes.optimizer_of('fsdp') == 2 * sizes.trainable
+    assert sizes.sharding['fsdp2'].optimizer == sizes.optimizer
+    assert sizes.sharding['fsdp'].optimizer == 2 * sizes.trainable
     assert [note for note in notes if 'AdamW8bit' in note] == [
         'fsdp cannot share out AdamW8bit: planned with moments of full precision'
     ]
@@ -366,7 +417,7 @@ def test_passes_of_a_step():
 
 def test_impossible_plans_are_said():
     notes = []
-    cfg = dict(fsdp_kwargs=dict(shard_size=4, sync_every_pass=True))
+    cfg = dict(fsdp_kwargs=dict(shard_size=4))
     plans = memory_plans(SEVERAL, cfg, [1, 6, 8], notes)
     assert [(entry.strategy, entry.world_size, entry.parts) for entry in plans] == [
         ('single', 1, 1),
@@ -375,6 +426,5 @@ def test_impossible_plans_are_said():
         ('fsdp', 8, 4),
         ('fsdp2', 8, 4),
     ]
-    assert all(entry.gradients_between == GIBIBYTE for entry in plans[3:])
     assert len(notes) == 2
     assert 'fsdp is impossible on 6 processes: fsdp_kwargs.shard_size=4' in notes[0]

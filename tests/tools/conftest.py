@@ -17,15 +17,16 @@ def new_training(tmp_path_factory):
     teacher = Training(tmp_path_factory.mktemp('teacher'), TEACHER, {'total_iters': 6})
     teacher.run()
 
-    def make(name: str, config: str) -> Training:
+    def make(name: str, config: str, processes: int = 1, **changes) -> Training:
         folder = tmp_path_factory.mktemp(name)
         shutil.copytree(teacher.checkpoints, folder / 'checkpoints' / TEACHER)
         options = {
             'total_iters': TOTAL_ITERS,
             'checkpoint_config.interval': SAVE_INTERVAL,
             'checkpoint_config.must_save_interval': 32,
+            **changes,
         }
-        return Training(folder, config, options)
+        return Training(folder, config, options, processes=processes)
 
     return make
 

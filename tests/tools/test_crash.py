@@ -1,10 +1,13 @@
-"""A run of the real command that is killed at 20 random moments ends like one that is not.
+"""Runs of the real command that are killed at random moments end like those that are not.
 
-Two runs are killed ten times each, side by side. A checkpoint is written after every second iteration, so that many of
-the kills hit a save; a few hit the start of the process.
+A checkpoint is written after every second iteration, so that many of the kills hit a save; some hit the start of the
+process. ``make test`` kills ten times; ``CRASH_KILLS=100 CRASH_SEED=1 pytest -m slow tests/tools/test_crash.py`` kills
+each run of two processes as often as that. For 200 kills in minutes see ``tests/runner/test_crash.py``.
 """
 
+import os
 import random
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,31 +15,58 @@ import pytest
 
 from lakonlab.storage.checkpoint import find_checkpoint
 from tests.tools.conftest import TOTAL_ITERS
-from tests.tools.training import DATA_BASED, DATA_FREE, assert_same_run
+from tests.tools.training import (
+    DATA_BASED,
+    DATA_FREE,
+    assert_same_run,
+    children,
+    command_line,
+    descendants,
+    wait_until_gone,
+)
 
-KILLS_PER_RUN = 10
+KILLS_OF_ONE_PROCESS = 3
+KILLS_OF_SEVERAL = 4
+MANY_KILLS = int(os.environ.get('CRASH_KILLS', '10'))
+SEED = int(os.environ.get('CRASH_SEED', '0'))
+VICTIMS = ('writer', 'everything', 'one', 'workers')
+"""Who is killed: the writer of one process, torchrun and what it has started, one process, all processes."""
+SECONDS_TO_END = 60
+"""How long the others may take to notice; torchrun itself gives them 30."""
+
+
+def wait_for_the_moment(training, process, draw, at_start, total_iters):
+    """Wait until some random moment in the start of a run, or about a save."""
+    before = training.newest_step
+    if at_start:
+        time.sleep(draw.uniform(0.5, 5))
+    else:
+        # spread over the whole run, so that the last victim still has something to do
+        goal = min(before + 2, total_iters - 20)
+        training.wait_for(process, lambda: training.newest_step >= goal)
+        time.sleep(draw.uniform(0, 0.25))
+    assert process.poll() is None, training.output
+    return training.newest_step
+
+
+def check_what_is_left(training, committed):
+    newest = training.newest_step
+    assert newest >= committed
+    found = find_checkpoint(training.checkpoints)
+    assert (int(found.name.removeprefix('iter_')) if found else 0) == newest
+    return newest
 
 
 def kill_repeatedly(training, seed):
-    """Start and kill a run; returns how far its checkpoints had come at each kill."""
+    """Start and kill a run of one process; returns how far its checkpoints had come at each kill."""
     draw = random.Random(seed)
     steps = []
-    for number in range(KILLS_PER_RUN):
+    for number in range(KILLS_OF_ONE_PROCESS):
         process = training.start()
-        at_start = training.newest_step
-        if number % 5 == 3:
-            time.sleep(draw.uniform(0.5, 5))
-        else:
-            # spread over the whole run, so that the last victim still has something to do
-            goal = min(at_start + 2, TOTAL_ITERS - 20)
-            training.wait_for(process, lambda goal=goal: training.newest_step >= goal)
-            time.sleep(draw.uniform(0, 0.25))
-        assert process.poll() is None, training.output
+        committed = wait_for_the_moment(training, process, draw, number == 1, TOTAL_ITERS)
         process.kill()
         process.wait()
-        steps.append(training.newest_step)
-        found = find_checkpoint(training.checkpoints)
-        assert (int(found.name.removeprefix('iter_')) if found else 0) == training.newest_step
+        steps.append(check_what_is_left(training, committed))
     return steps
 
 
@@ -44,7 +74,7 @@ def kill_repeatedly(training, seed):
 def survivors(new_training):
     trainings = {config: new_training('crashed', config) for config in (DATA_BASED, DATA_FREE)}
     with ThreadPoolExecutor() as pool:
-        steps = list(pool.map(kill_repeatedly, trainings.values(), (1, 2)))
+        steps = list(pool.map(kill_repeatedly, trainings.values(), (f'{SEED} 1', f'{SEED} 2')))
         list(pool.map(lambda training: training.run(), trainings.values()))
     return trainings, dict(zip(trainings, steps))
 
@@ -62,3 +92,69 @@ def test_nothing_is_left_behind(survivors, config):
     trainings, _ = survivors
     names = {path.name for path in trainings[config].checkpoints.iterdir()}
     assert names == {'.lock', 'iter_32', 'iter_64', 'iter_96'}
+
+
+def kill_one_of_several(training, draw, whom, at_start, total_iters):
+    """Start a run of several processes and kill one, or more of them; returns how far its checkpoints had come."""
+    process = training.start()
+    committed = wait_for_the_moment(training, process, draw, at_start, total_iters)
+    everyone, workers = descendants(process.pid), training.workers(process)
+    victim = draw.choice(workers) if workers else None
+    writers = [pid for pid in children(victim or 0) if 'writer_process' in command_line(pid)]
+    chosen = {'one': [victim], 'writer': writers, 'workers': workers}.get(whom) if victim else None
+    # the writers are left to themselves, and end with the processes they belong to
+    for pid in chosen or [process.pid, *workers]:
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(SECONDS_TO_END) != 0, training.output
+    assert not wait_until_gone(everyone, 10)
+    return check_what_is_left(training, committed)
+
+
+def check_survivor(new_training, strategy, kills, total_iters):
+    """Kill a run so many times, let it finish, and compare it with one that nobody killed."""
+    options = {'module_wrapper': strategy, 'total_iters': total_iters}
+    whole, killed = (new_training(name, DATA_BASED, processes=2, **options) for name in ('whole', 'killed'))
+    draw = random.Random(f'{strategy} {SEED}')
+    steps = [
+        kill_one_of_several(killed, draw, VICTIMS[number % len(VICTIMS)], number % 5 == 3, total_iters)
+        for number in range(kills)
+    ]
+    assert 0 < steps[-1] < total_iters
+    killed.run()
+    whole.run()
+    assert_same_run(killed, whole)
+    names = {path.name for path in killed.checkpoints.iterdir()}
+    assert names == {path.name for path in whole.checkpoints.iterdir()}
+    assert f'iter_{total_iters}' in names
+
+
+def test_several_processes(new_training):
+    check_survivor(new_training, 'fsdp2', KILLS_OF_SEVERAL, 42)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_several_processes_many_times(new_training, strategy):
+    check_survivor(new_training, strategy, MANY_KILLS, 4 * MANY_KILLS + 30)
+
+
+@pytest.mark.slow
+def test_processes_without_their_launcher_keep_the_directory(new_training):
+    """Killing torchrun alone does not end its processes; another run says so instead of writing beside them."""
+    training = new_training('orphans', DATA_BASED, processes=2, total_iters=100_000)
+    process = training.start()
+    training.wait_for(process, lambda: training.newest_step >= 2)
+    everyone, workers = descendants(process.pid), training.workers(process)
+    process.kill()
+    process.wait()
+    try:
+        before = training.newest_step
+        second = training.start()
+        assert second.wait(120) == 1
+        assert f'is in use by another run (process {workers[0]} on' in training.output
+        assert training.output.count('is in use by another run') == 1
+        assert training.newest_step > before
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+    assert not wait_until_gone(everyone, 10)

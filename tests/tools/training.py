@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ TEACHER = 'dit_digits_teacher'
 DATA_BASED = 'gmdit_k8_digits_piid_1step'
 DATA_FREE = 'gmdit_k8_digits_datafree_piid_2step'
 # The average starts, clipping starts and the warm-up ends within the few iterations of a test.
+GLOBAL_BATCH = 8
 SMALL = {
-    'data.train_dataloader.samples_per_gpu': 8,
     'custom_hooks.0.start_iter': 5,
     'train_cfg.diffusion_grad_clip_begin_iter': 7,
     'lr_config.warmup_iters': 9,
@@ -29,6 +30,36 @@ SMALL = {
 }
 TIMING = {'time', 'data_time', 'it_per_s', 'samples_per_s', 'tokens_per_s', 'memory_mb', 'memory'}
 TIMING |= {f'share_{name}' for name in (*PHASES, OTHER)}
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started; none if it is gone."""
+    try:
+        threads = list(Path(f'/proc/{pid}/task').iterdir())
+        return [int(child) for thread in threads for child in (thread / 'children').read_text().split()]
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have started."""
+    return [other for child in children(pid) for other in (child, *descendants(child))]
+
+
+def command_line(pid: int) -> str:
+    """How a process was started; empty if it is gone."""
+    try:
+        return Path(f'/proc/{pid}/cmdline').read_bytes().replace(b'\0', b' ').decode()
+    except OSError:
+        return ''
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    """Wait for processes to end; returns those that have not."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if command_line(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 @dataclass
@@ -41,6 +72,7 @@ class Training:
         options: ``--cfg-options`` beyond those that make iterations small.
         file: The config.
         validate: Whether to evaluate while training.
+        processes: Number of processes, started by torchrun if there are several; the global batch stays the same.
     """
 
     folder: Path
@@ -48,6 +80,7 @@ class Training:
     options: dict
     file: Path | None = None
     validate: bool = False
+    processes: int = 1
 
     @property
     def command(self) -> list[str]:
@@ -55,12 +88,17 @@ class Training:
 
     def command_of(self, tool: str, *arguments: str) -> list[str]:
         """Command line of ``tools/<tool>.py`` for this config."""
-        options = {**SMALL, **self.options}
+        options = {**SMALL, 'data.train_dataloader.samples_per_gpu': GLOBAL_BATCH // self.processes, **self.options}
+        # the launcher chooses a free port itself
+        torchrun = ('-m', 'torch.distributed.run', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0')
+        several = self.processes > 1
         return [
             sys.executable,
+            *((*torchrun, '--nproc_per_node', str(self.processes)) if several else ()),
             str(ROOT / 'tools' / f'{tool}.py'),
             str(self.file or ROOT / 'configs' / 'digits' / f'{self.config}.py'),
             *arguments,
+            *(('--launcher', 'pytorch') if several else ()),
             '--cfg-options',
             *(f'{key}={value}' for key, value in options.items()),
         ]
@@ -82,6 +120,10 @@ class Training:
             process.kill()
         assert code == 0, self.output
         return self.output
+
+    def workers(self, process: subprocess.Popen) -> list[int]:
+        """The processes that torchrun has started."""
+        return [pid for pid in children(process.pid) if 'tools/train.py' in command_line(pid)]
 
     @property
     def output(self) -> str:

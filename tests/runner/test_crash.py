@@ -1,0 +1,123 @@
+"""A run of two processes that is killed at random moments ends like one that is not.
+
+The processes are forked from a server that has imported everything, so that 200 kills take minutes; the same with the
+real command is in ``tests/tools/test_crash.py``. ``CRASH_SEED=n`` draws other moments.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ProcessFailedError, ProcessPool
+from tests.runner import small_run
+from tests.storage.test_interrupted_save import is_complete
+
+SEED = int(os.environ.get('CRASH_SEED', '0'))
+
+
+def writers_of(pid):
+    """Processes that write checkpoints for a process."""
+    children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    return [int(child) for child in children if b'writer_process' in Path(f'/proc/{child}/cmdline').read_bytes()]
+
+
+class Victim:
+    """A run in a folder that is started and killed again and again."""
+
+    def __init__(self, folder, strategy, total_iters, draw):
+        self.folder, self.strategy, self.total_iters, self.draw = folder, strategy, total_iters, draw
+        self.pool = ProcessPool(2)
+        self.done = []
+
+    @property
+    def committed(self):
+        return max(small_run.steps(self.folder), default=0)
+
+    def train(self, **changes):
+        return self.pool.run(
+            small_run.train, self.folder, strategy=self.strategy, total_iters=self.total_iters, timeout=600, **changes
+        )
+
+    def kill_once(self):
+        """Start the run, and kill one of its processes or all."""
+        before = self.committed
+        in_background = self.draw.random() < 0.25
+        whom = self.draw.choice(['one', 'all', 'writer'] if in_background else ['one', 'all'])
+        ended = threading.Event()
+
+        outcome = []
+
+        def run():
+            try:
+                outcome.append(self.train(checkpoint_config__asynchronous=in_background))
+            except Exception as error:
+                outcome.append(error)
+            ended.set()
+
+        self.pool.close()
+        self.pool.__enter__()
+        pids = self.pool.pids
+        thread = threading.Thread(target=run)
+        thread.start()
+        goal = min(before + 2 * self.draw.randint(0, 2), self.total_iters - 10)
+        while self.committed < goal and not ended.is_set():
+            time.sleep(0.002)
+        time.sleep(self.draw.uniform(0, 0.15 if goal > before else 1.0))
+        assert not ended.is_set(), f'{outcome} after {self.done}'
+        committed = self.committed
+        writers = writers_of(self.draw.choice(pids)) if whom == 'writer' else []
+        if whom == 'writer' and not writers:  # not started yet
+            whom = 'all'
+        victims = {'one': [self.draw.choice(pids)], 'all': pids, 'writer': writers}[whom]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if whom == 'writer':  # what it belongs to has to notice
+            assert ended.wait(60)
+        thread.join()
+        assert isinstance(outcome[0], ProcessFailedError), f'{outcome} after {self.done}'
+        assert self.committed >= committed >= before
+        assert all(is_complete(path) for path in small_run.checkpoints(self.folder).glob('iter_*'))
+        self.done.append((whom, in_background, before, self.committed))
+
+
+@pytest.fixture
+def crash(tmp_path):
+    """Kills a run some times, lets it finish, and compares it with one that nobody killed."""
+
+    def survive(strategy, kills):
+        total_iters = 4 * kills + 20
+        folder, whole = tmp_path / f'{strategy}_killed', tmp_path / f'{strategy}_whole'
+        folder.mkdir()
+        whole.mkdir()
+        victim = Victim(folder, strategy, total_iters, random.Random(f'{strategy} {kills} {SEED}'))
+        try:
+            for _ in range(kills):
+                victim.kill_once()
+            victim.train()
+            victim.folder = whole
+            victim.train()
+        finally:
+            victim.pool.kill()
+        assert 0 < victim.done[-1][-1] < total_iters, victim.done
+        small_run.assert_same_run(folder, whole)
+        names = {path.name for path in small_run.checkpoints(folder).iterdir()}
+        assert names == {'.lock', f'iter_{total_iters - 2}', f'iter_{total_iters}'}
+
+    return survive
+
+
+def test_killed_at_a_few_moments(crash):
+    crash('fsdp2', 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_killed_at_many_moments(crash, strategy):
+    crash(strategy, 100)
