@@ -1,125 +1,210 @@
-#!/usr/bin/env python
-"""How long training waits for a checkpoint that is written beside it.
+"""What saving a checkpoint costs training: the time that it stands still, and the time that it is slower.
 
-python benchmarks/checkpoint_stall.py
+    python benchmarks/checkpoint_stall.py [--cases single ddp fsdp2] [--rounds N]
 
-A network with 100 MB of weights, averages and moments is trained in steps of some tens of milliseconds. Runs that save
-nothing, runs that save every 50 steps beside training, and runs that wait for each save take turns; medians of several.
+A run of the digits student, widened until weights, average and moments are about 100 MB, saves every 50 iterations;
+processes beside it write, or (the baseline) it writes itself. Blocking is the time of the call that saves. A step is
+one while saving if it began before the checkpoint was published. Medians over all saves of all rounds, which alternate
+between both ways of writing, with the lowest and the highest value. How busy the cores were is told by the load average
+and by the processor time of this benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from groups import Group  # noqa: E402
+from small_models import digits  # noqa: E402
 
-from lakonlab.parallel.checkpoint_writer import CheckpointWriter, SaveJob
-from lakonlab.parallel.single import SingleProcess
+from lakonlab.mmengine_parts import Hook  # noqa: E402
+from lakonlab.ranks import Ranks  # noqa: E402
+from lakonlab.runner.hooks.checkpoint import CheckpointHook  # noqa: E402
+from lakonlab.runner.runner import Runner  # noqa: E402
 
-STATE_BYTES = 100 * 10**6
-SAVE_INTERVAL = 50
-KINDS = ('no save', 'beside training', 'waiting')
-
-
-class Whole(nn.Module):
-    """A network and its moving average; with two moments a number of it takes 16 bytes."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.diffusion = nn.Linear(width, width, bias=False)
-        self.diffusion_ema = nn.Linear(width, width, bias=False).requires_grad_(False)
+INTERVAL = 50
+CASES = {'single': 1, 'ddp': 2, 'fsdp2': 2}
+WIDTH, LAYERS = 288, 4
+BATCH = 32
+WARM_UP = 10
 
 
-class Training:
-    """Training that saves into a directory.
+class Stopwatch(Hook):
+    """Notes when iterations begin and end, by the clock of files."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """An iteration begins."""
+        self.begun.append(time.time())
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """An iteration is over, saving included."""
+        self.ended.append(time.time())
+
+
+class TimedCheckpoints(CheckpointHook):
+    """Notes how long each save keeps training waiting. See the base class for the arguments."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.called: list[float] = []
+        self.blocked: list[float] = []
+
+    def save(self, runner, step: int, wait: bool = False, name: str | None = None) -> None:
+        """See the base class."""
+        self.called.append(time.time())
+        start = time.perf_counter()
+        super().save(runner, step, wait, name)
+        self.blocked.append(time.perf_counter() - start)
+
+
+class Runs:
+    """Runs of the digits student, as one of several processes.
 
     Args:
-        folder: The directory.
+        ranks: The processes.
+        strategy: Name of the strategy; ``single`` for one process.
+        folder: Where to write, the same for all processes.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.strategy = SingleProcess(device='cpu')
-        width = round((STATE_BYTES / 16) ** 0.5)
-        self.model = self.strategy.wrap(Whole(width))
-        self.optimizers = {'diffusion': torch.optim.AdamW(self.model.diffusion.parameters(), lr=1e-4, fused=True)}
-        self.batch = torch.randn(64, width)
-        self.count = 0
+    def __init__(self, ranks: Ranks, strategy: str, folder: str):
+        self.ranks, self.strategy, self.folder = ranks, strategy, Path(folder)
+        logging.disable(logging.WARNING)
 
-    def step(self) -> None:
-        """One step of training."""
-        self.optimizers['diffusion'].zero_grad()
-        self.model.diffusion(self.batch).square().mean().backward()
-        self.optimizers['diffusion'].step()
-        self.model.diffusion_ema.weight.lerp_(self.model.diffusion.weight.detach(), 0.01)
+    def run(self, asynchronous: bool, saves: int) -> dict[str, Any]:
+        """Train, saving some times, and an interval longer.
 
-    def save(self, writer: CheckpointWriter) -> float:
-        """Save; returns the seconds that training waits."""
-        start = time.perf_counter()
-        self.count += 1
-        tensors, plain = self.strategy.optimizer_state(self.model, self.optimizers)
-        parts = {'model': self.strategy.model_state(self.model), 'optimizer': tensors}
-        writer.submit(SaveJob(self.folder, self.count, {'optimizers': plain}), parts)
-        return time.perf_counter() - start
+        Args:
+            asynchronous: Whether processes beside the run write.
+            saves: Number of checkpoints.
+        """
+        cfg = digits(BATCH // self.ranks.world_size, WIDTH, num_layers=LAYERS)
+        cfg.module_wrapper = None if self.strategy == 'single' else self.strategy
+        cfg.total_iters = INTERVAL * (saves + 1) - 1
+        cfg.checkpoint_config = None
+        cfg.log_config = dict(interval=10**6, hooks=[dict(type='TextLoggerHook')])
+        runner = Runner.from_cfg(cfg, work_dir=self.folder / 'logs', validate=False, ranks=self.ranks, device='cpu')
+        watch = Stopwatch()
+        hook = TimedCheckpoints(interval=INTERVAL, asynchronous=asynchronous, save_last=False)
+        runner.hooks = [*runner.hooks, hook, watch]
+        runner.checkpoint_hook, runner.checkpoint_dir = hook, self.folder / 'checkpoints'
+        before = processor_seconds()
+        runner.train()
+        processor = processor_seconds() - before
+        self.ranks.barrier()
+        paths = [runner.checkpoint_dir / f'iter_{INTERVAL * (number + 1)}' for number in range(saves)]
+        published = [(path / 'manifest.json').stat().st_mtime for path in paths]
+        written = sum(path.stat().st_size for path in paths[-1].rglob('*') if path.is_file())
+        parts = [runner.strategy.model_state(runner.model)]
+        parts.append(runner.strategy.optimizer_state(runner.model, runner.optimizers)[0])
+        pieces = [piece for part in parts for piece in part.values()]
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            shutil.rmtree(self.folder)
+        self.ranks.barrier()
+        steps: dict[bool, list[float]] = {True: [], False: []}
+        for number, (begin, end) in enumerate(zip(watch.begun, watch.ended)):
+            if (number + 1) % INTERVAL and number >= WARM_UP:
+                during = any(called <= begin < done for called, done in zip(hook.called, published))
+                steps[during].append(end - begin)
+        return {
+            'blocking': hook.blocked,
+            'writing': [done - called for called, done in zip(hook.called, published)],
+            'saving': steps[True],
+            'calm': steps[False],
+            'state': sum(piece.dtype.itemsize * piece.size().numel() for piece in pieces),
+            'own': sum(piece.num_bytes for piece in pieces),
+            'written': written,
+            'processor': processor,
+        }
 
-    def interval(self, writer: CheckpointWriter | None) -> tuple[float, float]:
-        """Steps of a save interval, the first right after a save; seconds of all, and of waiting for the save."""
-        start = time.perf_counter()
-        blocked = self.save(writer) if writer is not None else 0.0
-        for _ in range(SAVE_INTERVAL):
-            self.step()
-        return time.perf_counter() - start, blocked
+
+def processor_seconds() -> float:
+    """Of this process, and of its children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def described(values: list[float]) -> str:
+    """Median, lowest and highest value."""
+    if not values:
+        return 'none'
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f'{middle:.3f} s ({low:.3f} to {high:.3f}, {len(values)} values)'
+
+
+def measure(case: str, rounds: int, saves: int) -> None:
+    """Measure one strategy and print what was found."""
+    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    processor = 0.0
+    load, begin = os.getloadavg()[0], time.perf_counter()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Group(CASES[case], Runs, case, f'{folder}/run', alone=case == 'single') as group,
+    ):
+        for _ in range(rounds):
+            for asynchronous in (True, False):
+                results = group.call('run', asynchronous, saves)
+                found[asynchronous].append(results[0])
+                processor += sum(result['processor'] for result in results)
+    busy = processor / (time.perf_counter() - begin) / os.cpu_count()
+
+    def all_of(asynchronous: bool, key: str) -> list[float]:
+        return [value for result in found[asynchronous] for value in result[key]]
+
+    calm, saving = statistics.median(all_of(True, 'calm')), all_of(True, 'saving')
+    interval = INTERVAL * calm
+    one = found[True][0]
+    print(f'\n{case}, {CASES[case]} process{"es" if CASES[case] > 1 else ""}: state of {one["state"] / 1e6:.1f} MB')
+    print(f'  copied by each process            {one["own"] / 1e6:.1f} MB')
+    print(
+        f'  written                           {one["written"] / 1e6:.1f} MB, {one["written"] / one["state"]:.4f} of it'
+    )
+    print(f'  step while nothing is saved       {described(all_of(True, "calm"))}')
+    print(f'  step while saving                 {described(saving)}')
+    if saving:
+        share = len(saving) / len(all_of(True, 'blocking')) / INTERVAL
+        print(
+            f'  slower while saving               {statistics.median(saving) / calm - 1:+.1%}, {share:.0%} of the steps'
+        )
+    for title, asynchronous in (('asynchronous', True), ('synchronous', False)):
+        blocking = all_of(asynchronous, 'blocking')
+        share = statistics.median(blocking) / interval
+        print(f'  blocking, {title:<24}{described(blocking)}, {share:.2%} of {interval:.1f} s')
+    print(f'  until published, asynchronous     {described(all_of(True, "writing"))}')
+    print(
+        f'  cores                             {os.cpu_count()}, of which this took {busy:.0%}; '
+        f'load before {load:.1f}, after {os.getloadavg()[0]:.1f}',
+        flush=True,
+    )
 
 
 def main() -> None:
-    """Measure and print."""
+    """Print what was found for each strategy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=5)
-    repeats = parser.parse_args().repeats
-    with tempfile.TemporaryDirectory() as folder:
-        training = Training(Path(folder))
-        beside, waiting = CheckpointWriter(), CheckpointWriter(asynchronous=False)
-        training.step()
-        training.save(beside)  # starts the process and makes the memory
-        first = beside.wait()
-        written = sum(path.stat().st_size for path in first.rglob('*') if path.is_file())
-        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        blocked: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        cpu = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-        start = time.perf_counter()
-        for _ in range(repeats):
-            for kind, writer in zip(KINDS, (None, beside, waiting)):
-                seconds, stall = training.interval(writer)
-                beside.wait()
-                times[kind].append(seconds)
-                blocked[kind].append(stall)
-        cores = (resource.getrusage(resource.RUSAGE_SELF).ru_utime - cpu) / (time.perf_counter() - start)
-        beside.close()
-    base = statistics.median(times['no save'])
-    state = 16 * training.model.diffusion.weight.numel()
-    print(f'state {state / 1e6:.0f} MB, written {written / 1e6:.0f} MB ({written / state:.3f} of it)')
-    print(
-        f'{os.cpu_count()} cores; training used {cores:.2f} of them with {torch.get_num_threads()} threads, load '
-        f'{os.getloadavg()[0]:.1f}'
-    )
-    print(f'{"":<16}{"50 steps, s":>14}{"spread, s":>12}{"of no save":>12}{"blocked, s":>12}{"step, ms":>10}')
-    for kind in KINDS:
-        values = times[kind]
-        median, stall = statistics.median(values), statistics.median(blocked[kind])
-        print(
-            f'{kind:<16}{median:>14.2f}{max(values) - min(values):>12.2f}{median / base:>12.3f}{stall:>12.3f}'
-            f'{1000 * (median - stall) / SAVE_INTERVAL:>10.1f}'
-        )
+    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
+    parser.add_argument('--rounds', type=int, default=2)
+    parser.add_argument('--saves', type=int, default=2, help='checkpoints of a run')
+    options = parser.parse_args()
+    for case in options.cases:
+        measure(case, options.rounds, options.saves)
 
 
 if __name__ == '__main__':

@@ -141,3 +141,23 @@ def test_files_hold_every_element_once(saved, kind, layout):
     files = [path.stat().st_size for path in Path(results[0]['checkpoint']).glob('*/*.safetensors')]
     assert len(files) == 2 * LAYOUTS[layout][0]  # every process has its part in writing
     assert sum(files) < 1.2 * size + 2**16  # headers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['fsdp', 'fsdp2'])
+@pytest.mark.parametrize('kind', ['digits-GM', 'Flux-GM'])
+def test_copies_of_shards(runs, saved, tmp_path, kind, strategy):
+    """Four processes hold two copies, which are saved once; two processes go on with it, and the other way round."""
+    weights, copies = runs.weights(kind), dict(shard_size=2)
+    four = runs.call(4, train_and_save, kind, strategy, str(tmp_path / 'four'), weights=weights, options=copies)
+    two = saved(kind, f'{strategy} x2')
+    for part, tensors in zip(('model', 'optimizer'), whole(four, 'saved')):
+        same_bits(read_files(Path(four[0]['checkpoint'], part)), tensors)
+    after = runs.call(2, resume, kind, strategy, four[0]['checkpoint'], str(tmp_path / 'on two'), weights=weights)
+    back = runs.call(
+        4, resume, kind, strategy, two[0]['checkpoint'], str(tmp_path / 'on four'), weights=weights, options=copies
+    )
+    for found, source in ((after, four), (back, two)):
+        for tensors, expected in zip(whole(found, 'loaded'), whole(source, 'saved')):
+            same_bits(tensors, expected)
+        assert worst_difference(found[0]['logs'], source[0]['logs']) < 2e-6

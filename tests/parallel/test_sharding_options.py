@@ -202,7 +202,7 @@ def encode_prompts(ranks, strategy, config):
 
 
 @SHARDED
-@pytest.mark.parametrize('family', ['Flux', pytest.param('QwenImage', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('family', ['Flux', 'QwenImage'])
 def test_text_encoders(runs, tmp_path, strategy, family):
     if family == 'Flux':
         config = dict(type='PretrainedFluxTextEncoder', model_name_or_path=str(tiny_components.flux_folder(tmp_path)))

@@ -8,6 +8,8 @@ import pytest
 from tests.tools.training import DATA_BASED, DATA_FREE, TEACHER, Training
 
 TOTAL_ITERS = 96
+ITERS_OF_SEVERAL = 42
+"""Length of a run of two processes, whose start costs more."""
 SAVE_INTERVAL = 2
 
 
@@ -38,3 +40,18 @@ def uninterrupted(new_training):
     with ThreadPoolExecutor() as pool:
         list(pool.map(Training.run, references.values()))
     return references
+
+
+@pytest.fixture(scope='session')
+def uninterrupted_in_two_processes(new_training):
+    """Strategy -> a run of two processes that nothing interrupted, made when first asked for."""
+    references = {}
+
+    def make(strategy: str) -> Training:
+        if strategy not in references:
+            options = {'module_wrapper': strategy, 'total_iters': ITERS_OF_SEVERAL}
+            references[strategy] = new_training(f'uninterrupted_{strategy}', DATA_BASED, processes=2, **options)
+            references[strategy].run()
+        return references[strategy]
+
+    return make

@@ -110,32 +110,34 @@ def kill_one_of_several(training, draw, whom, at_start, total_iters):
     return check_what_is_left(training, committed)
 
 
-def check_survivor(new_training, strategy, kills, total_iters):
+def check_survivor(killed, whole, kills):
     """Kill a run so many times, let it finish, and compare it with one that nobody killed."""
-    options = {'module_wrapper': strategy, 'total_iters': total_iters}
-    whole, killed = (new_training(name, DATA_BASED, processes=2, **options) for name in ('whole', 'killed'))
-    draw = random.Random(f'{strategy} {SEED}')
+    total_iters = killed.options['total_iters']
+    draw = random.Random(f'{killed.options["module_wrapper"]} {SEED}')
     steps = [
         kill_one_of_several(killed, draw, VICTIMS[number % len(VICTIMS)], number % 5 == 3, total_iters)
         for number in range(kills)
     ]
     assert 0 < steps[-1] < total_iters
     killed.run()
-    whole.run()
     assert_same_run(killed, whole)
     names = {path.name for path in killed.checkpoints.iterdir()}
     assert names == {path.name for path in whole.checkpoints.iterdir()}
     assert f'iter_{total_iters}' in names
 
 
-def test_several_processes(new_training):
-    check_survivor(new_training, 'fsdp2', KILLS_OF_SEVERAL, 42)
+def test_several_processes(new_training, uninterrupted_in_two_processes):
+    whole = uninterrupted_in_two_processes('fsdp2')
+    check_survivor(new_training('killed', DATA_BASED, processes=2, **whole.options), whole, KILLS_OF_SEVERAL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
 def test_several_processes_many_times(new_training, strategy):
-    check_survivor(new_training, strategy, MANY_KILLS, 4 * MANY_KILLS + 30)
+    options = {'module_wrapper': strategy, 'total_iters': 4 * MANY_KILLS + 30}
+    whole, killed = (new_training(name, DATA_BASED, processes=2, **options) for name in ('whole', 'killed'))
+    whole.run()
+    check_survivor(killed, whole, MANY_KILLS)
 
 
 @pytest.mark.slow
