@@ -174,3 +174,23 @@ def test_unwritable_directory(workers, tmp_path, place, message):  # noqa: F811
     assert [reported for _, reported, _ in errors] == [False, True]
     for error, _, _ in errors:
         assert re.search(message, error)
+
+
+def be_late(ranks, folder, appearing):
+    """A run that has chosen to start anew, when the end of an earlier one publishes a checkpoint; returns the error."""
+    with small_run.small_runner(ranks, folder) as runner:
+        if ranks.is_main:
+            runner.checkpoint_dir.mkdir(parents=True)
+            shutil.copytree(appearing, runner.checkpoint_dir / appearing.name)
+        try:
+            runner.train()
+        except Exception as error:
+            return str(error)
+
+
+def test_checkpoint_that_appears_after_the_choice(workers, runs, tmp_path):  # noqa: F811
+    appearing = small_run.checkpoints(runs[0]) / 'iter_6'
+    for error in workers.run(be_late, tmp_path, appearing):
+        assert error == 'checkpoints/small/iter_6 was saved by another process meanwhile; run the same command again'
+    assert workers.run(small_run.train, tmp_path) == [6, 6]
+    assert small_run.result(tmp_path) == small_run.result(runs[1])

@@ -107,6 +107,7 @@ def test_who_logs_what_and_where(tmp_path, capsys, rank, level, all_ranks, file,
         getattr(logging.getLogger('lakonlab.runner'), name)('this is %s', name)
     detach_log_handlers(handlers)
     logging.getLogger('lakonlab.runner').error('after')
+    logging.getLogger('lakonlab').setLevel('INFO')  # for what other tests expect to be logged
     assert [path.name for path in tmp_path.iterdir()] == ([] if file is None else [file])
     written = [] if file is None else (tmp_path / file).read_text().splitlines()
     assert [line.split()[-1] for line in written] == in_file

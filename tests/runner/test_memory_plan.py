@@ -351,7 +351,7 @@ def test_modules_that_are_gathered():
         return [entry.gathered for entry in digits_plan(**options)[0].sharding.values()]
 
     blocks = gathered()
-    assert blocks[0] == blocks[1] > 0
+    assert 0 < blocks[0] <= blocks[1]  # fsdp2 fetches one more ahead
     assert blocks == gathered(fsdp_modules=['lakonlab.models.architecture.diffusers.dit.DiTBlock'])
     assert blocks == gathered(fsdp_modules=['*Block'])
     assert blocks > gathered(fsdp_modules=['lakonlab.models.architecture.diffusers.dit.DiTBlock', 'torch.nn.Linear'])
