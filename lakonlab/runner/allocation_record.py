@@ -4,7 +4,7 @@ The record is the profiler's. It knows every tensor whoever made it, unlike resi
 the system keeps of freed memory. Two kinds of allocations are no part of a plan and can be told apart:
 
 * *Scratch*: what one operation allocates and frees for itself, such as a weight that oneDNN packs for a product in
-  bfloat16. It differs from processor to processor and is gone before anything else is allocated.
+  bfloat16, or the tiles of an attention kernel. It differs from processor to processor, and with the number of threads.
 * *Copies of the backend*: gloo copies what it gathers and reduces; nccl does not. Its threads free them unrecorded.
 """
 
@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 WINDOW = 'lakonlab.allocation_record.window'
 BACKEND = ('c10d::', 'gloo:', 'nccl:')
+FACTORIES = ('aten::empty', 'aten::empty_like', 'aten::empty_strided', 'aten::zeros', 'aten::zeros_like')
+"""Operations that allocate for the one which calls them."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,16 @@ def _allocation(made: Any, freed: Any | None) -> Allocation:
     while node is not None:
         made_in.append(node.name)
         node = node.parent
+    maker = made.parent
+    while maker is not None and maker.name in FACTORIES and maker.parent is not None:
+        maker = maker.parent
     is_scratch = (
         freed is not None
         and freed.typed[1].alloc_size < 0
         and freed.parent is not None
-        and made.parent is not None
-        and freed.parent.id == made.parent.id
-        and made.parent.name.startswith('aten::')
+        and maker is not None
+        and freed.parent.id == maker.id
+        and maker.name.startswith('aten::')
     )
     end = None if freed is None else freed.start_time_ns
     return Allocation(made.typed[1].alloc_size, made.start_time_ns, end, tuple(made_in), is_scratch)

@@ -41,6 +41,16 @@ def test_temporaries_of_a_formula_count():
     assert record.peak() == pytest.approx(2 * x.nbytes, rel=0.01)
 
 
+def test_the_tiles_of_a_kernel_are_scratch():
+    """Attention on CPUs takes a buffer for every thread; a plan counts what it returns."""
+    x = torch.ones(2, 3, 256, 32)
+    with recording() as record, torch.no_grad():
+        result = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    tiles = [allocation for allocation in record.allocations if allocation.is_scratch]
+    assert tiles
+    assert record.peak() == pytest.approx(result.nbytes, rel=0.05)
+
+
 def test_backward_passes_count():
     x = torch.ones(64 * KILOBYTE, requires_grad=True)
     with recording() as record:
