@@ -6,6 +6,8 @@ business of the strategies. In one process every method is the identity.
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +16,8 @@ import torch.distributed as dist
 
 Value = TypeVar('Value')
 Failure = TypeVar('Failure', bound=BaseException)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,20 @@ class Ranks:
             try:
                 result = function()
             except Exception as raised:  # travels to the other processes, which would wait for ever otherwise
-                error = raised
+                error = portable(raised)
         result, error = self.broadcast((result, error))
         if error is not None:
             raise self.common(error)
         return result
 
-    def together(self, function: Callable[[], Value]) -> Value:
+    def together(self, function: Callable[[], Value], exchanges: bool = False) -> Value:
         """Call a function in every process, and fail in every process if it fails in any.
+
+        Args:
+            function: What to call.
+            exchanges: Whether the function itself exchanges something among the processes, as networks do that are
+                divided. The others then wait inside of it for a process that fails there, which can tell them nothing:
+                it logs its error, raises it at once, and its launcher ends the others.
 
         Returns:
             Its result in this process.
@@ -102,8 +112,11 @@ class Ranks:
         try:
             result = function()
         except Exception as raised:
+            if exchanges and self.world_size > 1:
+                logger.error('process %d of %d has failed', self.rank, self.world_size, exc_info=raised)
+                raise
             error = raised
-        errors = self.all_gather(error)
+        errors = self.all_gather(None if error is None else portable(error))
         first = next((found for found in errors if found is not None), None)
         if first is not None:
             raise self.common(error if error is not None else first)
@@ -125,6 +138,20 @@ class Ranks:
 
 ALONE = Ranks()
 """One process on its own."""
+
+
+def portable(error: Exception, kind: type[Exception] = RuntimeError) -> Exception:
+    """An error that can be sent to another process.
+
+    Args:
+        error: The error.
+        kind: Class of the one that says the same, where the error itself cannot be sent.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is taken apart and put together
+        return kind(f'{type(error).__name__}: {error}').with_traceback(error.__traceback__)
+    return error
 
 
 def is_reported_by_main(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,10 @@ from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 
 
+class EvaluationStoppedError(Exception):
+    """The run was asked to stop in the middle of an evaluation, of which nothing is kept."""
+
+
 def evaluate(
     model: nn.Module | None,
     dataloader: DataLoader,
@@ -40,6 +44,8 @@ def evaluate(
     seed: int = 0,
     name: str = 'evaluation',
     ranks: Ranks = ALONE,
+    is_divided: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Generate every sample of a data split once and measure them.
 
@@ -62,6 +68,8 @@ def evaluate(
         seed: Seed of what the sampler draws beyond the data set's noise.
         name: Title of the progress bar.
         ranks: The processes.
+        is_divided: Whether the networks are divided among the processes, which then wait for each other in them.
+        stop: Whether this process is asked to stop; asked before every round of batches.
 
     Returns:
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
@@ -70,7 +78,8 @@ def evaluate(
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
-        Exception: What failed in any process, in all of them.
+        EvaluationStoppedError: ``stop`` has said so in any process; in all of them.
+        Exception: What failed in any process, in all of them; where networks are divided, in that process alone.
     """
     needs_reference = any(metric.needs_reference for metric in metrics)
     if needs_reference and reference_kwargs is None:
@@ -131,10 +140,15 @@ def evaluate(
         hidden = None if ranks.is_main else True  # None: hidden if there is no terminal
         with tqdm(total=len(dataloader.dataset), desc=name, unit='sample', leave=False, disable=hidden) as progress:
             for number, share in enumerate(shares(dataloader, ranks)):
+                if stop is not None and any(ranks.all_gather(stop())):
+                    size = len(dataloader.dataset)
+                    raise EvaluationStoppedError(f'{name} was stopped after {count} of {size} samples')
                 make_reference = needs_reference and any(
                     ranks.all_gather(references.lacks(share.batch['ids'], data, reference_kwargs, version))
                 )
-                made, device = ranks.together(partial(make, share, number == 0, make_reference))
+                made, device = ranks.together(
+                    partial(make, share, number == 0, make_reference), exchanges=is_divided and generate
+                )
                 ranks.on_main(partial(measure, ranks.gather(made), device))
                 beat()
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from lakonlab.evaluation.best import BestValue, number_that_decides
-from lakonlab.evaluation.evaluate import build_evaluation_loader, evaluate
+from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder
 from lakonlab.evaluation.references import ReferenceSamples
@@ -48,6 +48,9 @@ class GenerativeEvalHook(Hook):
             ``checkpoint_config``.
         best_metric: Name of that number, such as ``'frechet_distance'``; None for the first one of ``metrics`` that
             tells better weights from worse ones. Its metric says whether less is better or more.
+
+    Attributes:
+        owed: Iteration whose evaluation was given up when the run was asked to stop; None if there is none.
 
     Raises:
         ValueError: An argument has an impossible value.
@@ -102,6 +105,7 @@ class GenerativeEvalHook(Hook):
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()
         self._loader = None
+        self.owed: int | None = None
 
     def share(self, hooks: Sequence[Hook]) -> None:
         """Use the networks and reference samples of the first evaluation of the run.
@@ -136,6 +140,8 @@ class GenerativeEvalHook(Hook):
         loader: str = 'val_dataloader',
         seed: int = 0,
         ranks: Ranks = ALONE,
+        is_divided: bool = False,
+        stop: Callable[[], bool] | None = None,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
 
@@ -147,6 +153,8 @@ class GenerativeEvalHook(Hook):
             loader: Key of the loader arguments in ``data``.
             seed: Seed of what the sampler draws beyond the data set's noise.
             ranks: The processes.
+            is_divided: Whether the networks of the model are divided among them.
+            stop: Whether this process is asked to stop, see :func:`lakonlab.evaluation.evaluate.evaluate`.
 
         Returns:
             In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
@@ -184,6 +192,8 @@ class GenerativeEvalHook(Hook):
             seed=seed,
             name=self.name,
             ranks=ranks,
+            is_divided=is_divided,
+            stop=stop,
         )
         ranks.on_main(finish)
         if ranks.is_main:
@@ -206,17 +216,36 @@ class GenerativeEvalHook(Hook):
                 'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
             )
 
+    def before_train_epoch(self, runner) -> None:
+        """Make up for an evaluation in which the run was stopped."""
+        owed, self.owed = self.owed, None
+        if owed == runner.iter:
+            self._evaluate(runner, owed)
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Evaluate if it is time to; log the numbers, and save the run if it is the best so far."""
-        iteration = runner.iter + 1
-        if not self.is_due(iteration):
-            return
+        if self.is_due(runner.iter + 1):
+            self._evaluate(runner, runner.iter + 1)
+
+    def _evaluate(self, runner, iteration: int) -> None:
         run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
-        ranks = runner.strategy.ranks
-        with phase('evaluation'):
-            results, grid = self.run(
-                runner.model, runner.cfg.data, run_name, str(iteration), seed=runner.seed, ranks=ranks
-            )
+        strategy = runner.strategy
+        try:
+            with phase('evaluation'):
+                results, grid = self.run(
+                    runner.model,
+                    runner.cfg.data,
+                    run_name,
+                    str(iteration),
+                    seed=runner.seed,
+                    ranks=strategy.ranks,
+                    is_divided=strategy.is_sharded,
+                    stop=lambda: runner.is_asked_to_stop,
+                )
+        except EvaluationStoppedError as stopped:
+            logger.info('%s; it will be made when the run goes on', stopped)
+            self.owed, strategy.stop_requested = iteration, True
+            return
         numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
 
         def log() -> None:
@@ -225,16 +254,17 @@ class GenerativeEvalHook(Hook):
             if grid is not None:
                 runner.visualizer.add_image(self.name, grid, step=iteration)
 
-        ranks.on_main(log)
+        strategy.ranks.on_main(log)
         if self.best is not None and self.best.update(numbers[self.best.name], iteration):
-            runner.checkpoint_hook.save_best(runner, iteration, self.best.name, self.best.value)
+            runner.checkpoint_hook.save_best(iteration, self.best.name, self.best.value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far and when it was reached, as plain data."""
-        return dict(best=None if self.best is None else self.best.state_dict())
+        """The best value so far and when it was reached, and the evaluation that is owed, as plain data."""
+        return dict(best=None if self.best is None else self.best.state_dict(), owed=self.owed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the best value so far."""
+        """Restore them."""
+        self.owed = state.get('owed')
         if self.best is not None and state['best'] is not None:
             self.best.load_state_dict(state['best'])
 

@@ -30,6 +30,7 @@ def run_evaluations(
     splits: Sequence[str] | None = None,
     seed: int = 0,
     ranks: Ranks = ALONE,
+    is_divided: bool = False,
 ) -> list[dict[str, Any]]:
     """Run every entry of the section ``evaluation`` once; several processes do so together.
 
@@ -40,6 +41,7 @@ def run_evaluations(
         splits: Only entries of these data splits; None for all.
         seed: Seed of what the samplers draw beyond the data set's noise.
         ranks: The processes.
+        is_divided: Whether the networks of the model are divided among them.
 
     Returns:
         The results of each entry, in their order, in every process.
@@ -59,7 +61,9 @@ def run_evaluations(
         if ranks.is_main:
             logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
         hook.share(hooks)
-        results.append(hook.run(model, cfg['data'], cfg.get('name', 'run'), tag, 'test_dataloader', seed, ranks)[0])
+        name = cfg.get('name', 'run')
+        result, _ = hook.run(model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided)
+        results.append(result)
     return results
 
 

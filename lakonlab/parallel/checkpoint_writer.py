@@ -8,6 +8,7 @@ A writer ends with the process it belongs to.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -32,9 +33,15 @@ from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 from lakonlab.storage.pieces import Box, Pieces
 from lakonlab.storage.shared_memory import SharedMemory, positions
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 """How long a writer may still report, or end, after another one has failed, or when nothing is left to do."""
+NOTICE_SECONDS = 60.0
+"""How often the log says that training waits for a checkpoint."""
+WRITE_SECONDS = 3600.0
+"""How long a checkpoint may take until it is given up."""
 START_SECONDS = 10.0
 """How long a process that leaves waits for writers that have not found each other yet."""
 Parts = Mapping[str, Mapping[str, Pieces]]
@@ -53,7 +60,7 @@ class SaveJob:
         step: Completed iterations.
         state: Everything but tensors, plain data.
         config_text: The resolved config.
-        name: Name of the checkpoint; None for that of the step.
+        names: Under which names it is published, one after the other; None for that of the step.
         extra: What the main process adds to the unpublished directory, see
             :func:`~lakonlab.storage.checkpoint.write_checkpoint`.
         afterwards: What the main process calls once the checkpoint is published.
@@ -63,7 +70,7 @@ class SaveJob:
     step: int
     state: Mapping[str, Any]
     config_text: str = ''
-    name: str | None = None
+    names: tuple[str | None, ...] = (None,)
     extra: Callable[[Path], object] | None = None
     afterwards: Sequence[Callable[[], object]] = field(default=())
 
@@ -74,12 +81,16 @@ class SaveJob:
             parts: Part -> name -> what this process holds; not changed by anyone until this returns.
             ranks: The processes.
 
+        Returns:
+            Where it was published last.
+
         Raises:
             CheckpointError: It failed in one of the processes.
         """
-        path = write_checkpoint(
-            self.run_dir, self.step, parts, self.state, self.config_text, self.name, ranks, self.extra
-        )
+        for name in self.names:
+            path = write_checkpoint(
+                self.run_dir, self.step, parts, self.state, self.config_text, name, ranks, self.extra
+            )
         if ranks.is_main:
             for function in self.afterwards:
                 function()
@@ -117,6 +128,7 @@ class CheckpointWriter:
         self._memory: SharedMemory | None = None
         self._store: dist.Store | None = None
         self._is_ready = self._is_busy = False
+        self._begun = self._noticed = 0.0
         self._outcome: Path | BaseException | None = None
 
     def start(self) -> None:
@@ -165,6 +177,7 @@ class CheckpointWriter:
             layouts[part][name] = Layout(pieces.shape, pieces.dtype, pieces.boxes, own)
         self._send(job, layouts, self._memory.size if fresh else None)
         self._is_busy = True
+        self._begun = self._noticed = time.monotonic()
 
     def _reserve(self, size: int) -> bool:
         """Make sure that there is shared memory of a size; True if it is new."""
@@ -198,13 +211,15 @@ class CheckpointWriter:
             CheckpointError: It failed in one of the processes; the same in all of them, reported once.
         """
         if not self.asynchronous or self.ranks.world_size == 1:
-            while self._is_busy:
-                self._listen(POLL_SECONDS)
-                beat()  # a slow disk is no hang
+            while self._is_busy and not isinstance(self._outcome, BaseException):
+                self._wait_a_little()
+            if self._is_busy:
+                self._process.kill()
+                self._is_busy = False
             return self._taken()
         while True:
             if self._is_busy:
-                self._listen(POLL_SECONDS)
+                self._wait_a_little()
             beat()
             is_busy, errors = self._news()
             if errors:
@@ -216,6 +231,23 @@ class CheckpointWriter:
                 raise self.ranks.common([*ended, *errors][0])
             if not is_busy:
                 return self._taken()
+
+    def _wait_a_little(self) -> None:
+        """Listen for a moment; say so if the disk is slow, which is no hang, and give up what takes all too long."""
+        self._listen(POLL_SECONDS)
+        beat()
+        now = time.monotonic()
+        if not self._is_busy or now - self._noticed < NOTICE_SECONDS:
+            return
+        self._noticed = now
+        seconds = now - self._begun
+        if seconds > WRITE_SECONDS:
+            self._outcome = CheckpointError(
+                f'a checkpoint has not been written within {seconds:.0f} s and is given up; what was saved before is '
+                'untouched. See whether the file system of checkpoint_config.out_dir answers, and run again.'
+            )
+        else:
+            logger.warning('waiting for a checkpoint that has been being written for %.0f s', seconds)
 
     def _abandon(self) -> None:
         """Give up what is being written; nothing of it has been published, and the next run removes what there is."""
@@ -281,11 +313,13 @@ class CheckpointWriter:
         try:
             deadline = time.monotonic() + START_SECONDS
             while self._is_busy and (self._is_ready or time.monotonic() < deadline):
-                self._listen(POLL_SECONDS)
-                beat()
+                self._wait_a_little()
+                if isinstance(self._outcome, BaseException):
+                    break
             if self._is_busy:
+                outcome = self._outcome
                 self._abandon()
-                raise CheckpointError(
+                raise outcome or CheckpointError(
                     'the processes that write checkpoints have not found each other, so nothing was saved; look for '
                     'the error of another process of this run'
                 )

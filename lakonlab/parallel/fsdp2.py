@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class FullyShard(Sharded):
     """Every parameter is divided by rows. See :class:`Sharded` for the arguments."""
 
     name = 'fsdp2'
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._rounded: dict[str, tuple[int, int]] = {}
 
     def units_within(self, network: nn.Module, units: Mapping[int, nn.Module], kept: set[int]) -> set[int]:
         """See the base class; what computes in float32 is gathered by itself where the rest is gathered in less."""
@@ -122,17 +127,23 @@ class FullyShard(Sharded):
             number, changed = restore(optimizer, firsts, {p: saved.get(names[p], {}) for p in firsts}, read)
         except ValueError as error:
             raise CheckpointError(f'{checkpoint} lacks some of what optimizer {key!r} remembers: {error}') from error
-        counts = self.ranks.all_gather((number, changed))
-        number, changed = (sum(values) for values in zip(*counts))
-        if changed:
-            logger.warning(
-                'optimizer[%r]: %s was saved by processes that held other parts, so %d of %d parts of moments are '
-                'rounded to 8 bits anew: from here on the run differs, by such rounding, from an uninterrupted one',
-                key,
-                checkpoint,
-                changed,
-                number,
-            )
+        self._rounded[key] = number, changed
+
+    def report_restored(self, checkpoint: Path) -> None:
+        """See the base class."""
+        everyone = self.ranks.all_gather(self._rounded)
+        for key in self._rounded:
+            number, changed = (sum(values) for values in zip(*(own[key] for own in everyone)))
+            if changed:
+                logger.warning(
+                    'optimizer[%r]: %s was saved by processes that held other parts, so %d of %d parts of moments are '
+                    'rounded to 8 bits anew: from here on the run differs, by such rounding, from an uninterrupted one',
+                    key,
+                    checkpoint,
+                    changed,
+                    number,
+                )
+        self._rounded = {}
 
     def _first_element(self, name: str, parameter: nn.Parameter) -> int:
         """Number of the first element that this process holds of a parameter, in row-major order."""

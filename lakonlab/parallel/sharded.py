@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +109,23 @@ class Sharded(Strategy):
             if self.num_copies == 1:
                 self._mesh = init_device_mesh(self.device.type, (self.parts,), mesh_dim_names=('shard',))
             else:
+                self._look_at_nodes()
                 shape = (self.num_copies, self.parts)
                 self._mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=('replicate', 'shard'))
         return self._mesh
+
+    def _look_at_nodes(self) -> None:
+        """Say so if copies are divided across nodes though each would fit into one."""
+        hosts = self.ranks.all_gather(socket.gethostname())
+        groups = [set(hosts[start : start + self.parts]) for start in range(0, len(hosts), self.parts)]
+        across = [number for number, group in enumerate(groups) if len(group) > 1]
+        if across and self.parts <= self.ranks.local_world_size and self.ranks.is_main:
+            logger.warning(
+                '%d of %d copies of the weights are divided across nodes, whose processes have consecutive numbers '
+                'elsewhere; start the processes node by node (Slurm: --distribution=block, MPI: --map-by ppr:N:node)',
+                len(across),
+                len(groups),
+            )
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         division = self.division(model)

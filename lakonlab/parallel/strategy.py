@@ -257,6 +257,13 @@ class Strategy(GradientExchange):
                     of_key.setdefault(name, {})[slot] = info
             self.restore_optimizer(model, key, optimizer, of_key, plain.get(key, {}), checkpoint)
 
+    def report_restored(self, checkpoint: Path) -> None:
+        """Say in the log what could not be restored exactly. Every process of the run calls this.
+
+        Args:
+            checkpoint: What :meth:`load_optimizer_state` has read.
+        """
+
     def restore_optimizer(
         self,
         model: nn.Module,

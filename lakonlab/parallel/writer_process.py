@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -42,6 +41,8 @@ def main(descriptor: int) -> None:
     _end_with(parent)
     ranks = _ranks(rank, world_size, address)
 
+    from lakonlab.ranks import portable
+    from lakonlab.storage.checkpoint import CheckpointError
     from lakonlab.storage.shared_memory import SharedMemory
 
     connection.send(READY)
@@ -56,7 +57,7 @@ def main(descriptor: int) -> None:
         try:
             outcome = job.write(parts, ranks)
         except Exception as error:  # travels to the process that asked for it
-            outcome = _portable(error)
+            outcome = portable(error, CheckpointError)
         parts.clear()
         connection.send(outcome)
 
@@ -94,17 +95,6 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot travel."""
-    from lakonlab.storage.checkpoint import CheckpointError
-
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return CheckpointError(f'{type(error).__name__}: {error}')
-    return error
 
 
 if __name__ == '__main__':

@@ -158,6 +158,7 @@ class Runner:
         self.starting_point = StartingPoint(None, 'fresh', 'none was looked for')
         self.started_from: list[dict[str, str]] = []
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
+        self._stop: StopRequest | None = None
         self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir)
 
     @classmethod
@@ -199,6 +200,8 @@ class Runner:
             torch.backends.cudnn.benchmark = bool(cfg.get('cudnn_benchmark', False))
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         strategy = build_strategy(cfg, ranks, device)
+        if strategy.is_sharded:
+            require_agreement(ranks, {'number of processes that share a copy': strategy.parts}, 'at launch')
         max_iters = cfg.total_iters
         settings = log_settings(cfg.get('log_config'), work_dir)
         schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
@@ -272,10 +275,16 @@ class Runner:
         """Epochs that the run begins."""
         return -(-self.max_iters * self.batch_size // len(self.dataset))
 
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal has asked this process, or any in the step before, to stop."""
+        return self.strategy.stop_requested or (self._stop is not None and self._stop.signal is not None)
+
     def train(self) -> None:
         """Train from the starting point to the last iteration.
 
-        Ctrl-C and SIGTERM end the run after the iteration in progress, saved.
+        Ctrl-C and SIGTERM end the run after the iteration in progress, saved. An evaluation is given up, and made when
+        the run goes on.
 
         Raises:
             SystemExit: The run was stopped by a signal; the code is 130 or 143.
@@ -287,27 +296,32 @@ class Runner:
             self._enter(stack)
             self._restore()
             require_agreement(self.strategy.ranks, self.facts(self.iter), 'at the start')
-            if self.iter >= self.max_iters:
+            is_done = self.iter >= self.max_iters
+            if is_done and not self._owes_evaluation():
                 logger.info('all %d iterations are done: nothing to train', self.max_iters)
                 return
             if self.watchdog_seconds:
                 stack.enter_context(self._watchdog())
-            stop = stack.enter_context(StopRequest())
+            stop = self._stop = stack.enter_context(StopRequest())
             self.train_dataloader.batches = self._loader(self.iter)
             self.model.train()
             self.call_hook('before_run')
             self.call_hook('before_train')
             self.call_hook('before_train_epoch')
+            if self._owes_evaluation():  # stopped again while it was made up for
+                self._save_and_exit(stop)
             self.clock.restart()
-            for batch in in_phase('data', self.train_dataloader):
+            for batch in in_phase('data', () if is_done else self.train_dataloader):
                 # processes notice a signal at different moments, and learn of it with the sums of the same step
                 self.strategy.stop_requested = stop.signal is not None
                 self.train_iter(batch)
                 is_stopped = self.strategy.stop_requested if self.world_size > 1 else stop.signal is not None
                 if self.iter == self.max_iters or is_stopped:
                     break
-            if self.iter < self.max_iters:
+            if self.iter < self.max_iters or self._owes_evaluation():
                 self._save_and_exit(stop)
+            if is_done and self.checkpoint_hook is not None:
+                self.checkpoint_hook.save(self, self.iter)  # one that owes no evaluation
             self.call_hook('after_train_epoch')
             self.call_hook('after_train')
             self.call_hook('after_run')
@@ -379,6 +393,10 @@ class Runner:
             'strategy': self.strategy.name,
             'torch': torch.__version__,
         }
+
+    def _owes_evaluation(self) -> bool:
+        """Whether an evaluation of the weights as they are was given up."""
+        return any(getattr(hook, 'owed', None) == self.iter for hook in self.hooks)
 
     def _hooks_with_state(self) -> list[tuple[str, Hook]]:
         counts: dict[str, int] = {}
@@ -458,6 +476,7 @@ class Runner:
                     self.model, self.optimizers, start.checkpoint, state['optimizers']
                 )
             )
+            self.strategy.report_restored(start.checkpoint)
         else:
             logger.warning('%s was saved without optimizer state: the optimizers start anew', start.checkpoint)
         self.iter = self.first_iter = state['iteration']
@@ -477,6 +496,7 @@ class Runner:
         else:
             if self.checkpoint_hook.last_saved != self.iter:
                 self.checkpoint_hook.save(self, self.iter)
+            self.checkpoint_hook.save_owed(self)
             self.checkpoint_hook.finish()
             logger.info(
                 'stopped by %s after iteration %d, saved in %s; run the same command to go on',

@@ -146,7 +146,14 @@ def evaluate_checkpoint(
         model = _build(cfg, weights.checkpoint, seed, strategy)
         seed_globals(seed)
         tag = 'default' if weights.checkpoint is None else weights.checkpoint.name
-        results = run_evaluations(model, {**cfg.to_dict(), 'evaluation': pending}, tag=tag, seed=seed, ranks=ranks)
+        results = run_evaluations(
+            model,
+            {**cfg.to_dict(), 'evaluation': pending},
+            tag=tag,
+            seed=seed,
+            ranks=ranks,
+            is_divided=strategy.is_sharded,
+        )
         for entry, result in zip(pending, results, strict=True):
             fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
     results_by_entry = {**finished, **fresh}
@@ -205,14 +212,12 @@ def _build(cfg: Config, checkpoint: Path | None, seed: int, strategy: Any) -> nn
         seed_globals(seed)
         return MODELS.build({**cfg.model, **sections})
 
-    def place() -> nn.Module:
-        wrapped = strategy.wrap(model)
-        if checkpoint is not None:
-            strategy.load_model_state(wrapped, checkpoint)
-        return wrapped.eval()
-
-    model = strategy.ranks.together(build)
-    return strategy.ranks.together(place)
+    ranks = strategy.ranks
+    built = ranks.together(build)
+    model = ranks.together(lambda: strategy.wrap(built), exchanges=True)
+    if checkpoint is not None:
+        ranks.together(lambda: strategy.load_model_state(model, checkpoint))
+    return model.eval()
 
 
 def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool) -> list[dict[str, Any]]:

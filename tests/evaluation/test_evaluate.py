@@ -179,9 +179,10 @@ def hook_and_runner(ranks=ALONE, **entry):
             add_image=lambda name, image, step: done.append((name, image.shape, step)),
         ),
         checkpoint_hook=SimpleNamespace(
-            save_best=lambda of, step, name, value: done.append(('best', of is runner, step, name, value))
+            save_best=lambda step, name, value: done.append(('best', step, name, value))
         ),
-        work_dir='work_dirs/run', timestamp='now', seed=5, strategy=SimpleNamespace(ranks=ranks),
+        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False,
+        strategy=SimpleNamespace(ranks=ranks, is_sharded=False, stop_requested=False),
     )  # fmt: skip
     hook.before_train(runner)
     return hook, runner
@@ -233,16 +234,40 @@ def test_best_checkpoint_is_saved_when_a_number_improves():
     hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
     name = 'val_p_reference_rmse'
     saved = [evaluate_at(hook, runner, *when) for when in ((1, 1.0), (2, 1.5), (3, float('nan')), (4, 0.5), (5, 0.5))]
-    assert saved == [[(True, 1, name, 1.0)], [], [], [(True, 4, name, 0.5)], []]
+    assert saved == [[(1, name, 1.0)], [], [], [(4, name, 0.5)], []]
 
     again, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
     again.load_state_dict(json.loads(json.dumps(hook.state_dict())))
     assert evaluate_at(again, runner, 6, 0.75) == []
-    assert [step for _, step, _, _ in evaluate_at(again, runner, 7, 0.25)] == [7]
+    assert [step for step, _, _ in evaluate_at(again, runner, 7, 0.25)] == [7]
 
     other, runner = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
     other.load_state_dict(hook.state_dict())  # of another entry: its values say nothing here
-    assert [step for _, step, _, _ in evaluate_at(other, runner, 6, 0.75)] == [6]
+    assert [step for step, _, _ in evaluate_at(other, runner, 6, 0.75)] == [6]
+
+
+def test_whoever_is_asked_to_stop_all_give_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, viz_num=0, save_best_ckpt=True, **RMSE)
+        runner.is_asked_to_stop = ranks.rank == 1
+        hook.after_train_iter(runner, 0)
+        given_up = runner.strategy.stop_requested, json.loads(json.dumps(hook.state_dict())), list(runner.done)
+        again, runner = hook_and_runner(ranks, viz_num=0, save_best_ckpt=True, **RMSE)
+        again.load_state_dict(given_up[1])
+        runner.iter = 1
+        again.before_train_epoch(runner)
+        return given_up, again.owed, [call for call in runner.done if call[0] == 'best']
+
+    for given_up, owed, saved in run_threads(evaluated, 2):
+        assert given_up == (
+            True,
+            {'best': {'name': 'val_p_reference_rmse', 'value': None, 'step': None}, 'owed': 1},
+            [],
+        )
+        assert owed is None
+        assert saved == [('best', 1, 'val_p_reference_rmse', pytest.approx(1.0))]
 
 
 def test_best_checkpoint_is_saved_only_if_asked_for():

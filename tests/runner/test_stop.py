@@ -8,6 +8,7 @@ import pytest
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
+from lakonlab.storage.checkpoint import read_state, verify
 from tests import processes
 from tests.processes import ProcessFailedError, run_processes, workers  # noqa: F401
 from tests.runner import small_run
@@ -84,6 +85,46 @@ def test_one_is_asked_and_all_stop(workers, whole, tmp_path, request_, statuses,
     assert max(small_run.steps(tmp_path)) == step
     assert workers.run(small_run.train, tmp_path) == [step, step]
     small_run.assert_same_run(tmp_path, whole)
+
+
+def evaluated(rung, time=1):
+    """Changes of the config: evaluations after iterations 3, 6 and 9."""
+    entry = dict(
+        type='GenerativeEvalHook',
+        data='val',
+        interval=3,
+        viz_num=0,
+        metrics=[dict(type='ReferenceRMSE')],
+        reference_kwargs=dict(role='teacher', test_cfg_override=dict(num_timesteps=2)),
+        save_best_ckpt=True,
+    )
+    return dict(
+        total_iters=9,
+        evaluation=[entry],
+        data__val=dict(type='AlarmingNoise', size=11, alarming=6, time=time, rung=str(rung)),
+        data__val_dataloader=dict(samples_per_gpu=2),
+    )
+
+
+@pytest.mark.parametrize('at', [3, 9])
+def test_an_evaluation_is_given_up_and_made_up_for(workers, tmp_path, at):  # noqa: F811
+    """Where it is only made when the run goes on, everything is as if the run had not been stopped."""
+    stopped, whole, rung = tmp_path / 'stopped', tmp_path / 'whole', tmp_path / 'rung'
+    stopped.mkdir()
+    whole.mkdir()
+    rung.touch()
+    workers.run(small_run.train, whole, **evaluated(rung))
+    rung.unlink()
+    changes = evaluated(rung, at // 3)
+    assert workers.run(train, stopped, timeout=60, **changes) == [143, 143]
+    assert max(small_run.steps(stopped)) == at
+    assert workers.run(small_run.train, stopped, **changes) == [at, at]
+    small_run.assert_same_run(stopped, whole)
+    best = 'best_val_reference_rmse'
+    states = [read_state(small_run.checkpoints(folder) / best) for folder in (stopped, whole)]
+    assert states[0]['iteration'] == states[1]['iteration']
+    assert states[0]['hooks']['GenerativeEvalHook.0']['best'] == states[1]['hooks']['GenerativeEvalHook.0']['best']
+    verify(small_run.checkpoints(stopped) / best)
 
 
 def test_twice_is_at_once(whole, tmp_path, monkeypatch):

@@ -96,6 +96,7 @@ class CheckpointHook(Hook):
         self.asynchronous = asynchronous
         self.export = export
         self.last_saved: int | None = None
+        self._best: list[str] = []
         self._writer: CheckpointWriter | None = None
 
     def before_train(self, runner) -> None:
@@ -107,7 +108,8 @@ class CheckpointHook(Hook):
         self._writer_of(runner).start()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Let every process know of a failed write."""
+        """Let every process know of a failed write; save what an evaluation asked for that came after this hook."""
+        self.save_owed(runner)
         if self._writer is not None:
             self._report_finished()
             runner.strategy.failed = self._writer.has_failed()
@@ -125,15 +127,27 @@ class CheckpointHook(Hook):
             self._writer.wait()
         if self.is_due(step, runner.max_iters):
             self.save(runner, step, wait=step == runner.max_iters)
+        elif self._best:
+            self.save(runner, step, for_itself=False)
 
-    def save(self, runner, step: int, wait: bool = False, name: str | None = None) -> None:
+    def after_train(self, runner) -> None:
+        """See :meth:`save_owed`."""
+        self.save_owed(runner)
+
+    def save_owed(self, runner) -> None:
+        """Save what :meth:`save_best` has asked for since the last save. Every process of the run calls this."""
+        if self._best:
+            self.save(runner, runner.iter, for_itself=False)
+
+    def save(self, runner, step: int, wait: bool = False, for_itself: bool = True) -> None:
         """Save the run as it is after ``step`` completed iterations. Every process of the run calls this.
 
         Args:
             runner: The run.
             step: Completed iterations.
             wait: Whether to return only when the checkpoint is published.
-            name: Name of the checkpoint, which then no rule of retention touches; None for that of the step.
+            for_itself: Whether it is saved as the checkpoint of the step, beside what :meth:`save_best` has asked for,
+                of which the same copy of the state is written.
 
         Raises:
             CheckpointError: This write failed (when waiting), or the one before did.
@@ -148,27 +162,31 @@ class CheckpointHook(Hook):
             state = runner.state_dict(step)
             if self.save_optimizer:
                 parts['optimizer'], state['optimizers'] = strategy.optimizer_state(runner.model, runner.optimizers)
+            names: list[str | None] = [*self._best]  # first: what the run remembers as its best is there before it is
+            self._best = []
             afterwards = []
-            if name is None:
+            if for_itself:
+                names.append(None)
                 self.last_saved = step
                 afterwards = [partial(prune, runner.checkpoint_dir, step, self.max_keep_ckpts, self.must_save_interval)]
             extra = None if self.export is None else partial(add_inference_weights, role=EXPORTS[self.export])
-            job = SaveJob(runner.checkpoint_dir, step, state, runner.config_text, name, extra, tuple(afterwards))
+            job = SaveJob(
+                runner.checkpoint_dir, step, state, runner.config_text, tuple(names), extra, tuple(afterwards)
+            )
             writer.submit(job, parts)
             if wait or not self.asynchronous:
                 _report(writer.wait())
 
-    def save_best(self, runner, step: int, name: str, value: float) -> None:
-        """Save the run as the best so far, in the place of the best before. Every process of the run calls this.
+    def save_best(self, step: int, name: str, value: float) -> None:
+        """Save the run as the best so far, in the place of the best before, when this iteration ends.
 
         Args:
-            runner: The run.
             step: Completed iterations.
             name: What it is the best by; its checkpoint is ``best_<name>``.
             value: The best value.
         """
-        logger.info('%s = %.4f is the best so far', name, value)
-        self.save(runner, step, name=f'best_{re.sub("[^A-Za-z0-9_.-]+", "_", name)}')
+        logger.info('%s = %.4f of iteration %d is the best so far', name, value, step)
+        self._best.append(f'best_{re.sub("[^A-Za-z0-9_.-]+", "_", name)}')
 
     def _require_exported(self, runner) -> None:
         names = runner.strategy.model_state(runner.model)
