@@ -128,15 +128,13 @@ def log_settings(log_config: Mapping[str, Any] | None, work_dir: str | Path) -> 
 
 
 def memory_megabytes(device: torch.device) -> float:
-    """Peak memory of tensors on a CUDA device, or the resident memory of this process, in MB."""
+    """The most memory so far, in MB: of tensors on a CUDA device, of this whole process on another one."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2**20
-    statm = Path('/proc/self/statm')
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
-    import resource  # macOS has no /proc and states the peak in bytes
+    import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def count_text_tokens(data_batch: Mapping[str, Any] | None) -> int:
