@@ -27,7 +27,15 @@ logger = logging.getLogger(__name__)
 
 MOST_DIFFERENCES = 20
 # where a run lies and what it reports do not change what is trained
-UNRELATED_SECTIONS = ('work_dir', 'work_dir_mirror', 'evaluation', 'log_config', 'log_level', 'resume_from', 'load_from')
+UNRELATED_SECTIONS = (
+    'work_dir',
+    'work_dir_mirror',
+    'evaluation',
+    'log_config',
+    'log_level',
+    'resume_from',
+    'load_from',
+)
 
 
 @dataclass(frozen=True)

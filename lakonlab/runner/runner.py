@@ -168,7 +168,9 @@ class Runner:
         self.starting_point = StartingPoint(None, 'fresh', 'none was looked for')
         self.started_from: list[dict[str, str]] = []
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
-        self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir, mirror)
+        self.checkpoint_dir = run_directory(
+            self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir, mirror
+        )
         self.holder: str | None = None
 
     @classmethod

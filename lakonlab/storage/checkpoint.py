@@ -104,9 +104,7 @@ def read_manifest(path: AnyPath) -> dict[str, Any]:
         if name not in sizes:
             raise CheckpointError(f'{path} is incomplete: {name} is missing')
         if sizes[name] != size:
-            raise CheckpointError(
-                f'{folder / name} is damaged: it has {sizes[name]} bytes, the manifest states {size}'
-            )
+            raise CheckpointError(f'{folder / name} is damaged: it has {sizes[name]} bytes, the manifest states {size}')
     return manifest
 
 
@@ -138,9 +136,7 @@ def content_digest(path: AnyPath, part: str | None = None) -> str:
     """
     entries = read_manifest(path)['files']
     lines = [
-        f'{name} {entries[name]["sha256"]}\n'
-        for name in sorted(entries)
-        if part is None or name.startswith(f'{part}/')
+        f'{name} {entries[name]["sha256"]}\n' for name in sorted(entries) if part is None or name.startswith(f'{part}/')
     ]
     return hashlib.sha256(''.join(lines).encode()).hexdigest()
 

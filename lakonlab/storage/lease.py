@@ -101,7 +101,10 @@ def _acquire(directory: RemotePath, path: RemotePath, holder: str) -> None:
             is_renewed = is_renewed or (known is not None and _token(known) == _token(found))
             if known is None and not _is_of_this_machine(found):
                 logger.info(
-                    '%s is held by %s; waiting up to %.0f s for a sign of life', directory, _describe(found), STALE_SECONDS
+                    '%s is held by %s; waiting up to %.0f s for a sign of life',
+                    directory,
+                    _describe(found),
+                    STALE_SECONDS,
                 )
             known, since = found, now
         is_here = _is_of_this_machine(found)

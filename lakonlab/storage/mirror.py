@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 from lakonlab.storage import files
-from lakonlab.storage.local_files import is_bookkeeping
 
 CHUNK_BYTES = 1 << 22
 
@@ -51,10 +50,8 @@ class Mirror:
             OSError: One cannot be copied; the next call tries it again.
         """
         changed = []
-        for path in sorted(path for path in self.local.rglob('*') if path.is_file()):
-            name = path.relative_to(self.local).as_posix()
-            if any(is_bookkeeping(part) for part in path.relative_to(self.local).parts):
-                continue
+        for name in [info.name for info in files.list_files(self.local)]:
+            path = self.local / name
             entry = path.stat()
             facts = entry.st_size, entry.st_mtime_ns
             if self._copied.get(name) == facts:

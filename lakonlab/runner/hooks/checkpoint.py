@@ -82,7 +82,9 @@ class CheckpointHook(Hook):
 
     def before_train(self, runner) -> None:
         """Remove what an interrupted save left behind, and get ready to write."""
-        removed = runner.strategy.ranks.on_main(lambda: publisher_of(runner.checkpoint_dir).clean(runner.checkpoint_dir))
+        removed = runner.strategy.ranks.on_main(
+            lambda: publisher_of(runner.checkpoint_dir).clean(runner.checkpoint_dir)
+        )
         if removed:
             logger.info('removed from an interrupted save: %s', ', '.join(removed))
         self._require_exported(runner)
@@ -136,7 +138,9 @@ class CheckpointHook(Hook):
                 afterwards = [partial(prune, runner.checkpoint_dir, step, self.max_keep_ckpts, self.must_save_interval)]
             extra = None if self.export is None else partial(add_inference_weights, role=EXPORTS[self.export])
             confirm = partial(publisher_of(runner.checkpoint_dir).confirm, runner.checkpoint_dir, runner.holder)
-            job = SaveJob(runner.checkpoint_dir, step, state, runner.config_text, name, extra, confirm, tuple(afterwards))
+            job = SaveJob(
+                runner.checkpoint_dir, step, state, runner.config_text, name, extra, confirm, tuple(afterwards)
+            )
             writer.submit(job, parts)
             if wait or not self.asynchronous:
                 _report(writer.wait())
