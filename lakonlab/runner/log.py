@@ -111,8 +111,8 @@ def log_settings(log_config: Mapping[str, Any] | None, work_dir: str | Path) -> 
             save_dir = options.get('log_dir') or os.path.join(work_dir, 'tf_logs')
             if is_remote(save_dir):
                 raise ValueError(
-                    f'log_config.hooks: log_dir={save_dir!r} is not local; leave it out, and set work_dir_mirror to have '
-                    'all logs copied to a remote directory'
+                    f'log_config.hooks: log_dir={save_dir!r} is not local; leave it out, and set work_dir_mirror to '
+                    'have all logs copied to a remote directory'
                 )
             backend = {'type': 'TensorboardVisBackend', 'save_dir': save_dir}
         elif kind == 'WandbLoggerHook':

@@ -2,8 +2,8 @@
 
 The holder writes ``.lock`` with the condition that it does not exist, and renews it while it runs. A lock is stale, and
 taken over, at once if its process ran on this machine and is gone; otherwise when it has not been renewed for
-``STALE_SECONDS`` by this machine's clock, as clocks of machines differ. A store that ignores the condition lets two runs
-begin at the same moment; the one whose lock was overwritten then learns of it before it publishes anything.
+``STALE_SECONDS`` by this machine's clock, as clocks of machines differ. A store that ignores the condition lets two
+runs begin at the same moment; the one whose lock was overwritten then learns of it before it publishes anything.
 """
 
 from __future__ import annotations

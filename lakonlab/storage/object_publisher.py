@@ -1,8 +1,8 @@
 """Directories of object stores are published by their manifest, which is put last.
 
-``iter_8/`` holds ``manifest.json`` and one folder ``data-<16 hexadecimal digits>/`` per attempt to save it, in which the
-files lie; the manifest names the folder. Putting one object is atomic, so a reader finds the files of the attempt before
-or those of the new one, whole, and never a mixture. Folders that no manifest names are what killed saves left.
+``iter_8/`` holds ``manifest.json`` and one folder ``data-<16 hexadecimal digits>/`` per attempt to save it, in which
+the files lie; the manifest names the folder. Putting one object is atomic, so a reader finds the files of the attempt
+before or those of the new one, whole, and never a mixture. Folders that no manifest names are what killed saves left.
 """
 
 from __future__ import annotations

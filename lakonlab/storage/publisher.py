@@ -2,8 +2,9 @@
 
 A save is a *draft*: a folder in which files are written, which no reader looks at. Publishing makes it the directory of
 the final name in one step. A local draft is a temporary directory that is renamed
-(:mod:`lakonlab.storage.local_publisher`); in an object store, which cannot rename, it is a folder of a unique name inside
-of the final directory, to which the manifest that is put last refers (:mod:`lakonlab.storage.object_publisher`).
+(:mod:`lakonlab.storage.local_publisher`); in an object store, which cannot rename, it is a folder of a unique name
+inside of the final directory, to which the manifest that is put last refers
+(:mod:`lakonlab.storage.object_publisher`).
 """
 
 from __future__ import annotations

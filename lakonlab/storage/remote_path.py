@@ -1,7 +1,7 @@
 """Paths of other places than the local file system, with the part of pathlib's interface that checkpoints need.
 
-``as_path`` gives a ``pathlib.Path`` for what is local and a :class:`RemotePath` for ``s3://bucket/key`` and the like, so
-that what finds, reads and prunes checkpoints is written once.
+``as_path`` gives a ``pathlib.Path`` for what is local and a :class:`RemotePath` for ``s3://bucket/key`` and the like,
+so that what finds, reads and prunes checkpoints is written once.
 """
 
 from __future__ import annotations

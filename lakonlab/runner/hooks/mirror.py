@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class MirrorHook(Hook):
     """Copies what was written to ``work_dir`` at every log line and after every save, beside training.
 
-    A failure is reported as an error and the files are tried again the next time; the one at the end of the run fails it.
+    A failure is reported as an error, and the files are tried again the next time; one at the end of the run fails it.
 
     Args:
         mirror: The copy.
