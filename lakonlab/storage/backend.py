@@ -60,6 +60,14 @@ class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme ca
         """A stream whose content becomes the file when the block ends well."""
         raise _cannot(path, 'written')
 
+    def create(self, path: str, content: bytes) -> bool:
+        """Make a small file unless there is one of this name; whether that was done."""
+        raise _cannot(path, 'written')
+
+    def clean_uploads(self, path: str) -> list[str]:
+        """End unfinished uploads below a directory, which no listing shows; the paths that they would have had."""
+        return []
+
     def list_names(self, path: str) -> list[str]:
         """Names of files and directories in a directory, sorted; none if it does not exist."""
         raise _cannot(path, 'listed')
