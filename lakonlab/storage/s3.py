@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from lakonlab.storage.backend import Backend, FileInfo
 from lakonlab.storage.errors import MissingFileError, StorageError, TransientError
+from lakonlab.storage.paths import scheme_of
 from lakonlab.storage.ranges import Answer, chunks_of, open_ranges
 from lakonlab.storage.retry import Patience, persistently
 from lakonlab.storage.s3_client import code_of, of_connection, request
@@ -29,7 +30,7 @@ def split(path: str) -> tuple[str, str]:
         StorageError: It names no bucket, or a part of the key is empty, ``.`` or ``..``.
     """
     bucket, _, key = path.partition('://')[2].partition('/')
-    if not bucket or any(part in ('', '.', '..') for part in key.split('/') if key):
+    if scheme_of(path) != 's3' or not bucket or any(part in ('', '.', '..') for part in key.split('/') if key):
         raise StorageError(f'{path!r}: expected s3://bucket/key, with a name between any two slashes')
     return bucket, key
 

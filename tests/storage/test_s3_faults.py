@@ -88,7 +88,8 @@ OPERATIONS = {
 @pytest.mark.parametrize('fault', TRANSIENT, ids=lambda fault: f'{fault.how}-{fault.code}')
 @pytest.mark.parametrize('operation', OPERATIONS)
 def test_transient_failures_are_tried_again(operation, fault, faulty, caplog):
-    faulty.faults = [again(fault, times=2)]
+    # botocore asks the bucket for its region after a refused question without a body
+    faulty.faults = [again(fault, times=3 if fault.status == 400 else 2)]
     assert OPERATIONS[operation](faulty)
     assert len(faulty.requests) >= 3
     assert f'{faulty.bucket}' in caplog.text
@@ -187,6 +188,8 @@ STEPS = {
     ids=lambda value: value if isinstance(value, str) else f'{value.how}-{value.code}',
 )
 def test_upload_in_parts_survives_failures(step, fault, faulty):
+    if faulty.server.kind == 'rclone' and (step, fault.how) == ('complete', 'lost'):
+        pytest.skip('rclone serve s3 does not keep what tells by which upload a file was made')
     where = STEPS[step]
     faulty.faults = [again(fault, method=where.method, path=where.path, times=1)]
     files.write_bytes(f'{faulty.bucket}/large.bin', LARGE)
