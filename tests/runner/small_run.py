@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lakonlab.registry import DATASETS
 from lakonlab.runner.runner import Runner
 from lakonlab.storage.checkpoint import find_checkpoint, list_checkpoints, read_state, read_tensors, step_of
+from lakonlab.storage.remote_path import AnyPath
 
 NAME = 'small'
 NETWORK = dict(
@@ -143,9 +144,14 @@ def steps(folder: Path) -> list[int]:
     return sorted(step_of(path) for path in list_checkpoints(checkpoints(folder)))
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """Weights, averages, optimiser and counters of the newest checkpoint, bit for bit."""
-    path = find_checkpoint(checkpoints(folder))
+def result(folder: Path, run_dir: AnyPath | None = None) -> dict[str, Any]:
+    """Weights, averages, optimiser and counters of the newest checkpoint, bit for bit.
+
+    Args:
+        folder: Working directory.
+        run_dir: Directory of the checkpoints; None for the one in ``folder``.
+    """
+    path = find_checkpoint(checkpoints(folder) if run_dir is None else run_dir)
     state = read_state(path)
     tensors = {
         f'{part}/{name}': (tensor.dtype, tensor.numpy().tobytes())
