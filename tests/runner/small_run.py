@@ -127,11 +127,17 @@ def small_runner(ranks, folder: Path, cfg: Config | None = None, **changes: Any)
             dist.destroy_process_group(group)
 
 
-def train(ranks, folder: Path, **changes: Any) -> int:
-    """Train to the end; returns the first iteration."""
-    with small_runner(ranks, folder, **changes) as runner:
-        runner.train()
-        return runner.first_iter
+def train(ranks, folder: Path, environment: Mapping[str, str] | None = None, **changes: Any) -> int:
+    """Train to the end, with some variables in the environment; returns the first iteration."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with small_runner(ranks, folder, **changes) as runner:
+            runner.train()
+            return runner.first_iter
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def checkpoints(folder: Path) -> Path:
@@ -172,9 +178,15 @@ def logged(folder: Path) -> dict[int, list[Mapping[str, float]]]:
     return entries
 
 
-def assert_same_run(folder: Path, reference: Path) -> None:
-    """Assert that two runs ended with the same bits and logged the same values at every iteration."""
-    found, expected = result(folder), result(reference)
+def assert_same_run(folder: Path, reference: Path, run_dir: AnyPath | None = None) -> None:
+    """Assert that two runs ended with the same bits and logged the same values at every iteration.
+
+    Args:
+        folder: Working directory of one.
+        reference: Working directory of the other.
+        run_dir: Directory of the checkpoints of the first one; None for the one in ``folder``.
+    """
+    found, expected = result(folder, run_dir), result(reference)
     assert set(found) == set(expected)
     different = [name for name, value in expected.items() if repr(value) != repr(found[name])]
     assert not different, f'{folder}: {len(different)} of {len(expected)} entries differ, among them {different[:4]}'

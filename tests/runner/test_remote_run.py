@@ -1,9 +1,7 @@
 """Runs of two processes whose checkpoints, images and logs go to an S3 server equal those that write to a disk."""
 
-import contextlib
 import io
 import json
-import os
 
 import numpy as np
 import pytest
@@ -23,17 +21,6 @@ EVALUATION = dict(
     viz_num=3,
     sample_kwargs=dict(role='student', test_cfg_override={}),
 )
-
-
-def train(ranks, environment, folder, **changes):
-    """Train to the end, finding the server by some variables; returns the first iteration and the warnings."""
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        return small_run.train(ranks, folder, **changes)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture
@@ -66,13 +53,13 @@ def test_a_run_that_is_continued(workers, there, tmp_path):  # noqa: F811
     for folder in folders:
         folder.mkdir()
     disk, first, second = folders
-    workers.run(train, {}, disk, strategy='fsdp2', **local())
+    workers.run(small_run.train, disk, strategy='fsdp2', **local())
     run_dir = f'{where}/checkpoints/{small_run.NAME}'
 
     # the second half runs on another machine, with nothing on its disk
-    assert workers.run(train, environment, first, strategy='fsdp2', total_iters=5, **remote(where)) == [0, 0]
+    assert workers.run(small_run.train, first, environment, strategy='fsdp2', total_iters=5, **remote(where)) == [0, 0]
     assert steps(run_dir) == [4, 5]
-    assert workers.run(train, environment, second, strategy='fsdp2', **remote(where)) == [5, 5]
+    assert workers.run(small_run.train, second, environment, strategy='fsdp2', **remote(where)) == [5, 5]
     assert steps(run_dir) == [6, 8]
     assert small_run.result(second, as_path(run_dir)) == small_run.result(disk)
     assert not (second / 'checkpoints').exists()
@@ -95,48 +82,47 @@ def test_a_run_that_is_continued(workers, there, tmp_path):  # noqa: F811
     assert set(logged) == {*small_run.logged(disk), 5}  # the first run ended there
 
 
-@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+@pytest.mark.parametrize('strategy', ['ddp', pytest.param('fsdp', marks=pytest.mark.slow)])
 def test_checkpoints_of_two_processes_are_read_by_one(workers, there, tmp_path, monkeypatch, strategy):  # noqa: F811
     where, environment = there
     place = dict(checkpoint_config__out_dir=where)
-    workers.run(train, environment, tmp_path, strategy='fsdp2', total_iters=4, **place)
+    workers.run(small_run.train, tmp_path, environment, strategy='fsdp2', total_iters=4, **place)
     run_dir = f'{where}/{small_run.NAME}'
-    workers.run(train, {}, tmp_path, strategy='fsdp2', total_iters=4)
+    workers.run(small_run.train, tmp_path, strategy='fsdp2', total_iters=4)
     assert small_run.result(tmp_path, as_path(run_dir)) == small_run.result(tmp_path)
-    assert workers.run(train, environment, tmp_path, strategy=strategy, total_iters=6, **place) == [4, 4]
-    assert workers.run(train, {}, tmp_path, strategy=strategy, total_iters=6) == [4, 4]
+    assert workers.run(small_run.train, tmp_path, environment, strategy=strategy, total_iters=6, **place) == [4, 4]
+    assert workers.run(small_run.train, tmp_path, strategy=strategy, total_iters=6) == [4, 4]
     assert small_run.result(tmp_path, as_path(run_dir)) == small_run.result(tmp_path)
 
 
-def attempt(ranks, environment, folder, **changes):
-    """Like :func:`train`; the error if it fails."""
-    with contextlib.suppress(SystemExit):
-        try:
-            return train(ranks, environment, folder, **changes)
-        except Exception as error:
-            return f'{type(error).__name__}: {error}'
+def attempt(ranks, folder, environment, **changes):
+    """Train to the end; the error if that fails."""
+    try:
+        return small_run.train(ranks, folder, environment, **changes)
+    except Exception as error:
+        return f'{type(error).__name__}: {error}'
 
 
 def test_damage_is_passed_over_and_set_aside(workers, there, swift, tmp_path):  # noqa: F811
     where, environment = there
     place = dict(checkpoint_config__out_dir=where)
     run_dir = f'{where}/{small_run.NAME}'
-    workers.run(train, environment, tmp_path, total_iters=6, **place)
+    workers.run(small_run.train, tmp_path, environment, total_iters=6, **place)
     newest = require_checkpoint(f'{run_dir}/iter_6')
     shard = next(info.name for info in files.list_files(str(newest)) if '/model/rank_00001' in info.name)
     content = bytearray(files.read_bytes(f'{newest}/{shard}'))
     content[-2] ^= 4
     files.write_bytes(f'{newest}/{shard}', bytes(content))
 
-    for error in workers.run(attempt, environment, tmp_path, resume_from=str(newest), **place):
+    for error in workers.run(attempt, tmp_path, environment, resume_from=str(newest), **place):
         assert 'its checksum is not the one in the manifest' in error
-    assert workers.run(attempt, environment, tmp_path, **place) == [4, 4]
+    assert workers.run(attempt, tmp_path, environment, **place) == [4, 4]
     names = {info.name for info in files.list_files(run_dir)}
     assert 'iter_6/damaged.0.json' in names
     assert f'iter_6/{shard}' in names
     assert steps(run_dir) == [6, 8]
     (tmp_path / 'disk').mkdir()
-    workers.run(train, {}, tmp_path / 'disk')
+    workers.run(small_run.train, tmp_path / 'disk')
     assert small_run.result(tmp_path, as_path(run_dir)) == small_run.result(tmp_path / 'disk')
 
 
@@ -144,13 +130,13 @@ def test_export_best_and_weights_of_another_run(workers, there, tmp_path):  # no
     where, environment = there
     run_dir = f'{where}/{small_run.NAME}'
     options = dict(checkpoint_config__out_dir=where, checkpoint_config__must_save_interval=3)
-    workers.run(train, environment, tmp_path, checkpoint_config__export='ema', **options)
+    workers.run(small_run.train, tmp_path, environment, checkpoint_config__export='ema', **options)
     assert steps(run_dir) == [3, 6, 8]
     names = [info.name for info in files.list_files(find_checkpoint(run_dir).url)]
     assert any(name.endswith('/export/diffusion_pytorch_model.safetensors') for name in names)
 
     (tmp_path / 'other').mkdir()
     weights = dict(load_from=f'{run_dir}/latest', total_iters=0, checkpoint_config__out_dir=f'{where}/other')
-    assert workers.run(train, environment, tmp_path / 'other', **weights) == [0, 0]
-    found = workers.run(attempt, environment, tmp_path / 'other', resume_from=f'{run_dir}/iter_5', total_iters=9)
+    assert workers.run(small_run.train, tmp_path / 'other', environment, **weights) == [0, 0]
+    found = workers.run(attempt, tmp_path / 'other', environment, resume_from=f'{run_dir}/iter_5', total_iters=9)
     assert all("iter_5' does not exist (checkpoints in s3://" in error for error in found)
