@@ -176,7 +176,7 @@ def _stat(path: str, bucket: str, key: str) -> FileInfo | None:
         except MissingFileError:
             return None
         answer['Body'].close()
-    return FileInfo(key.rpartition('/')[2], answer['ContentLength'], _unquoted(answer.get('ETag')))
+    return FileInfo(key.rpartition('/')[2], answer['ContentLength'], _unquoted(answer.get('ETag')), md5=md5_in(answer))
 
 
 def _open_at(
