@@ -147,13 +147,16 @@ def _obtain(path: str, key: str) -> tuple[AnyPath, str]:
 
 def _in_remote_folder(folder: str, path: str, key: str) -> tuple[AnyPath, str]:
     """Weights, or a checkpoint, in a folder that can be listed; a run may hold much more than what is needed."""
+    from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint, find_file
+
     names = files.list_names(folder)
     for name in FOLDER_NAMES:
         if name in names:
             return fetch(files.join(folder, name)), files.join(folder, name)
-    from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint
-
     try:
+        inner = find_file(folder) if folder.endswith(SAFETENSORS_SUFFIXES) else None
+        if inner is not None:  # weights for inference that a checkpoint brings along
+            return fetch(inner), inner
         found = find_checkpoint(folder)
     except CheckpointError as error:
         raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
