@@ -312,7 +312,9 @@ class TestShards:
 
     def test_s3_checkpoint_of_a_run(self, place, teacher):
         run = as_path(place) / 'run'
-        write_checkpoint(run, 5, {'model': {f'diffusion.denoising.{k}': v for k, v in teacher.state_dict().items()}}, {})
+        write_checkpoint(
+            run, 5, {'model': {f'diffusion.denoising.{k}': v for k, v in teacher.state_dict().items()}}, {}
+        )
         for spelling in (str(run), f'{run}/latest.pth', f'{run}/iter_5', f'{run}/iter_5.pth'):
             assert same(build('DiTTransformer2DModelMod', pretrained=spelling), teacher)
 
