@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 
-def collate(items: Sequence):
+def collate(items: Sequence | Mapping):
     """Put items into one batch: tensors are stacked, mappings are followed, all else becomes a list.
 
     Python numbers and strings are descriptions (ids, names), so they stay lists; what the model computes with comes
     from the data set as tensors.
 
     Args:
-        items: Items of one kind: mappings with the same keys, tensors of one shape, or anything else.
+        items: Items of one kind: mappings with the same keys, tensors of one shape, or anything else. A mapping is the
+            batch itself, of a data set that reads the items of a batch together.
 
     Returns:
         The batch: tensors of shape (B, ...), dicts of batches, lists of length B.
@@ -23,6 +24,8 @@ def collate(items: Sequence):
         KeyError: A key of the first item is missing in another one.
         ValueError: Tensors of different shapes stand under one key.
     """
+    if isinstance(items, Mapping):
+        return dict(items)
     first = items[0]
     if isinstance(first, Mapping):
         batch = {}
