@@ -47,7 +47,7 @@ def test_buckets_of_different_sets_are_different():
     assert ids[0] == ids[2] != ids[1]
     assert not set(ids[:3]) & set(ids[3:])
     assert ids[3] != ids[4]
-    with pytest.raises(ValueError, match='1 of 2 .* have no buckets'):
+    with pytest.raises(ValueError, match=r'1 of 2 .* have no buckets'):
         _ = ConcatDataset([Numbers('a', 1, [0]), Numbers('b', 1)]).bucket_ids
 
 
