@@ -77,6 +77,7 @@ def train(args: Namespace) -> int:
             return 0
 
         from lakonlab.parallel.launch import start_processes, stop_processes
+        from lakonlab.runner.data_plan import check_data, used_splits
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
 
@@ -86,6 +87,7 @@ def train(args: Namespace) -> int:
             if not ranks.is_main:
                 console.setLevel('WARNING')
             ranks.together(lambda: build_on_meta(cfg))
+            ranks.on_main(lambda: check_data(cfg, used_splits(cfg, training=True, evaluating=not args.no_validate)))
             ranks.on_main(lambda: dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name))
             runner = Runner.from_cfg(
                 cfg,
@@ -136,6 +138,7 @@ def test(args: Namespace) -> int:
             return 0
 
     from lakonlab.parallel.launch import start_processes, stop_processes
+    from lakonlab.runner.data_plan import check_data, used_splits
     from lakonlab.runner.log import attach_log_handlers, detach_log_handlers
     from lakonlab.runner.strategy import build_strategy
     from lakonlab.runner.testing import evaluate_checkpoint
@@ -143,6 +146,7 @@ def test(args: Namespace) -> int:
     with _console(), _impossible_values():
         ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
         strategy = build_strategy(cfg, ranks, device)
+        ranks.on_main(lambda: check_data(cfg, args.data or used_splits(cfg, training=False)))
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
