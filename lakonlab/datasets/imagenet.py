@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
+from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
 from lakonlab.datasets.noise import seeded_noise
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
@@ -26,12 +27,14 @@ class ImageNet(Dataset):
     """ImageNet for training, or labelled noise for sampling.
 
     Args:
-        data_root: Directory of the images or latents, local or a URL, as all paths here; not read in test mode.
+        data_root: Directory of the images or latents, local or a URL, as all paths here; not read in test mode. A
+            directory with an ``index.json``, as ``tools/cache_imagenet_data_sdvae.py`` makes it, needs no data list.
         datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
             ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
         label2name_path: File with a line ``label: 'names',`` per class.
         random_flip: Show every image both ways in an epoch: the data set is twice as long, and its second half holds
-            the mirror images. Latents are never mirrored.
+            the mirror images. So it is with latents where the cache holds those of mirror images; latents are never
+            mirrored themselves.
         negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
         image_size: Side of the square that images are brought to, in pixels.
         latent_size: Shape (C, H, W) of the noise in test mode.
@@ -89,16 +92,25 @@ class ImageNet(Dataset):
     def _datalist(self) -> tuple[list[str], list[int | None]]:
         return read_datalist(self.datalist_path)
 
+    @cached_property
+    def _cache(self) -> LatentCache | None:
+        """The shards of latents that ``data_root`` holds; None if it holds a file per image."""
+        return LatentCache(self.data_root) if is_latent_cache(self.data_root) else None
+
     @property
     def _mirrors(self) -> bool:
+        if self._cache is not None:
+            return self.random_flip and self._cache.has_mirrored
         paths, _ = self._datalist
         return self.random_flip and suffix_of(paths[0]) in IMAGE_SUFFIXES
+
+    def _num_images(self) -> int:
+        return len(self._cache) if self._cache is not None else len(self._datalist[0])
 
     def __len__(self) -> int:
         if self.test_mode:
             return self.num_test_images
-        paths, _ = self._datalist
-        return len(paths) * (2 if self._mirrors else 1)
+        return self._num_images() * (2 if self._mirrors else 1)
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -116,7 +128,18 @@ class ImageNet(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
-        item = self._test_item(index) if self.test_mode else self._training_item(index)
+        return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """Return several items, as loaders ask for a batch; latents in shards are read together."""
+        if self.test_mode or self._cache is None:
+            return [self[index] for index in indices]
+        places = [divmod(index, self._num_images()) for index in indices]
+        numbers = [number for _, number in places]
+        rows = self._cache.batch(numbers, [bool(mirrored) for mirrored, _ in places])
+        return [self._completed(index, self._cached(*place, row)) for index, place, row in zip(indices, places, rows)]
+
+    def _completed(self, index: int, item: dict) -> dict:
         label = int(item['labels'])
         item.update(ids=index, name=self.label_names.get(label, str(label)))
         if self.negative_label is not None:
@@ -131,9 +154,16 @@ class ImageNet(Dataset):
             label = torch.randint(0, NUM_CLASSES, (), generator=torch.Generator().manual_seed(group))
         return dict(labels=label, noise=seeded_noise(index + 1000, self.latent_size))
 
+    def _cached(self, mirrored: int, number: int, latents: torch.Tensor) -> dict:
+        cache = self._cache
+        path = files.join(self.data_root, cache.path_of(number))
+        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[number])))
+
     def _training_item(self, index: int) -> dict:
+        mirrored, number = divmod(index, self._num_images())
+        if self._cache is not None:
+            return self._cached(mirrored, number, self._cache.latents(number, bool(mirrored)))
         paths, labels = self._datalist
-        mirrored, number = divmod(index, len(paths))
         path, label = files.join(self.data_root, paths[number]), labels[number]
         item = dict(paths=path)
         if suffix_of(path) in LATENT_SUFFIXES:

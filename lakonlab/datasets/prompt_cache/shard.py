@@ -22,14 +22,11 @@ from torch import Tensor
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.rows import (
     ABSENT,
-    CHECKSUM,
-    CODEC,
     DTYPE,
     DTYPES,
     LENGTH,
     RAW,
     SHAPE,
-    START,
     Row,
     checksum,
     decode,
@@ -40,6 +37,8 @@ ROWS, DATA = '.rows', '.data'
 #: Rows begin at multiples of this, so that memory maps are aligned for every dtype.
 ALIGNMENT = 8
 FORMAT = 'lakonlab-cache'
+#: What is read first of a shard whose head is of unknown size.
+USUAL_HEAD_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,15 @@ def read_info(path: str) -> tuple[ShardInfo, str]:
         CacheError: It is damaged.
     """
     size = files.size_of(path)
-    first = files.read_bytes(path, 0, 8)
-    length = int.from_bytes(first, 'little')
+    head = files.read_bytes(path, 0, USUAL_HEAD_BYTES)
+    length = int.from_bytes(head[:8], 'little')
     if not 0 < length <= size - 8:
         raise CacheError(f'{path} is no shard of a cache')
-    entries = _parse_header(files.read_bytes(path, 8, length), path)
+    if len(head) < 8 + length:
+        head = files.read_bytes(path, 0, 8 + length)
+    entries = _parse_header(head[8 : 8 + length], path)
     head_bytes = 8 + length + _tables_size(entries)
-    head = files.read_bytes(path, 0, head_bytes)
+    head = head[:head_bytes] if len(head) >= head_bytes else files.read_bytes(path, 0, head_bytes)
     rows = next((entry['shape'][0] for name, entry in entries.items() if name.endswith(ROWS)), 0)
     end = max((entry['data_offsets'][1] for name, entry in entries.items() if name != '__metadata__'), default=0)
     if 8 + length + end != size:
@@ -291,6 +292,3 @@ def _mapped(local: Path, path: str) -> mmap.mmap:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file
             raise CacheError(f'{path} is empty') from error
-
-
-__all__ = ['CHECKSUM', 'CODEC', 'START', 'Shard', 'ShardInfo', 'read_info', 'write_shard']
