@@ -88,7 +88,11 @@ DATASETS = LazyRegistry(
     'dataset',
     {
         'lakonlab.datasets.checkerboard': ('CheckerboardData',),
+        'lakonlab.datasets.combine': ('ConcatDataset', 'Subset'),
         'lakonlab.datasets.digits': ('Digits',),
+        'lakonlab.datasets.emoji': ('Emoji',),
+        'lakonlab.datasets.fashion_mnist': ('FashionMNIST',),
+        'lakonlab.datasets.image_prompt': ('ImagePrompt',),
         'lakonlab.datasets.imagenet': ('ImageNet',),
     },
     mmengine_registry.DATASETS,

@@ -21,7 +21,7 @@ from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS, METRICS
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.paths import is_remote
 
 logger = logging.getLogger('lakonlab.evaluation')
 

@@ -19,7 +19,7 @@ from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, Plan, Sizes, plan,
 from lakonlab.runner.memory_sizes import sizes_of
 from lakonlab.runner.resume import find_starting_point
 from lakonlab.runner.sections import training_loader_options
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.paths import is_remote
 
 MEBIBYTE = 2**20
 MISSING = 'MISSING'

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lakonlab.config.errors import ConfigError
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.paths import is_remote
 
 logger = logging.getLogger('lakonlab.config')
 

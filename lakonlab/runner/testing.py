@@ -29,7 +29,8 @@ from lakonlab.storage.checkpoint import (
     read_manifest,
     require_checkpoint,
 )
-from lakonlab.storage.local import is_remote, sha256_of
+from lakonlab.storage.local import sha256_of
+from lakonlab.storage.paths import is_remote
 
 logger = logging.getLogger('lakonlab.evaluation')
 

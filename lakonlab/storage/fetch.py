@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import http.client
 import os
-import posixpath
 import re
 import shutil
 import time
@@ -25,7 +24,9 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from lakonlab.cache import cache_directory
-from lakonlab.storage.local import DirectoryInUseError, directory_lock, is_remote
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.local import DirectoryInUseError, directory_lock
+from lakonlab.storage.paths import STAGED, is_remote
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
@@ -33,11 +34,9 @@ LOCK_SECONDS = 3600.0
 #: What a killed download left is removed when nothing was written to it for so long.
 STALE_SECONDS = 3600.0
 PARTIAL_MARK = '.part-'
-#: Prefix of published configs for files that are to be staged in memory; they are read where they are.
-STAGED = 'tmp:'
 
 
-class FetchError(OSError):
+class FetchError(StorageError):
     """A remote file that cannot be had."""
 
 
@@ -69,21 +68,6 @@ def require_known_scheme(uri: str) -> None:
     text = uri.removeprefix(STAGED)
     if is_remote(text):
         _handler(text)
-
-
-def sibling(uri: str | Path, name: str) -> str:
-    """The URL or path of a file in the same folder as another one.
-
-    Raises:
-        FetchError: The name leads out of the folder.
-    """
-    if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts:
-        raise FetchError(f'{uri} names {name!r}, which is not in its folder')
-    text = str(uri)
-    if not is_remote(text):
-        return str(Path(text).parent / name)
-    head, _, query = text.partition('?')
-    return posixpath.join(posixpath.dirname(head), name) + (f'?{query}' if query else '')
 
 
 def _handler(uri: str) -> Callable[[str], Path]:

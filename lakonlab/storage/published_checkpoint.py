@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.storage.checkpoint import CheckpointError
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.paths import is_remote
 
 #: Parameter name -> slot, such as ``exp_avg`` -> tensor or plain value.
 OptimizerState = dict[str, dict[str, Any]]

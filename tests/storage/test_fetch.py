@@ -12,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme, sibling
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme
 from lakonlab.storage.local import DirectoryInUseError
+from lakonlab.storage.paths import sibling
 
 CONTENT = bytes(range(256)) * 5000
 
@@ -219,7 +221,7 @@ def test_siblings(tmp_path):
     assert sibling(tmp_path / 'a.index.json', 'b.bin') == str(tmp_path / 'b.bin')
     assert sibling('http://h/x/a.index.json?k=1', 'b.bin') == 'http://h/x/b.bin?k=1'
     assert sibling('huggingface://o/r/x/a.index.json', 'b.bin') == 'huggingface://o/r/x/b.bin'
-    with pytest.raises(FetchError, match='not in its folder'):
+    with pytest.raises(StorageError, match='not in its folder'):
         sibling('http://h/x/a.index.json', '../b.bin')
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lakonlab.storage.fetch import STAGED, FetchError, fetch, require_known_scheme, sibling
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.fetch import fetch, require_known_scheme
+from lakonlab.storage.paths import STAGED, is_remote, sibling
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def locate_weights(path: str, key: str = 'pretrained') -> Path | str:
         if _is_download(path):
             return path
         local = fetch(path)
-    except FetchError as error:
+    except StorageError as error:
         raise PretrainedError(f'{key}: {error}') from error
     return _locate_local(local, path, key)
 
@@ -124,7 +125,7 @@ def obtain_weights(path: str, key: str = 'pretrained') -> Path:
         return found
     try:
         return _locate_local(fetch(found), path, key)
-    except FetchError as error:
+    except StorageError as error:
         raise PretrainedError(f'{key}: {error}') from error
 
 
@@ -174,7 +175,7 @@ def _read_shards(index: Path, path: str, key: str) -> dict[str, Tensor]:
     for file, names in by_file.items():
         try:
             shard = fetch(sibling(path.removeprefix(STAGED) if remote_index else index, file))
-        except FetchError as error:
+        except StorageError as error:
             raise PretrainedError(f'{named}: {error}') from error
         if not shard.is_file():
             raise PretrainedError(f'{named} lists {file}, which is not beside it: download all its shards')
