@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
 from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
 from lakonlab.datasets.noise import seeded_noise
+from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
 
@@ -32,9 +33,9 @@ class ImageNet(Dataset):
         datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
             ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
         label2name_path: File with a line ``label: 'names',`` per class.
-        random_flip: Show every image both ways in an epoch: the data set is twice as long, and its second half holds
-            the mirror images. So it is with latents where the cache holds those of mirror images; latents are never
-            mirrored themselves.
+        random_flip: Mirror half of the images, drawn anew whenever the loader of a run reads them. Latents are never
+            mirrored; but where a cache holds those of the mirror images too, the data set is twice as long, and its
+            second half are these.
         negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
         image_size: Side of the square that images are brought to, in pixels.
         latent_size: Shape (C, H, W) of the noise in test mode.
@@ -98,11 +99,22 @@ class ImageNet(Dataset):
         return LatentCache(self.data_root) if is_latent_cache(self.data_root) else None
 
     @property
-    def _mirrors(self) -> bool:
-        if self._cache is not None:
-            return self.random_flip and self._cache.has_mirrored
-        paths, _ = self._datalist
-        return self.random_flip and suffix_of(paths[0]) in IMAGE_SUFFIXES
+    def random_item(self) -> Callable[[int, RandomSource], dict]:
+        """How a loader reads an item whose random numbers come from a source; only data sets that mirror have it."""
+        if self.test_mode or not self.random_flip or self.holds_latents:
+            raise AttributeError('the items of this data set are not random')
+        return self._mirrored_at_random
+
+    def _mirrored_at_random(self, index: int, source: RandomSource) -> dict:
+        item = self[index]
+        if source.uniform('flip', (1,)).item() < 0.5:
+            item['images'] = item['images'].flip(-1)
+        return item
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether the files hold latents, as the first one tells."""
+        return self._cache is not None or suffix_of(self._datalist[0][0]) in LATENT_SUFFIXES
 
     def _num_images(self) -> int:
         return len(self._cache) if self._cache is not None else len(self._datalist[0])
@@ -110,7 +122,8 @@ class ImageNet(Dataset):
     def __len__(self) -> int:
         if self.test_mode:
             return self.num_test_images
-        return self._num_images() * (2 if self._mirrors else 1)
+        mirrors = self.random_flip and self._cache is not None and self._cache.has_mirrored
+        return self._num_images() * (2 if mirrors else 1)
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -173,8 +186,7 @@ class ImageNet(Dataset):
             return dict(item, latents=record['x'].float(), labels=torch.as_tensor(record['y']).long().reshape(()))
         if label is None:
             raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
-        images = as_tensor(adm_square(read_rgb(path), self.image_size))
-        return dict(item, images=images.flip(-1) if mirrored else images, labels=torch.tensor(label))
+        return dict(item, images=as_tensor(adm_square(read_rgb(path), self.image_size)), labels=torch.tensor(label))
 
 
 def read_label_names(path: str) -> dict[int, str]:
