@@ -143,14 +143,27 @@ class ImageNet(Dataset):
             raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
         return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Return several items, as loaders ask for a batch; latents in shards are read together."""
+    def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
+        """Return several items, or, of latents in shards, the batch that they make."""
         if self.test_mode or self._cache is None:
             return [self[index] for index in indices]
-        places = [divmod(index, self._num_images()) for index in indices]
-        numbers = [number for _, number in places]
-        rows = self._cache.batch(numbers, [bool(mirrored) for mirrored, _ in places])
-        return [self._completed(index, self._cached(*place, row)) for index, place, row in zip(indices, places, rows)]
+        size = len(self)
+        for index in indices:
+            if not 0 <= index < size:
+                raise IndexError(f'item {index} of an ImageNet data set of {size}')
+        cache, count = self._cache, len(self._cache)
+        numbers = [index % count for index in indices]
+        labels = cache.labels[numbers]
+        batch = dict(
+            paths=[f'{self.data_root}/{path}' for path in cache.paths_of(numbers)],
+            latents=cache.batch(numbers, [index >= count for index in indices]),
+            labels=torch.from_numpy(labels),
+            ids=list(indices),
+            name=[self.label_names.get(label, str(label)) for label in labels.tolist()],
+        )
+        if self.negative_label is not None:
+            batch['negative_labels'] = torch.full((len(numbers),), self.negative_label)
+        return batch
 
     def _completed(self, index: int, item: dict) -> dict:
         label = int(item['labels'])
@@ -169,7 +182,7 @@ class ImageNet(Dataset):
 
     def _cached(self, mirrored: int, number: int, latents: torch.Tensor) -> dict:
         cache = self._cache
-        path = files.join(self.data_root, cache.path_of(number))
+        path = f'{self.data_root}/{cache.path_of(number)}'
         return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[number])))
 
     def _training_item(self, index: int) -> dict:
