@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
+from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
 from lakonlab.datasets.noise import seeded_noise
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
@@ -27,12 +28,14 @@ class ImageNet(Dataset):
     """ImageNet for training, or labelled noise for sampling.
 
     Args:
-        data_root: Directory of the images or latents, local or a URL, as all paths here; not read in test mode.
+        data_root: Directory of the images or latents, local or a URL, as all paths here; not read in test mode. A
+            directory with an ``index.json``, as ``tools/cache_imagenet_data_sdvae.py`` makes it, needs no data list.
         datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
             ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
         label2name_path: File with a line ``label: 'names',`` per class.
         random_flip: Mirror half of the images, drawn anew whenever the loader of a run reads them. Latents are never
-            mirrored.
+            mirrored; but where a cache holds those of the mirror images too, the data set is twice as long, and its
+            second half are these.
         negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
         image_size: Side of the square that images are brought to, in pixels.
         latent_size: Shape (C, H, W) of the noise in test mode.
@@ -90,6 +93,11 @@ class ImageNet(Dataset):
     def _datalist(self) -> tuple[list[str], list[int | None]]:
         return read_datalist(self.datalist_path)
 
+    @cached_property
+    def _cache(self) -> LatentCache | None:
+        """The shards of latents that ``data_root`` holds; None if it holds a file per image."""
+        return LatentCache(self.data_root) if is_latent_cache(self.data_root) else None
+
     @property
     def random_item(self) -> Callable[[int, RandomSource], dict]:
         """How a loader reads an item whose random numbers come from a source; only data sets that mirror have it."""
@@ -106,10 +114,16 @@ class ImageNet(Dataset):
     @property
     def holds_latents(self) -> bool:
         """Whether the files hold latents, as the first one tells."""
-        return suffix_of(self._datalist[0][0]) in LATENT_SUFFIXES
+        return self._cache is not None or suffix_of(self._datalist[0][0]) in LATENT_SUFFIXES
+
+    def _num_images(self) -> int:
+        return len(self._cache) if self._cache is not None else len(self._datalist[0])
 
     def __len__(self) -> int:
-        return self.num_test_images if self.test_mode else len(self._datalist[0])
+        if self.test_mode:
+            return self.num_test_images
+        mirrors = self.random_flip and self._cache is not None and self._cache.has_mirrored
+        return self._num_images() * (2 if mirrors else 1)
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -127,7 +141,31 @@ class ImageNet(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
-        item = self._test_item(index) if self.test_mode else self._training_item(index)
+        return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
+        """Return several items, or, of latents in shards, the batch that they make."""
+        if self.test_mode or self._cache is None:
+            return [self[index] for index in indices]
+        size = len(self)
+        for index in indices:
+            if not 0 <= index < size:
+                raise IndexError(f'item {index} of an ImageNet data set of {size}')
+        cache, count = self._cache, len(self._cache)
+        numbers = [index % count for index in indices]
+        labels = cache.labels[numbers]
+        batch = dict(
+            paths=[f'{self.data_root}/{path}' for path in cache.paths_of(numbers)],
+            latents=cache.batch(numbers, [index >= count for index in indices]),
+            labels=torch.from_numpy(labels),
+            ids=list(indices),
+            name=[self.label_names.get(label, str(label)) for label in labels.tolist()],
+        )
+        if self.negative_label is not None:
+            batch['negative_labels'] = torch.full((len(numbers),), self.negative_label)
+        return batch
+
+    def _completed(self, index: int, item: dict) -> dict:
         label = int(item['labels'])
         item.update(ids=index, name=self.label_names.get(label, str(label)))
         if self.negative_label is not None:
@@ -142,9 +180,17 @@ class ImageNet(Dataset):
             label = torch.randint(0, NUM_CLASSES, (), generator=torch.Generator().manual_seed(group))
         return dict(labels=label, noise=seeded_noise(index + 1000, self.latent_size))
 
+    def _cached(self, mirrored: int, number: int, latents: torch.Tensor) -> dict:
+        cache = self._cache
+        path = f'{self.data_root}/{cache.path_of(number)}'
+        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[number])))
+
     def _training_item(self, index: int) -> dict:
+        mirrored, number = divmod(index, self._num_images())
+        if self._cache is not None:
+            return self._cached(mirrored, number, self._cache.latents(number, bool(mirrored)))
         paths, labels = self._datalist
-        path, label = files.join(self.data_root, paths[index]), labels[index]
+        path, label = files.join(self.data_root, paths[number]), labels[number]
         item = dict(paths=path)
         if suffix_of(path) in LATENT_SUFFIXES:
             record = torch.load(io.BytesIO(files.read_bytes(path)), map_location='cpu', weights_only=True)

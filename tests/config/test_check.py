@@ -640,6 +640,22 @@ def test_workers_of_published_test_loaders():
         assert cfg.data.test_dataloader.get('workers_per_gpu') == expected
 
 
+def test_published_options_of_loaders(caplog):
+    def config(**options):
+        values = load_config(PUBLISHED_STYLE).to_dict()
+        values['data'] = {**values['data'], **options}
+        return Config(values)
+
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        cfg = config(num_gpus=8, dist=True, drop_last=False, sampler=None, multiprocessing_context='spawn')
+        check_config(cfg)
+    for key in ('num_gpus', 'dist', 'drop_last'):
+        assert f'data.{key} (' in caplog.text
+        assert key not in cfg.data
+    with pytest.raises(ConfigError, match=r'data\.drop_last'):
+        check_config(config(drop_last=True))
+
+
 def test_a_policy_without_components_drops_none(caplog):
     cfg = dx_config(1 / 3.5, 3.2, nfe=4, final_step_size_scale=0.5)
     cfg.train_cfg.gm_dropout = 0.05

@@ -2,8 +2,9 @@
 
 Python's unpickler imports what a stream names and calls it. This one is a machine of its own for the few opcodes that
 pickles of dicts, texts, numbers and tensors consist of: a name is never looked up, it is compared with a table, and the
-only calls are those of the functions in that table. Storages of tensors are pickled as the old format of ``torch.save``,
-a pickle inside the pickle, which the same machine reads; torch itself cannot read that of float8 tensors.
+only calls are those of the functions in that table. Storages of tensors are pickled as the old format of
+``torch.save``, a pickle inside the pickle, which the same machine reads; torch itself cannot read that of float8
+tensors.
 """
 
 from __future__ import annotations
@@ -178,8 +179,10 @@ def _run(stream: io.BytesIO, reduce: Callable[[_Name, tuple], Any], persistent: 
 
 
 LITERALS = frozenset(
-    'BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES '
-    'BINBYTES8'.split()
+    (
+        *('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT'),
+        *('SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8', 'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'),
+    )
 )
 CONSTANTS: dict[str, Callable[[], Any]] = {
     'NONE': lambda: None,
