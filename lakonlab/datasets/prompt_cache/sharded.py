@@ -13,6 +13,9 @@ from lakonlab.datasets.prompt_cache.store import ShardStore
 
 EMBEDS = 'embeds'
 PROMPT = 'prompt'
+#: Of converted caches: which embeddings are equal, and the shape of latents that a record does not have.
+DIGEST, LATENT_SIZE = 'digest', 'latent_size'
+NOT_EMBEDDINGS = (DIGEST, LATENT_SIZE)
 DIGITS = 12
 
 
@@ -123,7 +126,8 @@ class ShardedPromptCache:
         number = self.number_of(name)
         where = f'record {name}'
         row = self.embeds_row(number)
-        embeds = self.embeds.read(row, self.embeds.all_columns(row), where)
+        columns = [name for name in self.embeds.all_columns(row) if name not in NOT_EMBEDDINGS]
+        embeds = self.embeds.read(row, columns, where)
         prompt = text_of(embeds.pop(PROMPT))
         require_scales(embeds, f'{where} of {self.folder}')
         latents = {}

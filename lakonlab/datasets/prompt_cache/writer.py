@@ -145,7 +145,19 @@ class CacheWriter:
         """Missing shards that this process makes."""
         return self._missing[table][self.ranks.rank :: self.ranks.world_size]
 
-    def fill(self, table: str, make: MakeRows, batch_size: int, label: str, compressed: bool = True) -> None:
+    def made(self, table: str, shard: int) -> ShardInfo:
+        """A shard that is there."""
+        return self._made[table][shard]
+
+    def fill(
+        self,
+        table: str,
+        make: MakeRows,
+        batch_size: int,
+        label: str,
+        compressed: bool = True,
+        before_shard: Callable[[int], None] | None = None,
+    ) -> None:
         """Make this process's share of a table.
 
         Args:
@@ -155,6 +167,7 @@ class CacheWriter:
             batch_size: Largest number of rows to make at once.
             label: What is made, for the progress bar.
             compressed: See :func:`~lakonlab.datasets.prompt_cache.rows.encode`.
+            before_shard: Called with the number of each shard before its first row is made.
 
         Raises:
             CacheError: What was made is of no use.
@@ -166,6 +179,8 @@ class CacheWriter:
             label = f'{label} (share of process 0)'
         with tqdm(total=total, desc=label, disable=not self.ranks.is_main, unit='') as progress:
             for number in share:
+                if before_shard is not None:
+                    before_shard(number)
                 rows = list(self.tables[table].rows_of(number))
                 self.write(table, number, _encoded(rows, make, batch_size, compressed, progress))
 
