@@ -19,9 +19,9 @@ from lakonlab.storage.remote_path import AnyPath, as_path
 
 GRID_FILE = 'grid.png'
 OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}')
-GREY = 96
 UPLOADS = 8
 """Images that are sent to a remote folder at the same time."""
+GREY = 96
 GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
 
 
