@@ -46,7 +46,10 @@ class TopLevel:
     resume_from: str | None = None
     """Checkpoint to continue from; ``latest`` in the run's own directory means: if there is one."""
     work_dir: str | None = None
-    """Directory of the logs; by default ``work_dirs/<name>``."""
+    """Directory of the logs; by default ``work_dirs/<name>``. Of a remote one (``s3://bucket/x``), ``work_dirs/x`` is
+    written to and copied there."""
+    work_dir_mirror: str | None = None
+    """Remote directory to which the logs are copied while they are written."""
     seed: int | None = None
     """Seed of the run; by default 2021."""
     custom_imports: Mapping[str, Any] | None = None

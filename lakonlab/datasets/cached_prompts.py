@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from lakonlab.datasets.datalist import read_datalist
 from lakonlab.datasets.prompt_cache import open_prompt_cache
+from lakonlab.datasets.prompt_cache.record import pad_tokens
 from lakonlab.datasets.prompt_record import PromptRecord
 
 STATES, MASK, POOLED = 'encoder_hidden_states', 'encoder_hidden_states_mask', 'pooled_projections'
@@ -26,8 +27,6 @@ class CachedPrompts:
         ignore_latents: Leave out latents; their shape still counts.
     """
 
-    needs_text_encoder = False
-
     def __init__(self, folder: str, datalist_path: str | None, pad_seq_len: int | None, ignore_latents: bool):
         self.datalist = None if datalist_path is None else read_datalist(datalist_path, 'cache_datalist_path')
         self.cache = open_prompt_cache(folder, None if self.datalist is None else self.datalist.names)
@@ -39,8 +38,14 @@ class CachedPrompts:
 
     def __getitem__(self, index: int) -> PromptRecord:
         """The record of one prompt."""
-        name = self.cache.names[index]
-        record = self.cache.record(name)
+        return self.records([index])[0]
+
+    def records(self, indices: Sequence[int]) -> list[PromptRecord]:
+        """The records of several prompts, which are read together."""
+        names = [self.cache.names[index] for index in indices]
+        return [self._record(name, record) for name, record in zip(names, self.cache.records(names))]
+
+    def _record(self, name: str, record: Mapping[str, Any]) -> PromptRecord:
         latents = record.get('latents')
         size = record.get('latent_size') if latents is None else latents.shape
         return PromptRecord(
@@ -57,8 +62,12 @@ class CachedPrompts:
 
     @cached_property
     def bucket_ids(self) -> np.ndarray | None:
-        """Bucket of every record; None if the list says nothing of buckets."""
-        ids = None if self.datalist is None else self.datalist.bucket_ids
+        """Bucket of every record; None if neither the list, nor without one the cache, says anything of buckets."""
+        if self.datalist is None:
+            tell = getattr(self.cache, 'bucket_ids', None)
+            ids = None if tell is None else tell()
+        else:
+            ids = self.datalist.bucket_ids
         return None if ids is None else np.asarray(ids, dtype=np.int64)
 
 
@@ -87,6 +96,5 @@ def fit_embeds(embeds: Mapping[str, Tensor], length: int | None, where: str) -> 
         )
     for name in (STATES, MASK):
         if name in fitted:
-            value = fitted[name][:length]
-            fitted[name] = F.pad(value, (*(0, 0) * (value.dim() - 1), 0, length - len(value)))
+            fitted[name] = pad_tokens(fitted[name], length)
     return fitted

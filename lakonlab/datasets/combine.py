@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
 
 
@@ -58,6 +59,17 @@ class ConcatDataset(Dataset):
             offset += int(ids.max()) + 1 if len(ids) else 0
         return np.concatenate(parts)
 
+    @property
+    def needs_text_encoder(self) -> str | None:
+        """Why the model must have a text encoder, as the first data set that needs one says; None if none does."""
+        reasons = [getattr(dataset, 'needs_text_encoder', None) for dataset in self.datasets]
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a trainer on data could use every data set."""
+        return all(getattr(dataset, 'has_images', True) for dataset in self.datasets)
+
     def __len__(self) -> int:
         return self.ends[-1]
 
@@ -67,11 +79,25 @@ class ConcatDataset(Dataset):
         Raises:
             IndexError: ``index`` is out of range.
         """
+        dataset, number = self._place_of(index)
+        return {**dataset[number], 'ids': index}
+
+    def _place_of(self, index: int) -> tuple[Dataset, int]:
         if not 0 <= index < len(self):
             raise IndexError(f'item {index} of a ConcatDataset of {len(self)}')
         number = bisect.bisect_right(self.ends, index)
-        start = self.ends[number - 1] if number else 0
-        return {**self.datasets[number][index - start], 'ids': index}
+        return self.datasets[number], index - (self.ends[number - 1] if number else 0)
+
+    @property
+    def random_item(self) -> Callable[[int, RandomSource], dict]:
+        """How a loader reads an item with random numbers, where a data set has such items."""
+        if not any(hasattr(dataset, 'random_item') for dataset in self.datasets):
+            raise AttributeError('no data set has random items')
+        return self._random_item
+
+    def _random_item(self, index: int, source: RandomSource) -> dict:
+        dataset, number = self._place_of(index)
+        return {**item_of(dataset, number, source), 'ids': index}
 
 
 @DATASETS.register_module()
@@ -106,6 +132,16 @@ class Subset(Dataset):
         ids = getattr(self.dataset, 'bucket_ids', None)
         return None if ids is None else np.asarray(ids, dtype=np.int64)[self._checked()]
 
+    @property
+    def needs_text_encoder(self) -> str | None:
+        """Why the model must have a text encoder; None if it need not."""
+        return getattr(self.dataset, 'needs_text_encoder', None)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a trainer on data could use it."""
+        return getattr(self.dataset, 'has_images', True)
+
     def __len__(self) -> int:
         return len(self._checked())
 
@@ -115,9 +151,28 @@ class Subset(Dataset):
         Raises:
             IndexError: ``index`` is out of range.
         """
+        return self.dataset[self._number_of(index)]
+
+    def _number_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f'item {index} of a Subset of {len(self)}')
-        return self.dataset[int(self.indices[index])]
+        return int(self.indices[index])
+
+    @property
+    def random_item(self) -> Callable[[int, RandomSource], dict]:
+        """How a loader reads an item with random numbers, where the whole data set has such items."""
+        if not hasattr(self.dataset, 'random_item'):
+            raise AttributeError('the data set has no random items')
+        return self._random_item
+
+    def _random_item(self, index: int, source: RandomSource) -> dict:
+        return item_of(self.dataset, self._number_of(index), source)
+
+
+def item_of(dataset: Dataset, index: int, source: RandomSource) -> dict:
+    """An item, with random numbers from a source where the data set takes some."""
+    read = getattr(dataset, 'random_item', None)
+    return dataset[index] if read is None else read(index, source)
 
 
 def built(dataset: Mapping[str, Any] | Dataset) -> Dataset:

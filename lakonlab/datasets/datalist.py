@@ -95,7 +95,7 @@ def _from_lines(path: str) -> Datalist:
             columns[key].append(_size(value, where) if key == 'image_sizes' else value)
         for key, values in columns.items():
             if values and len(values) != len(names):
-                raise ValueError(f'{where}: has no {_called(key)}, which lines before it have')
+                raise ValueError(f'{where}: lacks {_called(key)}, which lines before it have')
     return Datalist(names, columns['bucket_ids'] or None, columns['image_sizes'] or None)
 
 

@@ -51,6 +51,8 @@ class Emoji(Dataset):
         ValueError: An argument is out of range.
     """
 
+    needs_text_encoder = 'the captions are texts'
+
     def __init__(
         self,
         font_path: str = FONT_PATH,

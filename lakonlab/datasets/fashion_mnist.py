@@ -178,4 +178,4 @@ def read_idx(content: bytes, dimensions: int, where: str) -> np.ndarray:
     size = int(np.prod(shape))
     if len(content) != header + size:
         raise ValueError(f'{where}: {len(content) - header} values, expected {" x ".join(map(str, shape))}')
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()

@@ -150,8 +150,8 @@ class ImagePrompt(Dataset):
     @cached_property
     def source(self) -> CachedPrompts | PromptRows:
         """Where prompts come from."""
-        missing = self._missing_of_cache()
-        if self.cache_dir is not None and missing is None:
+        missing = self._missing_of_cache
+        if self.is_cached:
             folder = files.join(self.data_root, self.cache_dir)
             return CachedPrompts(folder, self.cache_datalist_path, self.pad_seq_len, self.ignore_cached_latents)
         if self.prompt_dataset_kwargs is None:
@@ -164,6 +164,12 @@ class ImagePrompt(Dataset):
             )
         return PromptRows(self.prompt_dataset_kwargs, self.prompt_key)
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether prompts come from the cache, as embeddings."""
+        return self.cache_dir is not None and self._missing_of_cache is None
+
+    @cached_property
     def _missing_of_cache(self) -> str | None:
         """What the cache lacks, as a sentence without a stop; None if it is there or not asked for."""
         if self.cache_dir is None:
@@ -228,18 +234,20 @@ class ImagePrompt(Dataset):
 
     @property
     def needs_text_encoder(self) -> str | None:
-        """Argument for which the model must have a text encoder; None if everything is embedded."""
-        if self.source.needs_text_encoder:
-            return 'prompt_dataset_kwargs'
+        """Why the model must have a text encoder, as a sentence without a stop; None if everything is embedded."""
+        if not self.is_cached:
+            return self._missing_of_cache or 'prompt_dataset_kwargs: the prompts are texts'
         negative = self.negative
         if 'negative_prompt_kwargs' in negative and 'negative_prompt_embed_kwargs' not in negative:
-            return 'negative_prompt_kwargs'
+            return 'negative_prompt_kwargs: the negative prompt is a text'
         return None
 
     @property
     def has_images(self) -> bool:
         """Whether items hold images or latents, which a trainer on data needs; the first item stands for all."""
-        return self.images is not None or self.source[self.positions[0]].latents is not None
+        if self._image_arguments[0] is not None:
+            return True
+        return self.is_cached and self.source[self.positions[0]].latents is not None
 
     # -- items
 
@@ -283,10 +291,18 @@ class ImagePrompt(Dataset):
             IndexError: ``index`` is out of range.
             ValueError: What belongs to the item is damaged or does not fit.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f'item {index} of an ImagePrompt data set of {len(self)}')
-        position = self.positions[index // self.repeat]
-        record = self.source[position]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """The items of a batch, whose embeddings are read together; see :meth:`__getitem__`."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f'item {index} of an ImagePrompt data set of {len(self)}')
+        positions = [self.positions[index // self.repeat] for index in indices]
+        records = self.source.records(positions)
+        return [self._item(*known) for known in zip(indices, positions, records)]
+
+    def _item(self, index: int, position: int, record: PromptRecord) -> dict:
         item: dict[str, Any] = {'ids': index, 'name': record.prompt, **record.conditions, **self.negative}
         if self.condition_images is not None:
             item['condition_images'] = self.condition_images[position]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
 from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
 from lakonlab.datasets.noise import seeded_noise
+from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
 
@@ -32,9 +33,8 @@ class ImageNet(Dataset):
         datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
             ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
         label2name_path: File with a line ``label: 'names',`` per class.
-        random_flip: Show every image both ways in an epoch: the data set is twice as long, and its second half holds
-            the mirror images. So it is with latents where the cache holds those of mirror images; latents are never
-            mirrored themselves.
+        random_flip: Mirror half of the images, drawn anew whenever the loader of a run reads them. So it is with
+            latents where the cache holds those of mirror images too; latents are never mirrored themselves.
         negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
         image_size: Side of the square that images are brought to, in pixels.
         latent_size: Shape (C, H, W) of the noise in test mode.
@@ -98,19 +98,35 @@ class ImageNet(Dataset):
         return LatentCache(self.data_root) if is_latent_cache(self.data_root) else None
 
     @property
-    def _mirrors(self) -> bool:
-        if self._cache is not None:
-            return self.random_flip and self._cache.has_mirrored
-        paths, _ = self._datalist
-        return self.random_flip and suffix_of(paths[0]) in IMAGE_SUFFIXES
+    def random_item(self) -> Callable[[int, RandomSource], dict]:
+        """How a loader reads an item whose random numbers come from a source; only data sets that mirror have it."""
+        if self.test_mode or not self.random_flip or not self._has_mirror_images:
+            raise AttributeError('the items of this data set are not random')
+        return self._mirrored_at_random
 
-    def _num_images(self) -> int:
-        return len(self._cache) if self._cache is not None else len(self._datalist[0])
+    def _mirrored_at_random(self, index: int, source: RandomSource) -> dict:
+        mirrored = source.uniform('flip', (1,)).item() < 0.5
+        if self._cache is not None:
+            latents = self._cache.latents(self._checked(index), mirrored)
+            return self._completed(index, self._cached(index, latents))
+        item = self[index]
+        if mirrored:
+            item['images'] = item['images'].flip(-1)
+        return item
+
+    @property
+    def _has_mirror_images(self) -> bool:
+        return self._cache.has_mirrored if self._cache is not None else not self.holds_latents
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether the files hold latents, as the first one tells."""
+        return self._cache is not None or suffix_of(self._datalist[0][0]) in LATENT_SUFFIXES
 
     def __len__(self) -> int:
         if self.test_mode:
             return self.num_test_images
-        return self._num_images() * (2 if self._mirrors else 1)
+        return len(self._cache) if self._cache is not None else len(self._datalist[0])
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -126,18 +142,20 @@ class ImageNet(Dataset):
             IndexError: ``index`` is out of range.
             ValueError: A file holds something else than expected.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
+        self._checked(index)
         return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Return several items, as loaders ask for a batch; latents in shards are read together."""
         if self.test_mode or self._cache is None:
             return [self[index] for index in indices]
-        places = [divmod(index, self._num_images()) for index in indices]
-        numbers = [number for _, number in places]
-        rows = self._cache.batch(numbers, [bool(mirrored) for mirrored, _ in places])
-        return [self._completed(index, self._cached(*place, row)) for index, place, row in zip(indices, places, rows)]
+        rows = self._cache.batch([self._checked(index) for index in indices])
+        return [self._completed(index, self._cached(index, row)) for index, row in zip(indices, rows)]
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
+        return index
 
     def _completed(self, index: int, item: dict) -> dict:
         label = int(item['labels'])
@@ -154,17 +172,16 @@ class ImageNet(Dataset):
             label = torch.randint(0, NUM_CLASSES, (), generator=torch.Generator().manual_seed(group))
         return dict(labels=label, noise=seeded_noise(index + 1000, self.latent_size))
 
-    def _cached(self, mirrored: int, number: int, latents: torch.Tensor) -> dict:
+    def _cached(self, index: int, latents: torch.Tensor) -> dict:
         cache = self._cache
-        path = files.join(self.data_root, cache.path_of(number))
-        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[number])))
+        path = files.join(self.data_root, cache.path_of(index))
+        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[index])))
 
     def _training_item(self, index: int) -> dict:
-        mirrored, number = divmod(index, self._num_images())
         if self._cache is not None:
-            return self._cached(mirrored, number, self._cache.latents(number, bool(mirrored)))
+            return self._cached(index, self._cache.latents(index))
         paths, labels = self._datalist
-        path, label = files.join(self.data_root, paths[number]), labels[number]
+        path, label = files.join(self.data_root, paths[index]), labels[index]
         item = dict(paths=path)
         if suffix_of(path) in LATENT_SUFFIXES:
             record = torch.load(io.BytesIO(files.read_bytes(path)), map_location='cpu', weights_only=True)
@@ -173,8 +190,7 @@ class ImageNet(Dataset):
             return dict(item, latents=record['x'].float(), labels=torch.as_tensor(record['y']).long().reshape(()))
         if label is None:
             raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
-        images = as_tensor(adm_square(read_rgb(path), self.image_size))
-        return dict(item, images=images.flip(-1) if mirrored else images, labels=torch.tensor(label))
+        return dict(item, images=as_tensor(adm_square(read_rgb(path), self.image_size)), labels=torch.tensor(label))
 
 
 def read_label_names(path: str) -> dict[int, str]:

@@ -30,8 +30,6 @@ class PromptRows:
         ValueError: The data set has no such column, or its length is not known.
     """
 
-    needs_text_encoder = True
-
     def __init__(self, load_kwargs: Mapping[str, Any], prompt_key: str):
         rows = load_rows(load_kwargs)
         names = list(rows.column_names or ())
@@ -49,6 +47,10 @@ class PromptRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def records(self, indices: Sequence[int]) -> list[PromptRecord]:
+        """The prompts of several rows."""
+        return [self[index] for index in indices]
 
     def __getitem__(self, index: int) -> PromptRecord:
         """The prompt of one row."""

@@ -44,7 +44,8 @@ from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.agreement import require_agreement
 from lakonlab.runner.guard import SkipGuard
-from lakonlab.runner.hooks.checkpoint import CheckpointHook, run_directory
+from lakonlab.runner.hooks.checkpoint import CheckpointHook
+from lakonlab.runner.hooks.mirror import MirrorHook
 from lakonlab.runner.log import (
     LineProcessor,
     LogSettings,
@@ -57,6 +58,7 @@ from lakonlab.runner.log import (
 )
 from lakonlab.runner.lr_schedule import LearningRateSchedule
 from lakonlab.runner.optimizer import build_optimizers
+from lakonlab.runner.paths import run_directory
 from lakonlab.runner.resume import (
     StartingPoint,
     config_differences,
@@ -74,7 +76,10 @@ from lakonlab.runner.strategy import build_strategy
 from lakonlab.runner.views import LearningRates, TrainingStream
 from lakonlab.runner.watchdog import Watchdog, open_store
 from lakonlab.storage.checkpoint import content_digest, read_manifest, read_state
-from lakonlab.storage.local import directory_lock, require_shared, require_writable, restore_replaced, stale_replaced
+from lakonlab.storage.mirror import Mirror
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import AnyPath
+from lakonlab.storage.writable import require_writable
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -156,11 +161,19 @@ class Runner:
             ThroughputHook(self.settings.interval),
             LoggerHook(self.settings.interval, ignore_last=False, interval_exp_name=max_iters + 1),
         ]
+        mirror = self.cfg.get('work_dir_mirror')
+        self.mirror_hook = None
+        if mirror is not None and strategy.ranks.is_main:
+            self.mirror_hook = MirrorHook(Mirror(Path(work_dir), mirror), self.settings.interval)
+            every_run.append(self.mirror_hook)
         self.hooks = sorted([*every_run, *hooks], key=lambda hook: get_priority(hook.priority))
         self.starting_point = StartingPoint(None, 'fresh', 'none was looked for')
         self.started_from: list[dict[str, str]] = []
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
-        self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir)
+        self.checkpoint_dir = run_directory(
+            self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir, mirror
+        )
+        self.holder: str | None = None
 
     @classmethod
     def from_cfg(
@@ -206,7 +219,9 @@ class Runner:
         schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
         hooks = build_hooks(cfg, validate)
         checkpoint_hook = next((hook for hook in hooks if isinstance(hook, CheckpointHook)), None)
-        checkpoint_dir = run_directory(checkpoint_hook and checkpoint_hook.out_dir, work_dir)
+        checkpoint_dir = run_directory(
+            checkpoint_hook and checkpoint_hook.out_dir, work_dir, cfg.get('work_dir_mirror')
+        )
         if checkpoint_hook is not None:
             ranks.on_main(partial(_restore_replaced, checkpoint_dir))
         start = ranks.on_main(
@@ -407,14 +422,16 @@ class Runner:
     def _enter(self, stack: contextlib.ExitStack) -> None:
         """Open what the run holds while it trains."""
         ranks = self.strategy.ranks
-        ranks.together(lambda: require_writable(Path(self.work_dir), 'work_dir'))
+        ranks.together(lambda: require_writable(self.work_dir, 'work_dir'))
+        if self.cfg.get('work_dir_mirror') is not None:
+            ranks.on_main(lambda: self._enter_mirror(stack))
         level = self.cfg.get('log_level') or 'INFO'
         log_file = Path(self.work_dir) / f'{self.timestamp}.log'
         handlers = attach_log_handlers(log_file, level, rank=self.rank, all_ranks=self.settings.all_ranks)
         stack.callback(detach_log_handlers, handlers)
         if self.checkpoint_hook is not None:
             ranks.on_main(lambda: self._hold_checkpoint_dir(stack))
-            ranks.together(lambda: require_shared(self.checkpoint_dir))
+            ranks.together(lambda: publisher_of(self.checkpoint_dir).require_shared(self.checkpoint_dir))
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)
         if self.gc_interval:
@@ -437,7 +454,10 @@ class Runner:
 
     def _hold_checkpoint_dir(self, stack: contextlib.ExitStack) -> None:
         require_writable(self.checkpoint_dir, 'checkpoint_config.out_dir')
-        stack.enter_context(directory_lock(self.checkpoint_dir))
+        self.holder = stack.enter_context(publisher_of(self.checkpoint_dir).hold(self.checkpoint_dir))
+
+    def _enter_mirror(self, stack: contextlib.ExitStack) -> None:
+        stack.enter_context(self.mirror_hook.active())
 
     def _restore(self) -> None:
         start = self.starting_point
@@ -503,12 +523,13 @@ class Runner:
             for parameter, name in parameter_names(self.model).items()
             if parameter in trained
         )
+        mirror = self.cfg.get('work_dir_mirror')
         checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
         rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
         return '\n'.join(
             [
                 f'run {Path(self.work_dir).absolute().name}',
-                f'  logs         {self.work_dir}',
+                f'  logs         {self.work_dir}{f", copied to {mirror}" if mirror else ""}',
                 f'  checkpoints  {checkpoints}',
                 f'  device       {self.strategy.device}, {self.world_size} process(es), {self.strategy.name}, '
                 f'{torch.get_num_threads()} threads',
@@ -523,10 +544,9 @@ class Runner:
         )
 
 
-def _restore_replaced(checkpoint_dir: Path) -> None:
-    if stale_replaced(checkpoint_dir):
-        with directory_lock(checkpoint_dir):
-            restored = restore_replaced(checkpoint_dir)
+def _restore_replaced(checkpoint_dir: AnyPath) -> None:
+    restored = publisher_of(checkpoint_dir).restore(checkpoint_dir)
+    if restored:
         logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))
 
 

@@ -21,12 +21,14 @@ class FileInfo:
         size: Bytes; -1 where the server does not say.
         version: What changes with the content, where the server says so (an ETag).
         sha256: Checksum of the content, where the server states it.
+        md5: The same.
     """
 
     name: str
     size: int
     version: str | None = None
     sha256: str | None = None
+    md5: str | None = None
 
 
 class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme cannot do it
@@ -50,9 +52,21 @@ class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme ca
             stream.seek(start)
             return stream.read() if length is None else stream.read(length)
 
+    def chunks(self, path: str, start: int = 0, stop: int | None = None, version: str | None = None) -> Iterator[bytes]:
+        """See :func:`~lakonlab.storage.ranges.chunks_of`."""
+        raise _cannot(path, 'read')
+
     def open_write(self, path: str, size: int | None = None) -> AbstractContextManager[BinaryIO]:
         """A stream whose content becomes the file when the block ends well."""
         raise _cannot(path, 'written')
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Make a small file unless there is one of this name; whether that was done."""
+        raise _cannot(path, 'written')
+
+    def clean_uploads(self, path: str) -> list[str]:
+        """End unfinished uploads below a directory, which no listing shows; the paths that they would have had."""
+        return []
 
     def list_names(self, path: str) -> list[str]:
         """Names of files and directories in a directory, sorted; none if it does not exist."""

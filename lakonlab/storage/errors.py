@@ -13,3 +13,7 @@ class MissingFileError(StorageError, FileNotFoundError):
 
 class TransientError(StorageError):
     """A failure that the next attempt may not meet: a lost connection, a busy server."""
+
+
+class RestartError(TransientError):
+    """A failure after which only reading from the beginning could help."""

@@ -26,6 +26,8 @@ __all__ = [
     'MissingFileError',
     'StorageError',
     'as_local',
+    'clean_uploads',
+    'create',
     'exists',
     'fetch',
     'is_directory',
@@ -140,6 +142,28 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Like :func:`write_text`, of plain data as JSON."""
     write_text(path, json.dumps(value, indent=1))
+
+
+def create(path: str | Path, content: bytes) -> bool:
+    """Make a small file, unless there is one of this name already.
+
+    Servers that speak the protocol of S3 and do not know the condition replace a file that is there.
+
+    Returns:
+        Whether it was made.
+    """
+    return backend_of(path, WRITE).create(normal(path), content)
+
+
+def clean_uploads(path: str | Path) -> list[str]:
+    """End all unfinished uploads below a directory: killed processes leave them, invisible but not free of charge.
+
+    Only for who knows that no other process is writing there.
+
+    Returns:
+        Paths of the files that they would have become.
+    """
+    return backend_of(path, WRITE).clean_uploads(normal(path))
 
 
 def list_names(path: str | Path) -> list[str]:

@@ -53,6 +53,16 @@ class LocalFiles(Backend):
             raise
         fsync_directory(final.parent)
 
+    def create(self, path: str, content: bytes) -> bool:
+        """See the base class."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, 'xb') as stream:
+                stream.write(content)
+        except FileExistsError:
+            return False
+        return True
+
     def list_names(self, path: str) -> list[str]:
         """See the base class."""
         if not os.path.isdir(path):

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lakonlab.storage.errors import StorageError, TransientError
+from lakonlab.storage.errors import RestartError, StorageError, TransientError
 from lakonlab.storage.retry import Patience
 
 CHUNK_BYTES = 1 << 20
@@ -52,6 +52,7 @@ def chunks_of(
         version: What the file must be; None for whatever it is when first asked, and the same from then on.
 
     Raises:
+        RestartError: The connection was lost, and the server does not say what the rest must belong to.
         StorageError: It cannot be read, or has changed in between.
     """
     position, reached = start, start
@@ -83,6 +84,8 @@ def chunks_of(
             if position < stop:
                 raise TransientError(f'{what}: the connection ended after {position} of {stop} bytes')
         except TransientError as error:
+            if version is None and position > start:
+                raise RestartError(str(error)) from error
             if position - reached >= PROGRESS_BYTES:
                 patience.progress()
                 reached = position

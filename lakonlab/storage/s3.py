@@ -18,6 +18,8 @@ from lakonlab.storage.s3_client import code_of, of_connection, request
 
 #: Files that one request removes; the protocol allows no more.
 REMOVED_AT_ONCE = 1000
+#: What servers answer when a file must not exist and does, or is being written by another request.
+EXISTS = ('PreconditionFailed', 'ConditionalRequestConflict', '412', '409')
 
 
 def split(path: str) -> tuple[str, str]:
@@ -90,6 +92,28 @@ class S3Files(Backend):
 
         return open_upload(path, *split_file(path), size)
 
+    def create(self, path: str, content: bytes) -> bool:
+        """See the base class; a request with a condition, or without one where the server does not know it."""
+        bucket, key = split_file(path)
+        put = partial(request, path, 'put_object', Bucket=bucket, Key=key, Body=content)
+        try:
+            persistently(partial(put, IfNoneMatch='*'), f'creating {path}')
+        except StorageError as error:
+            code = code_of(error.__cause__)
+            if code == 'NotImplemented':
+                persistently(put, f'creating {path}')
+                return True
+            if code in EXISTS:
+                return False
+            raise
+        return True
+
+    def clean_uploads(self, path: str) -> list[str]:
+        """See the base class."""
+        from lakonlab.storage.s3_upload import clean_uploads
+
+        return clean_uploads(path, older_than=float('-inf'))  # whatever the clock of the server says
+
     def list_names(self, path: str) -> list[str]:
         """See the base class."""
         bucket, key = split(path)
@@ -152,7 +176,7 @@ def _stat(path: str, bucket: str, key: str) -> FileInfo | None:
         except MissingFileError:
             return None
         answer['Body'].close()
-    return FileInfo(key.rpartition('/')[2], answer['ContentLength'], _unquoted(answer.get('ETag')))
+    return FileInfo(key.rpartition('/')[2], answer['ContentLength'], _unquoted(answer.get('ETag')), md5=md5_in(answer))
 
 
 def _open_at(

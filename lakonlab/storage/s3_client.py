@@ -202,7 +202,7 @@ def _of_server(error: Exception, path: str, link: Connection | None) -> StorageE
     said = f'{code}: {error.response.get("Error", {}).get("Message") or "no message"}'
     origin = 'nowhere' if link is None else link.origin
     where = '' if link is None else link.client.meta.endpoint_url
-    if code in TRANSIENT or status >= 500 or status == 429:
+    if code in TRANSIENT or (status >= 500 and status != 501) or status == 429:
         return TransientError(f'{path!r}: {where} answered {status} {said}')
     if code in MISSING:
         return MissingFileError(f'{path!r} does not exist')
