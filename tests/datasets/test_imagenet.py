@@ -1,10 +1,16 @@
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lakonlab.datasets.collate import collate
 from lakonlab.datasets.imagenet import ImageNet
 from lakonlab.datasets.loader import build_dataloader
+from lakonlab.datasets.prompt_cache.errors import CacheError
+from tests.datasets.latent_files import write_latents
 
 NAMES = "{0: 'tench, Tinca tinca',\n 1: \"jack-o'-lantern\",\n 999: 'toilet tissue'}\n"
 
@@ -126,3 +132,55 @@ def test_wrong_arguments_and_files(files):
     torch.save({'z': torch.zeros(1)}, '0.pth')
     with pytest.raises(ValueError, match="expected a dict with 'x'"):
         dataset('latents.txt')[0]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def cached(tmp_path, request):
+    """A cache of 30 latents, of which 7 share a shard, and what it holds."""
+    latents = torch.randn(30, 4, 3, 5, generator=torch.Generator().manual_seed(3)).to(request.param)
+    write_latents(tmp_path / 'cache', latents, 'both', rows_per_shard=7)
+    (tmp_path / 'names.txt').write_text(NAMES)
+    return ImageNet(str(tmp_path / 'cache'), '', str(tmp_path / 'names.txt')), latents.float()
+
+
+def test_batches_of_shards_are_their_items(cached):
+    data, latents = cached
+    assert len(data) == 60
+    chosen = [29, 0, 30, 17, 59, 6, 7, 0]
+    batch = collate(data.__getitems__(chosen))
+    items = collate([data[index] for index in chosen])
+    assert batch.keys() == items.keys()
+    for key, value in items.items():
+        assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+    expected = [latents[i % 30].flip(-1) if i >= 30 else latents[i] for i in chosen]
+    assert torch.equal(batch['latents'], torch.stack(expected))
+    assert batch['latents'].dtype == torch.float32
+    assert batch['labels'].tolist() == [i % 30 for i in chosen]
+    assert [Path(path).name for path in batch['paths']] == [f'n{i % 30:08d}_{i % 30}.JPEG' for i in chosen]
+    with pytest.raises(IndexError, match='item 60'):
+        data.__getitems__([0, 60])
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_workers_read_shards(cached, context):
+    data, _ = cached
+    expected = list(itertools.islice(build_dataloader(data, 8, shuffle=True, seed=1), 9))
+    workers = build_dataloader(data, 8, 2, shuffle=True, seed=1, multiprocessing_context=context)
+    for found, batch in zip(workers, expected):
+        assert torch.equal(found['latents'], batch['latents'])
+        assert found['ids'] == batch['ids']
+
+
+def test_damaged_rows_of_a_batch_are_named(cached):
+    data, latents = cached
+    path = Path(data.data_root, 'latents-000001.safetensors')
+    content = bytearray(path.read_bytes())
+    stored = data._cache.index.facts['dtype']
+    position = content.index(latents[9].to(getattr(torch, stored)).view(torch.uint8).numpy().tobytes())
+    content[position + 5] ^= 1
+    path.write_bytes(content)
+    fresh = ImageNet(data.data_root, '', data.label2name_path)
+    fresh.__getitems__([8, 10, 39])
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r'image n00000009/n00000009_9\.JPEG.* is damaged'):
+            fresh.__getitems__([8, 9, 10])
