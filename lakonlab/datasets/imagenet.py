@@ -33,8 +33,9 @@ class ImageNet(Dataset):
         datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
             ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
         label2name_path: File with a line ``label: 'names',`` per class.
-        random_flip: Mirror half of the images, drawn anew whenever the loader of a run reads them. So it is with
-            latents where the cache holds those of mirror images too; latents are never mirrored themselves.
+        random_flip: Mirror half of the images, drawn anew whenever the loader of a run reads them. Latents are never
+            mirrored; but where a cache holds those of the mirror images too, the data set is twice as long, and its
+            second half are these.
         negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
         image_size: Side of the square that images are brought to, in pixels.
         latent_size: Shape (C, H, W) of the noise in test mode.
@@ -100,40 +101,29 @@ class ImageNet(Dataset):
     @property
     def random_item(self) -> Callable[[int, RandomSource], dict]:
         """How a loader reads an item whose random numbers come from a source; only data sets that mirror have it."""
-        if self.test_mode or not self.random_flip or not self._has_mirror_images:
+        if self.test_mode or not self.random_flip or self.holds_latents:
             raise AttributeError('the items of this data set are not random')
         return self._mirrored_at_random
 
-    @property
-    def random_items(self) -> Callable[[Sequence[int], Sequence[RandomSource]], dict]:
-        """The same for the items of a batch, of latents in shards."""
-        if self.test_mode or self._cache is None or not hasattr(self, 'random_item'):
-            raise AttributeError('the items of this data set are not read together')
-        return lambda indices, sources: self._cached_batch(indices, [draws_mirrored(source) for source in sources])
-
     def _mirrored_at_random(self, index: int, source: RandomSource) -> dict:
-        mirrored = draws_mirrored(source)
-        if self._cache is not None:
-            latents = self._cache.latents(self._checked(index), mirrored)
-            return self._completed(index, self._cached(index, latents))
         item = self[index]
-        if mirrored:
+        if source.uniform('flip', (1,)).item() < 0.5:
             item['images'] = item['images'].flip(-1)
         return item
-
-    @property
-    def _has_mirror_images(self) -> bool:
-        return self._cache.has_mirrored if self._cache is not None else not self.holds_latents
 
     @property
     def holds_latents(self) -> bool:
         """Whether the files hold latents, as the first one tells."""
         return self._cache is not None or suffix_of(self._datalist[0][0]) in LATENT_SUFFIXES
 
+    def _num_images(self) -> int:
+        return len(self._cache) if self._cache is not None else len(self._datalist[0])
+
     def __len__(self) -> int:
         if self.test_mode:
             return self.num_test_images
-        return len(self._cache) if self._cache is not None else len(self._datalist[0])
+        mirrors = self.random_flip and self._cache is not None and self._cache.has_mirrored
+        return self._num_images() * (2 if mirrors else 1)
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -149,33 +139,31 @@ class ImageNet(Dataset):
             IndexError: ``index`` is out of range.
             ValueError: A file holds something else than expected.
         """
-        self._checked(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
         return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
         """Return several items, or, of latents in shards, the batch that they make."""
         if self.test_mode or self._cache is None:
             return [self[index] for index in indices]
-        return self._cached_batch(indices, None)
-
-    def _cached_batch(self, indices: Sequence[int], mirrored: Sequence[bool] | None) -> dict:
-        numbers = [self._checked(index) for index in indices]
-        labels = self._cache.labels[numbers]
+        size = len(self)
+        for index in indices:
+            if not 0 <= index < size:
+                raise IndexError(f'item {index} of an ImageNet data set of {size}')
+        cache, count = self._cache, len(self._cache)
+        numbers = [index % count for index in indices]
+        labels = cache.labels[numbers]
         batch = dict(
-            paths=[f'{self.data_root}/{path}' for path in self._cache.paths_of(numbers)],
-            latents=self._cache.batch(numbers, mirrored),
+            paths=[f'{self.data_root}/{path}' for path in cache.paths_of(numbers)],
+            latents=cache.batch(numbers, [index >= count for index in indices]),
             labels=torch.from_numpy(labels),
-            ids=numbers,
+            ids=list(indices),
             name=[self.label_names.get(label, str(label)) for label in labels.tolist()],
         )
         if self.negative_label is not None:
             batch['negative_labels'] = torch.full((len(numbers),), self.negative_label)
         return batch
-
-    def _checked(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
-        return index
 
     def _completed(self, index: int, item: dict) -> dict:
         label = int(item['labels'])
@@ -192,16 +180,17 @@ class ImageNet(Dataset):
             label = torch.randint(0, NUM_CLASSES, (), generator=torch.Generator().manual_seed(group))
         return dict(labels=label, noise=seeded_noise(index + 1000, self.latent_size))
 
-    def _cached(self, index: int, latents: torch.Tensor) -> dict:
+    def _cached(self, mirrored: int, number: int, latents: torch.Tensor) -> dict:
         cache = self._cache
-        path = files.join(self.data_root, cache.path_of(index))
-        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[index])))
+        path = f'{self.data_root}/{cache.path_of(number)}'
+        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[number])))
 
     def _training_item(self, index: int) -> dict:
+        mirrored, number = divmod(index, self._num_images())
         if self._cache is not None:
-            return self._cached(index, self._cache.latents(index))
+            return self._cached(mirrored, number, self._cache.latents(number, bool(mirrored)))
         paths, labels = self._datalist
-        path, label = files.join(self.data_root, paths[index]), labels[index]
+        path, label = files.join(self.data_root, paths[number]), labels[number]
         item = dict(paths=path)
         if suffix_of(path) in LATENT_SUFFIXES:
             record = torch.load(io.BytesIO(files.read_bytes(path)), map_location='cpu', weights_only=True)
@@ -211,11 +200,6 @@ class ImageNet(Dataset):
         if label is None:
             raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
         return dict(item, images=as_tensor(adm_square(read_rgb(path), self.image_size)), labels=torch.tensor(label))
-
-
-def draws_mirrored(source: RandomSource) -> bool:
-    """Whether one reading of an item is of the mirror image."""
-    return source.uniform('flip', (1,)).item() < 0.5
 
 
 def read_label_names(path: str) -> dict[int, str]:
