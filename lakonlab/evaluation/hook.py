@@ -21,7 +21,9 @@ from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS, METRICS
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.remote_path import as_path
+from lakonlab.storage.schemes import LIST, WRITE, require
 
 logger = logging.getLogger('lakonlab.evaluation')
 
@@ -40,7 +42,7 @@ class GenerativeEvalHook(Hook):
         sample_kwargs: ``role`` (``'student'``, ``'ema'``, ``'teacher'``; by default the average, if there is one)
             and ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
-        viz_dir: Folder of sample images; None for ``viz/<name of the run>/<data>_<prefix>``.
+        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of the run>/<data>_<prefix>``.
         viz_num: Samples written as images; None for all, 0 for none.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured instead of samples.
@@ -81,11 +83,11 @@ class GenerativeEvalHook(Hook):
         self.reference_kwargs = None
         if reference_kwargs is not None:
             self.reference_kwargs = check_sample_kwargs(reference_kwargs, f'evaluation {self.name}: reference_kwargs')
-        if viz_dir is not None and is_remote(viz_dir):
-            raise ValueError(
-                f'evaluation {self.name}: viz_dir: only local directories can be written in this version; '
-                f'found {viz_dir!r}'
-            )
+        if viz_dir is not None:
+            try:
+                require(viz_dir, WRITE, LIST, setting=f'evaluation {self.name}: viz_dir')
+            except StorageError as error:
+                raise ValueError(str(error)) from error
         self.viz_dir = viz_dir
         self.viz_num = viz_num
         self.feed_batch_size = feed_batch_size
@@ -163,7 +165,7 @@ class GenerativeEvalHook(Hook):
         """
         if self._loader is None:
             self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
-        path = None if self.viz_num == 0 else Path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
+        path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
         folder, grid = None, None
 
         def prepare() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from lakonlab.storage import files
+from lakonlab.storage.remote_path import AnyPath, as_path
+
 GRID_FILE = 'grid.png'
 OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}')
+UPLOADS = 8
+"""Images that are sent to a remote folder at the same time."""
+GREY = 96
 GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
 
 
@@ -46,7 +55,7 @@ def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) 
     height, width = height * factor, width * factor
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = -(-count // columns)
-    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 96, np.uint8)
+    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), GREY, np.uint8)
     for index, image in enumerate(pixels):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
@@ -54,24 +63,45 @@ def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) 
     return grid
 
 
+def in_one_size(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of several sizes in cells of the largest height and width, centred on grey.
+
+    Args:
+        images: Each of shape (H, W, 3), uint8; at least one.
+
+    Returns:
+        Shape (N, H, W, 3), uint8.
+    """
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    cells = np.full((len(images), height, width, 3), GREY, np.uint8)
+    for cell, image in zip(cells, images):
+        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+        cell[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return cells
+
+
 class ImageFolder:
     """Writes samples of one evaluation as ``<id>.png`` and, at the end, ``grid.png``.
 
     Args:
-        path: The folder; images that an earlier evaluation left there are removed, other files are not.
+        path: The folder, local or remote; images that an earlier evaluation left there are removed, other files are
+            not.
         limit: Only samples with ids below it are written; None for all.
         grid_limit: At most so many samples are shown in the grid.
     """
 
-    def __init__(self, path: str | Path, limit: int | None = None, grid_limit: int = 100):
-        self.path = Path(path)
+    def __init__(self, path: str | AnyPath, limit: int | None = None, grid_limit: int = 100):
+        self.path = as_path(path)
         self.limit = limit
         self.grid_limit = grid_limit
         self._shown: dict[int, np.ndarray] = {}
-        self.path.mkdir(parents=True, exist_ok=True)
-        for file in self.path.iterdir():
-            if OWN_FILE.fullmatch(file.name):
-                file.unlink()
+        self._threads: ThreadPoolExecutor | None = None
+        self._sent: deque[Future] = deque()
+        if isinstance(self.path, Path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        for name in files.list_names(str(self.path)):
+            if OWN_FILE.fullmatch(name):
+                files.remove_file(str(self.path / name))
 
     def add(self, images: Tensor, ids: Sequence[int]) -> None:
         """Write samples.
@@ -79,23 +109,47 @@ class ImageFolder:
         Args:
             images: Shape (B, C, H, W), float in [0, 1].
             ids: Number of each sample.
+
+        Raises:
+            OSError: One of these or of those before could not be written.
         """
         wanted = [row for row, number in enumerate(ids) if self.limit is None or number < self.limit]
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
-            Image.fromarray(pixels).save(self.path / f'{ids[row]:09d}.png')
+            self._save(pixels, f'{ids[row]:09d}.png')
             if ids[row] < self.grid_limit:
                 self._shown[ids[row]] = pixels
 
     def finish(self) -> np.ndarray | None:
-        """Write the grid.
+        """Write the grid, and wait for what is on its way.
 
         Returns:
             The grid, shape (H, W, 3), uint8; None if no sample was written.
+
+        Raises:
+            OSError: A file could not be written.
         """
-        if not self._shown:
-            return None
-        grid = make_grid(np.stack([self._shown[number] for number in sorted(self._shown)]))
-        Image.fromarray(grid).save(self.path / GRID_FILE)
+        grid = None
+        if self._shown:
+            grid = make_grid(in_one_size([self._shown[number] for number in sorted(self._shown)]))
+            self._save(grid, GRID_FILE)
+        while self._sent:
+            self._sent.popleft().result()
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
         return grid
+
+    def _save(self, pixels: np.ndarray, name: str) -> None:
+        image = Image.fromarray(pixels)
+        if isinstance(self.path, Path):
+            image.save(self.path / name)
+            return
+        content = io.BytesIO()
+        image.save(content, 'PNG')
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(UPLOADS, thread_name_prefix='images')
+        if len(self._sent) >= 2 * UPLOADS:
+            self._sent.popleft().result()
+        self._sent.append(self._threads.submit(files.write_bytes, str(self.path / name), content.getvalue()))

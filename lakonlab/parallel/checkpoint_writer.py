@@ -31,6 +31,7 @@ from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 from lakonlab.storage.pieces import Box, Pieces
+from lakonlab.storage.remote_path import AnyPath
 from lakonlab.storage.shared_memory import SharedMemory, positions
 
 logger = logging.getLogger(__name__)
@@ -63,18 +64,20 @@ class SaveJob:
         names: Under which names it is published, one after the other; None for that of the step.
         extra: What the main process adds to the unpublished directory, see
             :func:`~lakonlab.storage.checkpoint.write_checkpoint`.
+        confirm: What the main process calls just before it publishes, see there.
         afterwards: What the main process calls once the checkpoint is published.
     """
 
-    run_dir: Path
+    run_dir: AnyPath
     step: int
     state: Mapping[str, Any]
     config_text: str = ''
     names: tuple[str | None, ...] = (None,)
-    extra: Callable[[Path], object] | None = None
+    extra: Callable[[AnyPath], object] | None = None
+    confirm: Callable[[], object] | None = None
     afterwards: Sequence[Callable[[], object]] = field(default=())
 
-    def write(self, parts: Parts, ranks: Ranks) -> Path:
+    def write(self, parts: Parts, ranks: Ranks) -> AnyPath:
         """Write it; every process of the group calls this.
 
         Args:
@@ -89,7 +92,7 @@ class SaveJob:
         """
         for name in self.names:
             path = write_checkpoint(
-                self.run_dir, self.step, parts, self.state, self.config_text, name, ranks, self.extra
+                self.run_dir, self.step, parts, self.state, self.config_text, name, ranks, self.extra, self.confirm
             )
         if ranks.is_main:
             for function in self.afterwards:
@@ -129,7 +132,7 @@ class CheckpointWriter:
         self._store: dist.Store | None = None
         self._is_ready = self._is_busy = False
         self._begun = self._noticed = 0.0
-        self._outcome: Path | BaseException | None = None
+        self._outcome: AnyPath | BaseException | None = None
 
     def start(self) -> None:
         """Start the writers; they get ready while training goes on. Every process of the run calls this."""
@@ -201,7 +204,7 @@ class CheckpointWriter:
         self._listen()
         return isinstance(self._outcome, BaseException)
 
-    def wait(self) -> Path | None:
+    def wait(self) -> AnyPath | None:
         """Wait until the checkpoint that was begun last is published. Every process of the run calls this.
 
         Returns:
@@ -261,13 +264,13 @@ class CheckpointWriter:
         everyone = self.ranks.all_gather((self._is_busy, own))
         return any(is_busy for is_busy, _ in everyone), [error for _, error in everyone if error is not None]
 
-    def _taken(self) -> Path | None:
+    def _taken(self) -> AnyPath | None:
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    def finished(self) -> Path | None:
+    def finished(self) -> AnyPath | None:
         """The directory of a checkpoint that was published since the last question; None if there is none."""
         self._listen()
         return None if isinstance(self._outcome, BaseException) else self._taken()
@@ -299,7 +302,7 @@ class CheckpointWriter:
             'before is untouched. If it was killed for lack of memory, set checkpoint_config.asynchronous=False.'
         )
 
-    def close(self) -> Path | None:
+    def close(self) -> AnyPath | None:
         """Wait for what this process's writer is writing, and end it.
 
         Other processes of the run are not waited for, as they may have failed.

@@ -1,4 +1,4 @@
-"""What a training run would do, without doing it: nothing is trained, loaded or written."""
+"""What a training run would do, without doing it: nothing is trained or loaded, and nothing stays written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from torch import nn
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
 from lakonlab.registry import DATASETS, MODELS
-from lakonlab.runner.hooks.checkpoint import run_directory
+from lakonlab.runner.data_plan import planned_data_problems, used_splits
 from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, Plan, Sizes, plan, recommendation, remarks, table
 from lakonlab.runner.memory_sizes import sizes_of
+from lakonlab.runner.paths import places_written, require_writable_places, run_directory
 from lakonlab.runner.resume import find_starting_point
 from lakonlab.runner.sections import training_loader_options
-from lakonlab.storage.local import is_remote
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.paths import is_remote
+from lakonlab.storage.remote_path import AnyPath
 
 MEBIBYTE = 2**20
 MISSING = 'MISSING'
+UNWRITABLE = 'NOT WRITABLE'
 WEIGHT_KEYS = ('pretrained', 'pretrained_adapter', 'pretrained_lora')
 """Arguments of networks that name files of weights."""
 
@@ -131,10 +135,10 @@ def dry_run(
         world_sizes: Numbers of processes to plan memory for.
 
     Returns:
-        The description; its last line says so if a file that the run needs is missing.
+        The description; its last lines say so if a file that the run needs is missing, or a place cannot be written to.
     """
     model = build_on_meta(cfg, locate=False)
-    files = pretrained_files(cfg)
+    files, refused = pretrained_files(cfg), unwritable_places(cfg)
     parts = [
         title('config'),
         resolved_text(cfg).rstrip(),
@@ -145,13 +149,29 @@ def dry_run(
         title('memory of one process'),
         *_memory(model, cfg, world_sizes),
         title('files'),
-        _places(cfg, work_dir, seed, resume_from),
+        _places(cfg, work_dir, seed, resume_from, refused),
         *(f'  {key}\n{" " * 18}{found}' for key, found in files.items()),
     ]
-    missing = [key for key, found in files.items() if found.startswith(MISSING)]
-    if missing:
-        parts.append(f'\nThis run cannot start yet: the weights of {", ".join(missing)} are missing.')
+    problems = planned_data_problems(cfg, used_splits(cfg, training=True))
+    if problems:
+        parts += [title('data'), *(f'  {MISSING}: {problem}' for problem in problems)]
+    parts += cannot_start('run', [key for key, found in files.items() if found.startswith(MISSING)], problems)
+    if refused:
+        parts.append(f'\nThis run cannot start yet: {", ".join(refused)} cannot be written to.')
     return '\n'.join(parts)
+
+
+def cannot_start(what: str, weights: Sequence[str], problems: Sequence[str]) -> list[str]:
+    """The last line of a plan, if something is missing.
+
+    Args:
+        what: What is planned.
+        weights: Keys of the weights that are missing.
+        problems: What data sets do not bring.
+    """
+    reasons = [f'the weights of {", ".join(weights)} are missing'] if weights else []
+    reasons += ['data sets lack what is said above'] if problems else []
+    return [f'\nThis {what} cannot start yet: {"; ".join(reasons)}.'] if reasons else []
 
 
 def _memory(model: nn.Module, cfg: Config, world_sizes: Sequence[int]) -> list[str]:
@@ -232,7 +252,7 @@ def _length(cfg: Config) -> str:
     try:
         size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
         epochs = f'{samples / size:,.1f} of {size:,} samples'
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         epochs = f'unknown, the data set cannot be opened: {error}'
     return _length_table(cfg, batch, micro, epochs)
 
@@ -248,40 +268,61 @@ def _length_table(cfg: Config, batch: int, micro: int, epochs: str) -> str:
     )
 
 
-def _places(cfg: Config, work_dir: str, seed: int, resume_from: str | None) -> str:
+def _places(cfg: Config, work_dir: str, seed: int, resume_from: str | None, refused: Mapping[str, str]) -> str:
     section = cfg.get('checkpoint_config')
-    out_dir = (section or {}).get('out_dir')
-    lines = [
-        f'  logs            {work_dir}',
-        f'  checkpoints     {_run_directory(out_dir, work_dir) if section else "none (checkpoint_config is not set)"}',
-    ]
-    for entry in cfg.get('evaluation') or ():
+    mirror = cfg.get('work_dir_mirror')
+    run_dir = _run_directory(cfg, work_dir) if section else 'none (checkpoint_config is not set)'
+    lines = [f'  logs            {work_dir}']
+    lines += [f'  copy of logs    {mirror}', *_verdict(mirror, 'work_dir_mirror', refused)] if mirror else []
+    lines += [f'  checkpoints     {run_dir}', *_verdict(run_dir, 'checkpoint_config.out_dir', refused)]
+    for number, entry in enumerate(cfg.get('evaluation') or ()):
         name = '_'.join(part for part in (entry.get('data', 'val'), entry.get('prefix', '')) if part)
         if entry.get('viz_num') != 0:
-            lines.append(f'  images          {entry.get("viz_dir") or Path("viz") / str(cfg.name) / name}')
+            images = entry.get('viz_dir') or Path('viz') / str(cfg.name) / name
+            lines += [f'  images          {images}', *_verdict(images, f'evaluation[{number}].viz_dir', refused)]
     lines.append(f'  run             {_start(cfg, work_dir, resume_from)}, seed {seed}')
     return '\n'.join(lines)
 
 
-def _run_directory(out_dir: str | None, work_dir: str) -> str:
-    return str(run_directory(out_dir, work_dir)) if out_dir is None or not is_remote(out_dir) else out_dir
+def unwritable_places(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """Setting -> why it cannot be written to, of every remote directory that a run would write to.
+
+    A small file is written to each, and removed again.
+    """
+    refused = {}
+    for setting in places_written(cfg):
+        try:
+            require_writable_places(cfg, setting)
+        except OSError as error:
+            refused[setting] = str(error)
+    return refused
+
+
+def _verdict(place: object, setting: str, refused: Mapping[str, str]) -> list[str]:
+    """Whether a remote directory can be written to, as an indented line."""
+    if not is_remote(str(place)):
+        return []
+    return [f'{" " * 18}{f"{UNWRITABLE}: {refused[setting]}" if setting in refused else "can be written to"}']
+
+
+def _run_directory(cfg: Config, work_dir: str) -> AnyPath:
+    out_dir = (cfg.get('checkpoint_config') or {}).get('out_dir')
+    return run_directory(out_dir, work_dir, cfg.get('work_dir_mirror'))
 
 
 def _start(cfg: Config, work_dir: str, resume_from: str | None) -> str:
     """Where the run begins, as far as that can be looked at."""
     section = cfg.get('checkpoint_config')
-    out_dir = (section or {}).get('out_dir')
-    named = [resume_from, cfg.get('resume_from'), cfg.get('load_from')]
-    remote = next((path for path in [*named, out_dir] if path is not None and is_remote(path)), None)
-    if remote is not None:
-        return f'begins where {remote} says, which is not looked at'
-    start = find_starting_point(
-        run_directory(out_dir, work_dir),
-        resume_from=resume_from,
-        configured_resume_from=cfg.get('resume_from'),
-        load_from=cfg.get('load_from'),
-        auto_resume=(cfg.get('runner') or {}).get('auto_resume', True) and bool(section),
-    )
+    try:
+        start = find_starting_point(
+            _run_directory(cfg, work_dir),
+            resume_from=resume_from,
+            configured_resume_from=cfg.get('resume_from'),
+            load_from=cfg.get('load_from'),
+            auto_resume=(cfg.get('runner') or {}).get('auto_resume', True) and bool(section),
+        )
+    except StorageError as error:
+        return f'begins where its checkpoints say, which cannot be looked at ({error})'
     what = {'resume': 'resumes from', 'weights': 'starts with the weights of', 'fresh': 'starts from the beginning'}
     origin = '' if start.checkpoint is None else f' {start.checkpoint}'
     return f'{what[start.mode]}{origin} ({start.reason})'

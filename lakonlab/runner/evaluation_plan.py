@@ -9,9 +9,11 @@ from mmengine.config import Config
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
-from lakonlab.runner.dry_run import MISSING, build_on_meta, parameter_table, pretrained_files, title
+from lakonlab.runner.data_plan import planned_data_problems, used_splits
+from lakonlab.runner.dry_run import MISSING, build_on_meta, cannot_start, parameter_table, pretrained_files, title
 from lakonlab.runner.testing import find_weights
 from lakonlab.storage.checkpoint import CheckpointError
+from lakonlab.storage.errors import StorageError
 
 
 def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence[str] | None = None) -> str:
@@ -30,7 +32,7 @@ def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence
     try:
         weights = find_weights(cfg, checkpoint)
         origin = f'{weights.checkpoint or "those the model is built with"} ({weights.reason})'
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, StorageError) as error:
         origin = f'{MISSING}: {error}'
         missing.append('a checkpoint')
     entries = [entry for entry in cfg.evaluation if splits is None or entry.get('data', 'val') in splits]
@@ -44,11 +46,17 @@ def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence
         *(f'  {key}\n{" " * 18}{found}' for key, found in files.items()),
         title('evaluations'),
         *(line for entry in entries for line in _describe(entry, cfg)),
-        f'  results         {cfg.work_dir}/results.json',
+        f'  results         {cfg.work_dir}/results.json{_copied(cfg)}',
     ]
-    if missing:
-        lines.append(f'\nThis evaluation cannot start yet: the weights of {", ".join(missing)} are missing.')
+    problems = planned_data_problems(cfg, splits or used_splits(cfg, training=False))
+    lines += [f'  data            {MISSING}: {problem}' for problem in problems]
+    lines += cannot_start('evaluation', missing, problems)
     return '\n'.join(lines)
+
+
+def _copied(cfg: Config) -> str:
+    mirror = cfg.get('work_dir_mirror')
+    return f', copied to {mirror}' if mirror else ''
 
 
 def _describe(entry: Mapping[str, Any], cfg: Config) -> list[str]:

@@ -24,10 +24,12 @@ from lakonlab.parallel.state import training_state
 from lakonlab.runner.dry_run import build_on_meta
 from lakonlab.runner.guard import SkipGuard
 from lakonlab.runner.optimizer import build_optimizers
-from lakonlab.runner.paths import require_local
+from lakonlab.runner.paths import require_place
 from lakonlab.storage.checkpoint import CheckpointError, checkpoint_name, write_checkpoint
-from lakonlab.storage.local import directory_lock
 from lakonlab.storage.published_checkpoint import OptimizerState, PublishedCheckpoint, read_published_checkpoint
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import as_path
+from lakonlab.storage.schemes import LIST, PUBLISH, READ, WRITE
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -48,7 +50,7 @@ def import_checkpoint(args: Namespace) -> int:
         CheckpointError: The file cannot be read, does not fit the config, or was imported there already.
         ConfigError: The config cannot be used.
     """
-    require_local(args.out, 'OUT')
+    require_place(args.out, 'OUT', READ, WRITE, LIST, PUBLISH)
     published = read_published_checkpoint(args.checkpoint, with_optimizers=not args.no_optimizer)
     cfg = None if args.config is None else _read_config(args.config, args.cfg_options or (), published.seed)
     model, optimizers = published.model, published.optimizers
@@ -63,10 +65,11 @@ def import_checkpoint(args: Namespace) -> int:
         except ValueError as error:  # a value of the config that a constructor refuses
             raise ConfigError(str(error)) from error
     tensors, plain = split_optimizers(optimizers)
-    out = Path(args.out).expanduser()
-    with directory_lock(out):
+    out = as_path(args.out)
+    publisher = publisher_of(out)
+    with publisher.hold(out):
         final = out / checkpoint_name(published.iteration)
-        if final.exists():
+        if publisher.is_published(final):
             raise CheckpointError(f'{final} exists already: name another directory, or move it away')
         write_checkpoint(
             out,

@@ -19,7 +19,7 @@ from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError, describe_unknown
 from lakonlab.config.load import dump_config, load_config
 from lakonlab.config.options import parse_options
-from lakonlab.runner.paths import check_local_paths
+from lakonlab.runner.paths import check_places, require_writable_places, settle_work_dir
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -77,6 +77,7 @@ def train(args: Namespace) -> int:
             return 0
 
         from lakonlab.parallel.launch import start_processes, stop_processes
+        from lakonlab.runner.data_plan import check_data, used_splits
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
 
@@ -85,7 +86,9 @@ def train(args: Namespace) -> int:
             ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
             if not ranks.is_main:
                 console.setLevel('WARNING')
+            ranks.on_main(lambda: require_writable_places(cfg))
             ranks.together(lambda: build_on_meta(cfg))
+            ranks.on_main(lambda: check_data(cfg, used_splits(cfg, training=True, evaluating=not args.no_validate)))
             ranks.on_main(lambda: dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name))
             runner = Runner.from_cfg(
                 cfg,
@@ -136,18 +139,25 @@ def test(args: Namespace) -> int:
             return 0
 
     from lakonlab.parallel.launch import start_processes, stop_processes
+    from lakonlab.runner.data_plan import check_data, used_splits
+    from lakonlab.runner.hooks.mirror import mirroring
     from lakonlab.runner.log import attach_log_handlers, detach_log_handlers
     from lakonlab.runner.strategy import build_strategy
     from lakonlab.runner.testing import evaluate_checkpoint
+    from lakonlab.storage.mirror import Mirror
 
     with _console(), _impossible_values():
         ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
         strategy = build_strategy(cfg, ranks, device)
+        ranks.on_main(lambda: require_writable_places(cfg, 'work_dir_mirror', *_viz_settings(cfg, args.data)))
+        ranks.on_main(lambda: check_data(cfg, args.data or used_splits(cfg, training=False)))
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    mirror = cfg.get('work_dir_mirror')
+    mirror = Mirror(Path(cfg.work_dir), mirror) if mirror is not None and ranks.is_main else None
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
     try:
-        with _impossible_values():
+        with _impossible_values(), mirroring(mirror):
             evaluate_checkpoint(
                 cfg,
                 checkpoint=args.ckpt,
@@ -177,11 +187,18 @@ def _prepare(args: Namespace, training: bool) -> Config:
         single_process=args.launcher == 'none',
     )
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs') / cfg.name)
+    settle_work_dir(cfg)
     options = {'--resume-from': getattr(args, 'resume_from', None), '--ckpt': getattr(args, 'ckpt', None)}
-    check_local_paths(cfg, options, planning)
+    check_places(cfg, options, planning)
     configured = cfg.get('seed')
     cfg.seed = args.seed if args.seed is not None else DEFAULT_SEED if configured is None else configured
     return cfg
+
+
+def _viz_settings(cfg: Config, splits: Sequence[str] | None) -> list[str]:
+    """Names of ``viz_dir`` of the entries that are evaluated."""
+    entries = enumerate(cfg.get('evaluation') or ())
+    return [f'evaluation[{i}].viz_dir' for i, entry in entries if splits is None or entry.get('data', 'val') in splits]
 
 
 def _check_splits(cfg: Config, splits: Sequence[str] | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lakonlab.mmengine_parts import HistoryBuffer, Hook, LogProcessor, MessageHub
 from lakonlab.phases import PHASES, active_clock
+from lakonlab.storage.paths import is_remote
 
 LOG_FORMAT = '%(asctime)s - %(levelname)s - %(message)s'
 SHARE = 'share_'
@@ -108,6 +109,11 @@ def log_settings(log_config: Mapping[str, Any] | None, work_dir: str | Path) -> 
         elif kind == 'TensorboardLoggerHook':
             allowed = {'log_dir'}
             save_dir = options.get('log_dir') or os.path.join(work_dir, 'tf_logs')
+            if is_remote(save_dir):
+                raise ValueError(
+                    f'log_config.hooks: log_dir={save_dir!r} is not local; leave it out, and set work_dir_mirror to '
+                    'have all logs copied to a remote directory'
+                )
             backend = {'type': 'TensorboardVisBackend', 'save_dir': save_dir}
         elif kind == 'WandbLoggerHook':
             allowed = {'init_kwargs', 'commit', 'define_metric_cfg'}

@@ -7,7 +7,6 @@ import logging
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from lakonlab.storage.checkpoint import (
@@ -21,12 +20,22 @@ from lakonlab.storage.checkpoint import (
     step_of,
     verify,
 )
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import AnyPath, as_path
 
 logger = logging.getLogger(__name__)
 
 MOST_DIFFERENCES = 20
 # where a run lies and what it reports do not change what is trained
-UNRELATED_SECTIONS = ('work_dir', 'evaluation', 'log_config', 'log_level', 'resume_from', 'load_from')
+UNRELATED_SECTIONS = (
+    'work_dir',
+    'work_dir_mirror',
+    'evaluation',
+    'log_config',
+    'log_level',
+    'resume_from',
+    'load_from',
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class StartingPoint:
         present: Steps of the run's own checkpoints when it was chosen, valid or not; None if nobody looked.
     """
 
-    checkpoint: Path | None
+    checkpoint: AnyPath | None
     mode: Literal['resume', 'weights', 'fresh']
     reason: str
     named: bool = False
@@ -53,7 +62,7 @@ class StartingPoint:
 
 
 def find_starting_point(
-    run_dir: Path,
+    run_dir: AnyPath,
     *,
     resume_from: str | None = None,
     configured_resume_from: str | None = None,
@@ -83,7 +92,7 @@ def find_starting_point(
 
 
 def _choose(
-    run_dir: Path,
+    run_dir: AnyPath,
     resume_from: str | None,
     configured_resume_from: str | None,
     load_from: str | None,
@@ -91,7 +100,7 @@ def _choose(
 ) -> StartingPoint:
     own_latest = False
     if resume_from is None and configured_resume_from is not None:
-        path = Path(configured_resume_from).expanduser()
+        path = as_path(configured_resume_from)
         parent = path.parent if path.name in LATEST_NAMES else path
         own_latest = parent.absolute() == run_dir.absolute()
     named = resume_from or (None if own_latest else configured_resume_from)
@@ -113,7 +122,7 @@ def _choose(
     return StartingPoint(None, 'fresh', f'no checkpoint of this run in {run_dir}')
 
 
-def _newest_descendant(run_dir: Path, named: str) -> Path | None:
+def _newest_descendant(run_dir: AnyPath, named: str) -> AnyPath | None:
     """The run's newest checkpoint if the run was started from the named one, which may be gone by now."""
     if not list_checkpoints(run_dir):
         return None
@@ -123,14 +132,14 @@ def _newest_descendant(run_dir: Path, named: str) -> Path | None:
         return None
     started_from = read_state(newest).get('started_from') or ()
     if origin is None:
-        path = str(Path(named).expanduser().absolute())
+        path = str(as_path(named).absolute())
         known = {entry['path'] for entry in started_from}
         return newest if path.removesuffix('.pth') in known else None
     digest = content_digest(origin)
     return newest if any(entry['digest'] == digest for entry in started_from) else None
 
 
-def _refuse_later_checkpoints(run_dir: Path, checkpoint: Path, named: str) -> None:
+def _refuse_later_checkpoints(run_dir: AnyPath, checkpoint: AnyPath, named: str) -> None:
     step = step_of(checkpoint)
     later = [path for path in list_checkpoints(run_dir) if step is not None and step_of(path) > step]
     if later:
@@ -141,8 +150,8 @@ def _refuse_later_checkpoints(run_dir: Path, checkpoint: Path, named: str) -> No
         )
 
 
-def set_aside_later(run_dir: Path, step: int) -> None:
-    """Rename checkpoints later than the one a run resumed from; they are damaged ones that were passed over.
+def set_aside_later(run_dir: AnyPath, step: int) -> None:
+    """Take checkpoints out of the way that are later than the one a run resumed from: damaged ones, passed over.
 
     Args:
         run_dir: The run's checkpoint directory.
@@ -155,14 +164,11 @@ def set_aside_later(run_dir: Path, step: int) -> None:
         if step_of(path) > step:
             if _is_valid(path):
                 raise CheckpointError(f'{path} was saved by another process meanwhile; run the same command again')
-            number = 0
-            while (target := path.with_name(f'damaged_{path.name}.{number}')).exists():
-                number += 1
-            path.rename(target)
-            logger.warning('the damaged checkpoint %s was set aside as %s', path, target.name)
+            name = publisher_of(run_dir).set_aside(path)
+            logger.warning('the damaged checkpoint %s was set aside as %s', path, name)
 
 
-def require_seen(checkpoint: Path, digest: str) -> None:
+def require_seen(checkpoint: AnyPath, digest: str) -> None:
     """Make sure that this process reads the checkpoint that the main one has chosen.
 
     Args:
@@ -182,11 +188,11 @@ def require_seen(checkpoint: Path, digest: str) -> None:
         found = 'it is another one'
     raise CheckpointError(
         f'{socket.gethostname()} does not see the checkpoint {checkpoint} as the main process does ({found}): it must '
-        'be on a file system that all nodes share'
+        'lie where all nodes can read it'
     )
 
 
-def require_untouched(run_dir: Path, start: StartingPoint) -> None:
+def require_untouched(run_dir: AnyPath, start: StartingPoint) -> None:
     """Make sure that a run's directory is still as it was when its starting point was chosen.
 
     Args:
@@ -209,7 +215,7 @@ def require_same_run(
     Args:
         start: The checkpoint, and how it was chosen.
         saved: Its state.
-        present: ``seed``, ``batch_size`` and ``dataset_size`` of the present run.
+        present: ``seed``, ``batch_size``, ``dataset_size`` and ``buckets`` of the present run.
         optimizers: Optimiser key -> class name, of the present run.
 
     Raises:
@@ -223,7 +229,7 @@ def require_same_run(
                 'it back; or start a run of another name (work_dir) from the weights alone, with load_from'
             )
     for key, value in present.items():
-        before = saved['data'][key]
+        before = saved['data'].get(key)
         if before is None or before == value:  # an imported checkpoint does not know all of them
             continue
         if not start.named:
@@ -302,7 +308,7 @@ def _leaves(path: str, node: ast.expr) -> Iterator[tuple[str, str]]:
         yield from _leaves(f'{path}.{key}', value)
 
 
-def _is_valid(path: Path) -> bool:
+def _is_valid(path: AnyPath) -> bool:
     try:
         verify(path)
     except CheckpointError:

@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lakonlab.config.load import resolved_text
+from lakonlab.datasets.order import data_order
 from lakonlab.mmengine_parts import (
     Hook,
     IterTimerHook,
@@ -43,7 +44,8 @@ from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.agreement import require_agreement
 from lakonlab.runner.guard import SkipGuard
-from lakonlab.runner.hooks.checkpoint import CheckpointHook, run_directory
+from lakonlab.runner.hooks.checkpoint import CheckpointHook
+from lakonlab.runner.hooks.mirror import MirrorHook
 from lakonlab.runner.log import (
     LineProcessor,
     LogSettings,
@@ -56,6 +58,7 @@ from lakonlab.runner.log import (
 )
 from lakonlab.runner.lr_schedule import LearningRateSchedule
 from lakonlab.runner.optimizer import build_optimizers
+from lakonlab.runner.paths import run_directory
 from lakonlab.runner.resume import (
     StartingPoint,
     config_differences,
@@ -73,7 +76,10 @@ from lakonlab.runner.strategy import build_strategy
 from lakonlab.runner.views import LearningRates, TrainingStream
 from lakonlab.runner.watchdog import Watchdog, open_store
 from lakonlab.storage.checkpoint import content_digest, read_manifest, read_state
-from lakonlab.storage.local import directory_lock, require_shared, require_writable, restore_replaced, stale_replaced
+from lakonlab.storage.mirror import Mirror
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import AnyPath
+from lakonlab.storage.writable import require_writable
 
 logger = logging.getLogger('lakonlab.runner')
 
@@ -127,6 +133,7 @@ class Runner:
     ):
         self.model, self.optimizers, self.schedule = model, optimizers, schedule
         self.dataset, self._loader, self.batch_size = dataset, loader, batch_size
+        self.order = data_order(dataset, batch_size, seed=seed)
         self.iter, self.first_iter, self.max_iters = 0, 0, max_iters
         self.work_dir = self.log_dir = self._log_dir = str(work_dir)
         self.strategy, self.rank, self.world_size = strategy, strategy.rank, strategy.world_size
@@ -154,12 +161,20 @@ class Runner:
             ThroughputHook(self.settings.interval),
             LoggerHook(self.settings.interval, ignore_last=False, interval_exp_name=max_iters + 1),
         ]
+        mirror = self.cfg.get('work_dir_mirror')
+        self.mirror_hook = None
+        if mirror is not None and strategy.ranks.is_main:
+            self.mirror_hook = MirrorHook(Mirror(Path(work_dir), mirror), self.settings.interval)
+            every_run.append(self.mirror_hook)
         self.hooks = sorted([*every_run, *hooks], key=lambda hook: get_priority(hook.priority))
         self.starting_point = StartingPoint(None, 'fresh', 'none was looked for')
         self.started_from: list[dict[str, str]] = []
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
         self._stop: StopRequest | None = None
-        self.checkpoint_dir = run_directory(self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir)
+        self.checkpoint_dir = run_directory(
+            self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir, mirror
+        )
+        self.holder: str | None = None
 
     @classmethod
     def from_cfg(
@@ -207,7 +222,9 @@ class Runner:
         schedule = LearningRateSchedule(max_iters, **(cfg.get('lr_config') or {}))
         hooks = build_hooks(cfg, validate)
         checkpoint_hook = next((hook for hook in hooks if isinstance(hook, CheckpointHook)), None)
-        checkpoint_dir = run_directory(checkpoint_hook and checkpoint_hook.out_dir, work_dir)
+        checkpoint_dir = run_directory(
+            checkpoint_hook and checkpoint_hook.out_dir, work_dir, cfg.get('work_dir_mirror')
+        )
         if checkpoint_hook is not None:
             ranks.on_main(partial(_restore_replaced, checkpoint_dir))
         start = ranks.on_main(
@@ -267,8 +284,8 @@ class Runner:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the data to which this iteration's first sample belongs."""
-        return self.iter * self.batch_size // len(self.dataset)
+        """The epoch of the data to which this iteration's batch belongs."""
+        return self.order.epoch(self.iter)
 
     @property
     def max_epochs(self) -> int:
@@ -389,7 +406,7 @@ class Runner:
             'config': hashlib.sha256(self.config_text.encode()).hexdigest()[:12],
             'iteration': step,
             'learning rates': [group['lr'] for group in groups],
-            'data': {**self._data_identity(), 'position': step * self.batch_size},
+            'data': {**self._data_identity(), 'position': step * self.batch_size, 'epoch': self.order.epoch(step)},
             'strategy': self.strategy.name,
             'torch': torch.__version__,
         }
@@ -408,9 +425,14 @@ class Runner:
                 counts[kind] = counts.get(kind, 0) + 1
         return named
 
-    def _data_identity(self) -> dict[str, int]:
+    def _data_identity(self) -> dict[str, Any]:
         """What decides which samples an iteration reads and what it draws."""
-        return {'seed': self.seed, 'batch_size': self.batch_size, 'dataset_size': len(self.dataset)}
+        return {
+            'seed': self.seed,
+            'batch_size': self.batch_size,
+            'dataset_size': len(self.dataset),
+            'buckets': self.order.buckets,
+        }
 
     def _optimizer_types(self) -> dict[str, str]:
         return {key: type(optimizer).__name__ for key, optimizer in self.optimizers.items()}
@@ -418,14 +440,16 @@ class Runner:
     def _enter(self, stack: contextlib.ExitStack) -> None:
         """Open what the run holds while it trains."""
         ranks = self.strategy.ranks
-        ranks.together(lambda: require_writable(Path(self.work_dir), 'work_dir'))
+        ranks.together(lambda: require_writable(self.work_dir, 'work_dir'))
+        if self.cfg.get('work_dir_mirror') is not None:
+            ranks.on_main(lambda: self._enter_mirror(stack))
         level = self.cfg.get('log_level') or 'INFO'
         log_file = Path(self.work_dir) / f'{self.timestamp}.log'
         handlers = attach_log_handlers(log_file, level, rank=self.rank, all_ranks=self.settings.all_ranks)
         stack.callback(detach_log_handlers, handlers)
         if self.checkpoint_hook is not None:
             ranks.on_main(lambda: self._hold_checkpoint_dir(stack))
-            ranks.together(lambda: require_shared(self.checkpoint_dir))
+            ranks.together(lambda: publisher_of(self.checkpoint_dir).require_shared(self.checkpoint_dir))
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)
         if self.gc_interval:
@@ -448,7 +472,10 @@ class Runner:
 
     def _hold_checkpoint_dir(self, stack: contextlib.ExitStack) -> None:
         require_writable(self.checkpoint_dir, 'checkpoint_config.out_dir')
-        stack.enter_context(directory_lock(self.checkpoint_dir))
+        self.holder = stack.enter_context(publisher_of(self.checkpoint_dir).hold(self.checkpoint_dir))
+
+    def _enter_mirror(self, stack: contextlib.ExitStack) -> None:
+        stack.enter_context(self.mirror_hook.active())
 
     def _restore(self) -> None:
         start = self.starting_point
@@ -516,12 +543,13 @@ class Runner:
             for parameter, name in parameter_names(self.model).items()
             if parameter in trained
         )
+        mirror = self.cfg.get('work_dir_mirror')
         checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
         rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
         return '\n'.join(
             [
                 f'run {Path(self.work_dir).absolute().name}',
-                f'  logs         {self.work_dir}',
+                f'  logs         {self.work_dir}{f", copied to {mirror}" if mirror else ""}',
                 f'  checkpoints  {checkpoints}',
                 f'  device       {self.strategy.device}, {self.world_size} process(es), {self.strategy.name}, '
                 f'{torch.get_num_threads()} threads',
@@ -536,10 +564,9 @@ class Runner:
         )
 
 
-def _restore_replaced(checkpoint_dir: Path) -> None:
-    if stale_replaced(checkpoint_dir):
-        with directory_lock(checkpoint_dir):
-            restored = restore_replaced(checkpoint_dir)
+def _restore_replaced(checkpoint_dir: AnyPath) -> None:
+    restored = publisher_of(checkpoint_dir).restore(checkpoint_dir)
+    if restored:
         logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))
 
 

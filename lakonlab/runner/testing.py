@@ -18,7 +18,7 @@ from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.dry_run import MISSING, pretrained_files
-from lakonlab.runner.hooks.checkpoint import run_directory
+from lakonlab.runner.paths import run_directory
 from lakonlab.runner.resume import StartingPoint
 from lakonlab.runner.seeding import make_deterministic, seed_globals
 from lakonlab.storage.checkpoint import (
@@ -29,7 +29,9 @@ from lakonlab.storage.checkpoint import (
     read_manifest,
     require_checkpoint,
 )
-from lakonlab.storage.local import is_remote, sha256_of
+from lakonlab.storage.local import sha256_of
+from lakonlab.storage.paths import is_remote
+from lakonlab.storage.remote_path import AnyPath, as_path
 
 logger = logging.getLogger('lakonlab.evaluation')
 
@@ -54,7 +56,8 @@ def find_weights(cfg: Mapping[str, Any], checkpoint: str | None, required: bool 
     """
     if checkpoint is not None:
         return StartingPoint(require_checkpoint(checkpoint), 'weights', 'named by --ckpt')
-    run_dir = run_directory((cfg.get('checkpoint_config') or {}).get('out_dir'), cfg['work_dir'])
+    out_dir = (cfg.get('checkpoint_config') or {}).get('out_dir')
+    run_dir = run_directory(out_dir, cfg['work_dir'], cfg.get('work_dir_mirror'))
     newest = find_checkpoint(run_dir)
     if newest is not None:
         return StartingPoint(newest, 'weights', f'the newest of this run in {run_dir}')
@@ -62,7 +65,7 @@ def find_weights(cfg: Mapping[str, Any], checkpoint: str | None, required: bool 
         named = cfg.get(key)
         if not named:
             continue
-        path = Path(named)
+        path = as_path(named)
         parent = path.parent if path.name in LATEST_NAMES else path
         if parent.absolute() != run_dir.absolute():
             return StartingPoint(require_checkpoint(named), 'weights', f'{key} of the config')
@@ -204,7 +207,7 @@ def _origin_and_present(
     return origin, _finished(path, origin)
 
 
-def _build(cfg: Config, checkpoint: Path | None, seed: int, strategy: Any) -> nn.Module:
+def _build(cfg: Config, checkpoint: AnyPath | None, seed: int, strategy: Any) -> nn.Module:
     """The model with the weights of a checkpoint, spread over the processes."""
     sections = {key: cfg.get(key) or {} for key in ('train_cfg', 'test_cfg')}
 

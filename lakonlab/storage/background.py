@@ -25,6 +25,11 @@ class BackgroundWriter:
         self.wait()
         self._job = self._executor.submit(job)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job is running; costs nothing."""
+        return self._job is None or self._job.done()
+
     def check(self) -> None:
         """Raise what the last job raised, if it has ended with a failure; costs nothing otherwise."""
         if self._job is not None and self._job.done():

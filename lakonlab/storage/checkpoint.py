@@ -2,7 +2,9 @@
 
 ``<run>/iter_<N>/`` holds one folder of tensors per part (``model``, ``optimizer``), ``state.json`` with everything that
 is not a tensor, and ``manifest.json``, written last: format, iteration, library versions, the config's text, and size
-and SHA-256 of every file. What has no valid manifest is no checkpoint.
+and SHA-256 of every file. What has no valid manifest is no checkpoint. In an object store the files lie in a folder of
+the directory that the manifest names (version 3 of the format; :mod:`lakonlab.storage.publisher` says why), and such a
+checkpoint, copied to a disk as it is, is read there too.
 
 Tensors go through torch.distributed.checkpoint, which plans what each process writes and reads, into safetensors files
 (:mod:`lakonlab.storage.safetensors_storage`) rather than its default ones: those pickle their index and every tensor,
@@ -18,27 +20,34 @@ import logging
 import platform
 import re
 import shlex
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.storage.local import publish_directory, sha256_of, temporary_directory, write_json
+from lakonlab.storage.errors import StorageError
 from lakonlab.storage.pieces import Pieces
+from lakonlab.storage.publisher import DATA, MANIFEST, Publisher, publisher_of
+from lakonlab.storage.remote_path import AnyPath, as_path, files_below, open_path
+from lakonlab.storage.schemes import LIST, READ, require
 
 FORMAT = 'lakonlab-checkpoint'
-FORMAT_VERSION = 2
-MANIFEST = 'manifest.json'
+FORMAT_VERSION = 3
+VERSION_WITHOUT_FOLDER = 2
 STATE = 'state.json'
 LATEST_NAMES = ('latest', 'latest.pth', 'latest.txt')
+DEEPEST_FILE = 2
+"""Parts of the name of a file of a checkpoint."""
+PARALLEL_READS = 4
+"""Files of an object store whose checksums are computed at the same time."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +61,22 @@ def checkpoint_name(step: int) -> str:
     return f'iter_{step}'
 
 
-def step_of(path: Path) -> int | None:
+def step_of(path: AnyPath) -> int | None:
     """The number of completed iterations that a checkpoint's directory name states; None for other names."""
     match = re.fullmatch(r'iter_(\d+)', path.name)
     return int(match[1]) if match else None
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: AnyPath) -> list[AnyPath]:
     """Directories named like checkpoints in ``run_dir``, newest first, valid or not."""
     if not run_dir.is_dir():
         return []
-    found = [path for path in run_dir.iterdir() if path.is_dir() and step_of(path) is not None]
+    is_published = publisher_of(run_dir).is_published
+    found = [path for path in run_dir.iterdir() if step_of(path) is not None and is_published(path)]
     return sorted(found, key=step_of, reverse=True)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: AnyPath) -> dict[str, Any]:
     """The manifest of a checkpoint, after checking that it is complete and that every file has the stated size.
 
     Raises:
@@ -81,23 +91,39 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f'{path} has format version {manifest["version"]}, this installation reads up to {FORMAT_VERSION}: '
                 'update LakonLab'
             )
-        files = {name: (int(entry['size']), str(entry['sha256'])) for name, entry in manifest['files'].items()}
+        expected = {name: (int(entry['size']), str(entry['sha256'])) for name, entry in manifest['files'].items()}
+        folder_name = manifest.get(DATA)
     except FileNotFoundError as error:
         raise CheckpointError(f'{path} has no {MANIFEST}: it is no complete checkpoint') from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f'{path / MANIFEST} is damaged ({error})') from error
-    for name, (size, _) in files.items():
-        file = path / name
-        if Path(name).is_absolute() or '..' in Path(name).parts:
+    for name in [*expected, *(() if folder_name is None else (str(folder_name),))]:
+        if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts:
             raise CheckpointError(f'{path / MANIFEST} names a file outside of the checkpoint: {name}')
-        if not file.is_file():
+    folder = _data_folder(path, manifest)
+    sizes = publisher_of(path).sizes(folder, expected)
+    for name, (size, _) in expected.items():
+        if name not in sizes:
             raise CheckpointError(f'{path} is incomplete: {name} is missing')
-        if file.stat().st_size != size:
-            raise CheckpointError(f'{file} is damaged: it has {file.stat().st_size} bytes, the manifest states {size}')
+        if sizes[name] != size:
+            raise CheckpointError(f'{folder / name} is damaged: it has {sizes[name]} bytes, the manifest states {size}')
     return manifest
 
 
-def content_digest(path: Path, part: str | None = None) -> str:
+def _data_folder(path: AnyPath, manifest: Mapping[str, Any]) -> AnyPath:
+    return path / manifest[DATA] if manifest.get(DATA) else path
+
+
+def _contents(path: AnyPath) -> tuple[AnyPath, list[str]]:
+    """Where the files of a checkpoint, or of a draft of one, lie, and their names."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        return path, files_below(path)
+    return _data_folder(path, manifest), list(manifest['files'])
+
+
+def content_digest(path: AnyPath, part: str | None = None) -> str:
     """What identifies the content of a checkpoint, wherever it lies and however it is named.
 
     Args:
@@ -110,14 +136,14 @@ def content_digest(path: Path, part: str | None = None) -> str:
     Raises:
         CheckpointError: See :func:`read_manifest`.
     """
-    files = read_manifest(path)['files']
+    entries = read_manifest(path)['files']
     lines = [
-        f'{name} {files[name]["sha256"]}\n' for name in sorted(files) if part is None or name.startswith(f'{part}/')
+        f'{name} {entries[name]["sha256"]}\n' for name in sorted(entries) if part is None or name.startswith(f'{part}/')
     ]
     return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: AnyPath) -> dict[str, Any]:
     """Check size and checksum of every file of a checkpoint.
 
     Returns:
@@ -127,29 +153,44 @@ def verify(path: Path) -> dict[str, Any]:
         CheckpointError: The checkpoint is missing, incomplete or damaged.
     """
     manifest = read_manifest(path)
-    for name, entry in manifest['files'].items():
-        if sha256_of(path / name) != entry['sha256']:
-            raise CheckpointError(f'{path / name} is damaged: its checksum is not the one in the manifest')
+    folder = _data_folder(path, manifest)
+    names = list(manifest['files'])
+    with ThreadPoolExecutor(1 if isinstance(path, Path) else PARALLEL_READS, thread_name_prefix='verify') as threads:
+        for name, digest in zip(names, threads.map(lambda name: _sha256_of(folder / name), names)):
+            if digest != manifest['files'][name]['sha256']:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise CheckpointError(f'{folder / name} is damaged: its checksum is not the one in the manifest')
     return manifest
 
 
-def find_checkpoint(path: str | Path) -> Path | None:
+def _sha256_of(path: AnyPath, chunk_bytes: int = 1 << 22) -> str:
+    digest = hashlib.sha256()
+    with open_path(path) as stream:
+        while chunk := stream.read(chunk_bytes):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_checkpoint(path: str | AnyPath) -> AnyPath | None:
     """Resolve a path to a verified checkpoint.
 
     Args:
         path: A checkpoint's directory (also spelt ``iter_<N>.pth``), a run's directory, or ``latest``, ``latest.pth``
-            or ``latest.txt`` in a run's directory; the last two mean the newest valid checkpoint of the run.
+            or ``latest.txt`` in a run's directory; the last two mean the newest valid checkpoint of the run. Of any
+            scheme that can be listed.
 
     Returns:
         The checkpoint's directory, or None if there is none.
 
     Raises:
         CheckpointError: The named checkpoint is damaged, or a run has checkpoints of which none is valid.
+        OSError: The place where it lies cannot be reached.
     """
-    text = str(path)
-    if '://' in text:
-        raise CheckpointError(f'checkpoint {text!r}: only local paths can be read')
-    path = Path(text).expanduser()
+    try:
+        require(path if isinstance(path, Path) else str(path), READ, LIST, setting='checkpoint')
+    except StorageError as error:
+        raise CheckpointError(str(error)) from error
+    path = as_path(path)
     if path.name in LATEST_NAMES and not path.is_dir():
         return _newest_valid(path.parent)
     if path.suffix == '.pth' and not path.exists():
@@ -167,7 +208,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return _newest_valid(path)
 
 
-def _newest_valid(run_dir: Path) -> Path | None:
+def _newest_valid(run_dir: AnyPath) -> AnyPath | None:
     candidates = list_checkpoints(run_dir)
     problems = []
     for path in candidates:
@@ -184,7 +225,8 @@ def _newest_valid(run_dir: Path) -> Path | None:
             f'none of the {len(candidates)} checkpoints in {run_dir} is valid: {"; ".join(problems)}. Restore one of '
             'them, or move the directory away to start from the beginning.'
         )
-    published = {step_of(path.with_suffix('')): path for path in run_dir.glob('iter_*.pth') if path.is_file()}
+    named = [path for path in (run_dir.iterdir() if run_dir.is_dir() else ()) if path.suffix == '.pth']
+    published = {step_of(path.with_suffix('')): path for path in named if path.is_file()}
     published.pop(None, None)
     if published:
         newest = published[max(published)]
@@ -195,12 +237,12 @@ def _newest_valid(run_dir: Path) -> Path | None:
     return None
 
 
-def import_command(path: Path) -> str:
+def import_command(path: AnyPath) -> str:
     """The command that makes a checkpoint, in the same directory, of a published ``.pth`` file."""
     return f'python tools/import_checkpoint.py {shlex.quote(str(path))} {shlex.quote(str(path.parent))} --config CONFIG'
 
 
-def require_checkpoint(path: str | Path) -> Path:
+def require_checkpoint(path: str | AnyPath) -> AnyPath:
     """Like :func:`find_checkpoint`, for a checkpoint that must exist.
 
     Raises:
@@ -208,21 +250,26 @@ def require_checkpoint(path: str | Path) -> Path:
     """
     found = find_checkpoint(path)
     if found is None:
-        path = Path(path)
+        path = as_path(path)
         parent = path.parent if path.name in LATEST_NAMES or step_of(path.with_suffix('')) is not None else path
         there = ', '.join(candidate.name for candidate in list_checkpoints(parent)) or 'none'
         raise CheckpointError(f'checkpoint {str(path)!r} does not exist (checkpoints in {parent}: {there})')
     return found
 
 
-def tensor_info(checkpoint: Path, part: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _files_of(checkpoint: AnyPath, part: str) -> list[AnyPath]:
+    folder, names = _contents(checkpoint)
+    return [folder / name for name in sorted(names) if name.startswith(f'{part}/') and name.endswith('.safetensors')]
+
+
+def tensor_info(checkpoint: AnyPath, part: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Name -> (shape, dtype) of every tensor of a part, without reading the tensors; empty if there is no such part."""
     from lakonlab.storage.safetensors_storage import tensors_in
 
-    return tensors_in(checkpoint / part) if (checkpoint / part).is_dir() else {}
+    return tensors_in(_files_of(checkpoint, part))
 
 
-def read_pieces(checkpoint: Path, part: str, into: Mapping[str, Pieces]) -> None:
+def read_pieces(checkpoint: AnyPath, part: str, into: Mapping[str, Pieces]) -> None:
     """Fill in place what this process holds, however the saved tensors were divided.
 
     Args:
@@ -241,12 +288,12 @@ def read_pieces(checkpoint: Path, part: str, into: Mapping[str, Pieces]) -> None
         return
     _silence_single_process_notice()
     try:
-        load_pieces(into, checkpoint / part)
+        load_pieces(into, _files_of(checkpoint, part))
     except CheckpointException as error:
         raise CheckpointError(f'reading {checkpoint / part} failed: {_first_failure(error)}') from error
 
 
-def read_tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
+def read_tensors(checkpoint: AnyPath, part: str) -> dict[str, Tensor]:
     """Read all tensors of a part, whole, to the CPU.
 
     Args:
@@ -262,12 +309,33 @@ def read_tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
     return tensors
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: AnyPath) -> dict[str, Any]:
     """What a checkpoint holds beside tensors: the plain data that was given to :func:`write_checkpoint`."""
-    return json.loads((checkpoint / STATE).read_text(encoding='utf-8'))
+    folder, _ = _contents(checkpoint)
+    return json.loads((folder / STATE).read_text(encoding='utf-8'))
 
 
-def load_model_state(path: str | Path) -> dict[str, Tensor]:
+def find_file(path: str | AnyPath) -> str | None:
+    """Where a file of a checkpoint lies that is named as its manifest does, such as ``<checkpoint>/export/<file>``.
+
+    Args:
+        path: The checkpoint's directory, followed by the name in the manifest.
+
+    Returns:
+        The path of the file with its checksum, which downloads verify; None if the manifest names no such file.
+    """
+    path = as_path(path)
+    checkpoint, names = path.parent, [path.name]
+    while len(names) <= DEEPEST_FILE:
+        if (checkpoint / MANIFEST).is_file():
+            manifest, name = read_manifest(checkpoint), '/'.join(names)
+            entry = manifest['files'].get(name)
+            return None if entry is None else f'{_data_folder(checkpoint, manifest) / name}#sha256={entry["sha256"]}'
+        checkpoint, names = checkpoint.parent, [checkpoint.name, *names]
+    return None
+
+
+def load_model_state(path: str | AnyPath) -> dict[str, Tensor]:
     """The saved model tensors of a checkpoint, on the CPU, verified.
 
     Args:
@@ -280,19 +348,20 @@ def load_model_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_checkpoint(
-    run_dir: Path,
+    run_dir: AnyPath,
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor | Pieces]],
     state: Mapping[str, Any],
     config_text: str = '',
     name: str | None = None,
     ranks: Ranks = ALONE,
-    extra: Callable[[Path], object] | None = None,
-) -> Path:
+    extra: Callable[[AnyPath], object] | None = None,
+    confirm: Callable[[], object] | None = None,
+) -> AnyPath:
     """Write a checkpoint and publish it in one step; a failure leaves nothing under the final name.
 
     Every process writes what it is asked to of what it holds; tensors that several hold are shared out among them. The
-    main process commits when the files of all are on the disk.
+    main process commits when the files of all last.
 
     Args:
         run_dir: Directory of the run, the same for all processes; made if needed.
@@ -303,6 +372,7 @@ def write_checkpoint(
         name: Name of the directory; None for that of the step.
         ranks: The processes.
         extra: Called by the main process with the unpublished directory, to add files made from what is there.
+        confirm: Called by the main process just before it publishes, to raise an error if it must not any more.
 
     Returns:
         The published directory.
@@ -311,22 +381,32 @@ def write_checkpoint(
         CheckpointError: Writing failed in one of the processes; the message names the reason.
     """
     final = run_dir / (name or checkpoint_name(step))
-    temporary = None
+    publisher = publisher_of(run_dir)
+    draft = None
     try:
-        temporary = ranks.on_main(lambda: _begin(final, tensors))
-        files: dict[str, dict[str, Any]] = {}
+        draft = ranks.on_main(lambda: publisher.begin(final, tensors))
+        own: dict[str, dict[str, Any]] = {}
         for part, entries in tensors.items():
-            ranks.together(partial(_require_folder, temporary / part))
-            _write_pieces(temporary / part, entries, ranks)
-        own = ranks.together(lambda: _records(temporary, f'*/rank_{ranks.rank:05d}_*'))
+            ranks.together(partial(publisher.require_seen, draft, part))
+            own.update(_write_pieces(publisher, draft, part, entries, ranks))
+        files: dict[str, dict[str, Any]] = {}
         for records in ranks.gather(own) or ():
             files.update(records)
-        if extra is not None:
-            files.update(ranks.on_main(lambda: _records_of_extra(temporary, extra)))
-        ranks.on_main(lambda: _commit(temporary, final, step, state, config_text, files))
+
+        def commit() -> None:
+            if extra is not None:
+                publisher.settle(draft, files)
+                extra(draft)
+                files.update(_records(draft, set(files_below(draft)) - set(files)))
+            files[STATE] = publisher.write(draft / STATE, json.dumps(state, indent=1).encode())
+            if confirm is not None:
+                confirm()
+            publisher.publish(draft, final, _manifest(publisher, step, files, config_text))
+
+        ranks.on_main(commit)
     except Exception as error:
-        if temporary is not None and ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if draft is not None and ranks.is_main:
+            publisher.discard(draft)
         raise ranks.common(
             CheckpointError(
                 f'saving {final} failed: {type(error).__name__}: {error}. Checkpoints saved before are untouched; free '
@@ -337,79 +417,46 @@ def write_checkpoint(
     return final
 
 
-def _begin(final: Path, parts: Iterable[str]) -> Path:
-    temporary = temporary_directory(final)
-    try:
-        for part in parts:
-            (temporary / part).mkdir()
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return temporary
+def _records(folder: AnyPath, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    sizes = publisher_of(folder).sizes(folder, names)
+    return {name: {'size': size, 'sha256': _sha256_of(folder / name)} for name, size in sizes.items()}
 
 
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f'{folder} was made by the main process and is not seen by this one: checkpoint_config.out_dir must be on '
-            'a file system that all nodes share'
-        )
-
-
-def _records(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
+def _manifest(
+    publisher: Publisher, step: int, files: Mapping[str, Mapping[str, Any]], config_text: str
+) -> dict[str, Any]:
     return {
-        path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': sha256_of(path)}
-        for path in sorted(folder.glob(pattern))
-        if path.is_file()
-    }
-
-
-def _records_of_extra(temporary: Path, extra: Callable[[Path], object]) -> dict[str, dict[str, Any]]:
-    before = set(_files(temporary))
-    extra(temporary)
-    added = {path.relative_to(temporary).as_posix() for path in _files(temporary) if path not in before}
-    return {name: record for name, record in _records(temporary, '**/*').items() if name in added}
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob('*') if path.is_file())
-
-
-def _commit(
-    temporary: Path,
-    final: Path,
-    step: int,
-    state: Mapping[str, Any],
-    config_text: str,
-    files: Mapping[str, Mapping[str, Any]],
-) -> None:
-    write_json(temporary / STATE, state)
-    manifest = {
         'format': FORMAT,
-        'version': FORMAT_VERSION,
+        'version': FORMAT_VERSION if publisher.has_folders else VERSION_WITHOUT_FOLDER,
         'step': step,
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
         'versions': _versions(),
-        'files': dict(sorted({**files, **_records(temporary, STATE)}.items())),
+        'files': dict(sorted(files.items())),
         'config': config_text,
     }
-    write_json(temporary / MANIFEST, manifest)
-    publish_directory(temporary, final)
 
 
-def _write_pieces(folder: Path, entries: Mapping[str, Tensor | Pieces], ranks: Ranks) -> None:
+def _write_pieces(
+    publisher: Publisher, draft: AnyPath, part: str, entries: Mapping[str, Tensor | Pieces], ranks: Ranks
+) -> dict[str, dict[str, Any]]:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from lakonlab.storage.safetensors_storage import save_pieces
 
     pieces = {name: value if isinstance(value, Pieces) else Pieces.whole(value) for name, value in entries.items()}
     if ranks.world_size == 1 and not pieces:
-        return
+        return {}
     _silence_single_process_notice()
+    records: dict[str, dict[str, Any]] = {}
+
+    def write(name: str, content: bytes) -> None:
+        records[f'{part}/{name}'] = publisher.write(draft / part / name, content)
+
     try:
-        save_pieces(pieces, folder, ranks.rank, ranks.world_size, ranks.group)
+        save_pieces(pieces, write, ranks.rank, ranks.world_size, ranks.group)
     except CheckpointException as error:  # a BaseException, which callers would not expect
         raise _first_failure(error) from error
+    return records
 
 
 def _silence_single_process_notice() -> None:

@@ -1,180 +1,92 @@
-"""Files of anywhere as local files: one table of URL schemes.
+"""Files of anywhere as local files.
 
-A path may be local, ``huggingface://organisation/repository[@revision]/path`` or ``http(s)://``. What is remote is
-downloaded once, into the cache of the hub's library or into ``$LAKONLAB_CACHE_DIR`` (by default ``~/.cache/lakonlab``),
-and is only visible there when all of it has arrived.
+What is remote is downloaded once, into the cache of the hub's library or into ``$LAKONLAB_CACHE_DIR`` (by default
+``~/.cache/lakonlab``), and is only visible there when all of it has arrived and is what it should be.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.client
-import os
-import posixpath
-import re
-import shutil
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection
+from pathlib import Path
 
-from tqdm import tqdm
-
-from lakonlab.cache import cache_directory
-from lakonlab.storage.local import DirectoryInUseError, directory_lock, is_remote
-
-CHUNK_BYTES = 1 << 20
-TIMEOUT_SECONDS = 60
-LOCK_SECONDS = 3600.0
-#: What a killed download left is removed when nothing was written to it for so long.
-STALE_SECONDS = 3600.0
-PARTIAL_MARK = '.part-'
-#: Prefix of published configs for files that are to be staged in memory; they are read where they are.
-STAGED = 'tmp:'
+from lakonlab.storage.download import cached_file, cached_tree
+from lakonlab.storage.errors import MissingFileError, StorageError
+from lakonlab.storage.local import sha256_of
+from lakonlab.storage.paths import as_local, is_remote, normal, scheme_of, split_digest
+from lakonlab.storage.schemes import LIST, READ, SCHEMES, backend_of, require
 
 
-class FetchError(OSError):
+class FetchError(StorageError):
     """A remote file that cannot be had."""
 
 
-def fetch(uri: str | Path) -> Path:
-    """A local path with the content of a file, or of a folder of the hub.
+def fetch(uri: str | Path, sha256: str | None = None, only: Collection[str] | None = None) -> Path:
+    """A local path with the content of a file or a directory.
 
     Args:
-        uri: Local path or URL. What ends in a suffix is a file on the hub, anything else or with a slash at its end
-            is a folder.
+        uri: Path of any scheme. On the hub, what ends in a suffix is a file, anything else a directory. ``#sha256=``
+            and 64 digits at the end state the checksum that the file must have.
+        sha256: The same, if the path does not state it.
+        only: Of a remote directory, download these subdirectories and the files directly in it; None for all.
 
     Returns:
         The path; of a local one, itself, whether it exists or not.
 
     Raises:
-        FetchError: The scheme is unknown, there is no such file, or it cannot be downloaded.
+        FetchError: The scheme is unknown, there is no such file, it cannot be downloaded, or it is not what the
+            checksum says.
     """
-    text = str(uri).removeprefix(STAGED)
-    if not is_remote(text):
-        return Path(text).expanduser()
-    return _handler(text)(text)
+    _, stated = split_digest(uri)
+    digest = stated or sha256
+    try:
+        if not is_remote(uri):
+            path = as_local(uri)
+            _check(path, digest, str(uri))
+            return path
+        return _download(normal(uri), digest, only)
+    except FetchError:
+        raise
+    except StorageError as error:
+        raise FetchError(str(error)) from error
 
 
-def require_known_scheme(uri: str) -> None:
-    """Refuse a URL that :func:`fetch` could not read, without a network.
+def require_known_scheme(uri: str | Path) -> None:
+    """Refuse a path that :func:`fetch` could not read, without a network.
 
     Raises:
         FetchError: The scheme is unknown.
     """
-    text = uri.removeprefix(STAGED)
-    if is_remote(text):
-        _handler(text)
-
-
-def sibling(uri: str | Path, name: str) -> str:
-    """The URL or path of a file in the same folder as another one.
-
-    Raises:
-        FetchError: The name leads out of the folder.
-    """
-    if PurePosixPath(name).is_absolute() or '..' in PurePosixPath(name).parts:
-        raise FetchError(f'{uri} names {name!r}, which is not in its folder')
-    text = str(uri)
-    if not is_remote(text):
-        return str(Path(text).parent / name)
-    head, _, query = text.partition('?')
-    return posixpath.join(posixpath.dirname(head), name) + (f'?{query}' if query else '')
-
-
-def _handler(uri: str) -> Callable[[str], Path]:
-    scheme = uri.partition(':')[0].lower()
-    if scheme not in SCHEMES:
-        raise FetchError(
-            f'{uri!r}: {scheme}:// cannot be read; known are local paths and {", ".join(f"{s}://" for s in SCHEMES)}. '
-            'Download it and name its path.'
-        )
-    return SCHEMES[scheme]
-
-
-def _from_hub(uri: str) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    parts = uri.partition('://')[2].split('/')
-    if len(parts) < 3 or not all(parts[:2]):
-        raise FetchError(f'{uri!r}: expected huggingface://organisation/repository/path')
-    repository, _, revision = '/'.join(parts[:2]).partition('@')
-    path = '/'.join(parts[2:])
-    is_file = re.fullmatch(r'.*\.[A-Za-z][A-Za-z0-9]*', path) is not None  # a version, like v0.1, is no suffix
-    path = path.rstrip('/')
     try:
-        if is_file:
-            return Path(hf_hub_download(repository, path, revision=revision or None))
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[f'{path}/*'])) / path
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
-        raise FetchError(
-            f'{uri!r} cannot be downloaded: {type(error).__name__}: {str(error).splitlines()[0]}. Check the name; for '
-            'a gated repository accept its licence and log in (hf auth login); without a network, download it '
-            'elsewhere and name the local path.'
-        ) from error
-    if not folder.exists():
-        raise FetchError(f'{uri!r}: {repository} has no folder {path!r}')
-    return folder
+        require(uri, READ, setting='')
+    except StorageError as error:
+        raise FetchError(f'{error}. Download it and name its path.') from error
 
 
-def _from_web(uri: str) -> Path:
-    name = PurePosixPath(urllib.parse.urlsplit(uri).path).name or 'download'
-    folder = cache_directory() / 'downloads' / hashlib.sha256(uri.encode()).hexdigest()[:24]
-    path = folder / name
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+def _download(path: str, digest: str | None, only: Collection[str] | None) -> Path:
+    require_known_scheme(path)
+    if scheme_of(path) == 'huggingface':
+        from lakonlab.storage.hub import fetch_from_hub
+
+        found = fetch_from_hub(path)
+        _check(found, digest, path)
+        return found
+    backend = backend_of(path)
+    if only is not None:
+        return cached_tree(backend, path, only)
     try:
-        with directory_lock(folder, LOCK_SECONDS):  # processes that need the same file wait for one download
-            if not path.exists():
-                _remove_stale(folder)
-                _download(uri, path)
-    except DirectoryInUseError as error:
-        raise FetchError(
-            f'{uri!r}: another process has been downloading it for more than {LOCK_SECONDS:.0f} s; stop that one, or '
-            'download the file yourself and name its path'
-        ) from error
-    return path
+        return cached_file(backend, path, digest)
+    except MissingFileError:
+        if LIST not in SCHEMES[scheme_of(path)].abilities or digest is not None:
+            raise
+        return cached_tree(backend, path)
 
 
-def _remove_stale(folder: Path) -> None:
-    for path in folder.glob(f'.*{PARTIAL_MARK}*'):
-        with contextlib.suppress(FileNotFoundError):  # another thread of this process has just finished it
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-
-
-def _download(uri: str, path: Path) -> None:
-    temporary = path.with_name(f'.{path.name}{PARTIAL_MARK}{uuid.uuid4().hex}')
-    try:
-        with (
-            urllib.request.urlopen(uri, timeout=TIMEOUT_SECONDS) as response,
-            open(temporary, 'wb') as stream,
-            tqdm.wrapattr(
-                response, 'read', total=int(response.headers.get('Content-Length') or 0) or None, desc=path.name
-            ) as reader,
-        ):
-            expected = response.headers.get('Content-Length')
-            shutil.copyfileobj(reader, stream, CHUNK_BYTES)
-            stream.flush()
-            os.fsync(stream.fileno())
-        size = temporary.stat().st_size
-        if expected is not None and size != int(expected):
-            raise FetchError(f'{uri!r}: the connection ended after {size} of {expected} bytes; run again')
-        os.replace(temporary, path)
-    except urllib.error.HTTPError as error:
-        raise FetchError(f'{uri!r} cannot be downloaded: status {error.code} {error.reason}; check the URL') from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        reason = getattr(error, 'reason', None) or str(error) or type(error).__name__
-        raise FetchError(f'{uri!r} cannot be downloaded: {reason}; check the URL and the network') from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-#: Scheme -> what makes a local path of a URL.
-SCHEMES: dict[str, Callable[[str], Path]] = {'huggingface': _from_hub, 'http': _from_web, 'https': _from_web}
+def _check(path: Path, digest: str | None, uri: str) -> None:
+    """Compare a local file, if it exists, with a checksum."""
+    if digest is None or not path.exists():
+        return
+    if path.is_dir():
+        raise FetchError(f'{uri!r} is a directory; only a file can have a checksum')
+    found = sha256_of(path)
+    if found != digest:
+        raise FetchError(f'{uri!r} has the SHA-256 {found}, expected {digest}: it is damaged, or another file')

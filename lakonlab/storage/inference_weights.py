@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from lakonlab.storage.checkpoint import read_tensors
-from lakonlab.storage.local import write_bytes
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import AnyPath
 
 FOLDER = 'export'
 FILE = 'diffusion_pytorch_model.safetensors'
 
 
-def add_inference_weights(checkpoint: Path, role: str) -> Path:
+def add_inference_weights(checkpoint: AnyPath, role: str) -> AnyPath:
     """Write the weights of a network of a checkpoint as one file, named as published adapters are.
 
     Args:
@@ -30,7 +30,6 @@ def add_inference_weights(checkpoint: Path, role: str) -> Path:
         for name, tensor in read_tensors(checkpoint, 'model').items()
         if name.startswith(prefix)
     }
-    folder = checkpoint / FOLDER
-    folder.mkdir(exist_ok=True)
-    write_bytes(folder / FILE, save(tensors, {'format': 'pt'}))
-    return folder / FILE
+    path = checkpoint / FOLDER / FILE
+    publisher_of(checkpoint).write(path, save(tensors, {'format': 'pt'}))
+    return path

@@ -29,12 +29,6 @@ class DirectoryInUseError(OSError):
     """Another process writes to a directory."""
 
 
-def is_remote(path: str | Path) -> bool:
-    """Whether a path names a place that is not in the local file system, like ``s3://bucket/run``."""
-    text = str(path)
-    return '://' in text or re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', text) is not None
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` and flush it to the disk."""
     with open(path, 'wb') as stream:

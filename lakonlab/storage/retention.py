@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from lakonlab.storage.checkpoint import list_checkpoints, step_of
-from lakonlab.storage.local import remove_directory
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import AnyPath
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def steps_to_remove(steps: list[int], max_keep: int, must_save_interval: int | N
     return sorted(set(steps) - kept_for_ever - newest)
 
 
-def prune(run_dir: Path, committed: int, max_keep: int, must_save_interval: int | None) -> list[int]:
+def prune(run_dir: AnyPath, committed: int, max_keep: int, must_save_interval: int | None) -> list[int]:
     """Remove the checkpoints of a run that :func:`steps_to_remove` names; call only after a newer one is published.
 
     A directory that cannot be removed is reported and tried again after the next save.
@@ -47,7 +47,7 @@ def prune(run_dir: Path, committed: int, max_keep: int, must_save_interval: int 
     by_step = {step_of(path): path for path in list_checkpoints(run_dir) if step_of(path) <= committed}
     for step in steps_to_remove(list(by_step), max_keep, must_save_interval):
         try:
-            remove_directory(by_step[step])
+            publisher_of(run_dir).remove(by_step[step])
         except OSError as error:
             logger.warning('the old checkpoint %s could not be removed (%s)', by_step[step], error)
             continue

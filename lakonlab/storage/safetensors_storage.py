@@ -8,13 +8,11 @@ bears the tensor's name, so other programs read such files as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -26,39 +24,24 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from lakonlab.storage.local import write_bytes
 from lakonlab.storage.pieces import Pieces
+from lakonlab.storage.ranged_safetensors import DTYPES, open_safetensors
+from lakonlab.storage.remote_path import AnyPath
 
 MAX_FILE_BYTES = 1 << 28  # a file is put together in memory
 PIECES = 'pieces'
-DTYPES = {
-    'F64': torch.float64,
-    'F32': torch.float32,
-    'F16': torch.float16,
-    'BF16': torch.bfloat16,
-    'F8_E4M3': torch.float8_e4m3fn,
-    'F8_E5M2': torch.float8_e5m2,
-    'I64': torch.int64,
-    'I32': torch.int32,
-    'I16': torch.int16,
-    'I8': torch.int8,
-    'U8': torch.uint8,
-    'BOOL': torch.bool,
-    'C64': torch.complex64,
-}
-"""Name in the header of a file -> dtype."""
 
 
 class SafetensorsWriter(StorageWriter):
     """Writes what one process contributes to a checkpoint.
 
     Args:
-        folder: Existing directory, the same for all processes.
+        write: Called with the name of each file and its content; when it returns, the file lasts.
         rank: Number of this process, part of the names of its files.
     """
 
-    def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.rank = folder, rank
+    def __init__(self, write: Callable[[str, bytes], object], rank: int = 0):
+        self._write, self.rank = write, rank
 
     def reset(self, checkpoint_id=None) -> None:
         """See the base class; there is nothing to forget."""
@@ -75,7 +58,7 @@ class SafetensorsWriter(StorageWriter):
         return plans
 
     def write_data(self, plan, planner) -> Future[list[WriteResult]]:
-        """See the base class; files of at most 256 MiB, or one tensor, each flushed to the disk."""
+        """See the base class; files of at most 256 MiB, or one tensor."""
         results: list[WriteResult] = []
         batch: dict[str, Tensor] = {}
         partial: dict[str, dict] = {}
@@ -85,9 +68,8 @@ class SafetensorsWriter(StorageWriter):
             nonlocal number, size
             if batch:
                 number += 1
-                path = self.folder / f'rank_{self.rank:05d}_{number:05d}.safetensors'
                 content = safetensors.torch.save(batch, {PIECES: json.dumps(partial)} if partial else None)
-                write_bytes(path, content)
+                self._write(f'rank_{self.rank:05d}_{number:05d}.safetensors', content)
             batch.clear()
             partial.clear()
             size = 0
@@ -118,15 +100,15 @@ class SafetensorsWriter(StorageWriter):
 
 
 class SafetensorsReader(StorageReader):
-    """Reads a folder of safetensors files, whichever processes wrote them.
+    """Reads safetensors files, whichever processes wrote them.
 
     Args:
-        folder: The directory.
+        paths: The files.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._places: dict[MetadataIndex, tuple[str, str]] = {}
+    def __init__(self, paths: Sequence[AnyPath]):
+        self.paths = paths
+        self._places: dict[MetadataIndex, tuple[AnyPath, str]] = {}
 
     def reset(self, checkpoint_id=None) -> None:
         """See the base class; there is nothing to forget."""
@@ -134,8 +116,8 @@ class SafetensorsReader(StorageReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         """See the base class; reads the headers of all files."""
         tensors: dict[str, TensorStorageMetadata] = {}
-        for path in sorted(self.folder.glob('*.safetensors')):
-            with safe_open(path, framework='pt') as file:
+        for path in self.paths:
+            with open_safetensors(path) as file:
                 partial = json.loads((file.metadata() or {}).get(PIECES, '{}'))
                 for key in file.keys():  # noqa: SIM118 - it is no mapping
                     entry = file.get_slice(key)
@@ -147,7 +129,7 @@ class SafetensorsReader(StorageReader):
                         properties = TensorProperties(DTYPES[entry.get_dtype()])
                         tensors[name] = TensorStorageMetadata(properties, torch.Size(description['shape']), [])
                     tensors[name].chunks.append(ChunkStorageMetadata(offsets, sizes))
-                    self._places[MetadataIndex(name, offsets)] = (path.name, key)
+                    self._places[MetadataIndex(name, offsets)] = (path, key)
         return Metadata(state_dict_metadata=dict(tensors))
 
     def set_up_storage_reader(self, metadata, is_coordinator, *args, **kwargs) -> None:
@@ -162,17 +144,21 @@ class SafetensorsReader(StorageReader):
         return plans
 
     def read_data(self, plan, planner) -> Future[None]:
-        """See the base class; only the parts that this process needs leave the disk."""
-        by_file: dict[str, list] = {}
+        """See the base class; only the parts that this process needs are read."""
+        by_file: dict[AnyPath, list] = {}
         for item in plan.items:
-            file, key = self._places[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
-            by_file.setdefault(file, []).append((key, item))
-        for file_name, items in by_file.items():
-            with safe_open(self.folder / file_name, framework='pt') as file:
-                for key, item in items:
-                    box = tuple(slice(i, i + n) for i, n in zip(item.storage_offsets, item.lengths))
+            path, key = self._places[MetadataIndex(item.storage_index.fqn, item.storage_index.offset)]
+            by_file.setdefault(path, []).append((key, item))
+        for file_path, items in by_file.items():
+            wanted = [
+                (key, tuple(slice(start, start + size) for start, size in zip(item.storage_offsets, item.lengths)))
+                for key, item in items
+            ]
+            with open_safetensors(file_path) as file:
+                for number, tensor in file.read(wanted):
+                    item = items[number][1]
                     target = planner.resolve_tensor(item).detach()
-                    target.copy_(file.get_slice(key)[box] if box else file.get_tensor(key))
+                    target.copy_(tensor)
                     planner.commit_tensor(item, target)
         return _finished(None)
 
@@ -203,30 +189,32 @@ class PiecesLoadPlanner(dcp.DefaultLoadPlanner):
         return self.state_dict[index.fqn].at(index.offset)
 
 
-def save_pieces(pieces: Mapping[str, Pieces], folder: Path, rank: int = 0, world_size: int = 1, group=None) -> None:
+def save_pieces(
+    pieces: Mapping[str, Pieces], write: Callable[[str, bytes], object], rank: int = 0, world_size: int = 1, group=None
+) -> None:
     """Write a part of a checkpoint; every process of the group calls this.
 
     Args:
         pieces: What this process holds, by name.
-        folder: Existing directory, the same for all.
+        write: See :class:`SafetensorsWriter`.
         rank: Number of this process.
         world_size: Number of processes.
         group: Their process group; None for the default one.
     """
     planner = PiecesSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    writer = SafetensorsWriter(folder, rank)
+    writer = SafetensorsWriter(write, rank)
     dcp.save(dict(pieces), storage_writer=writer, planner=planner, process_group=group, no_dist=world_size == 1)
 
 
-def load_pieces(pieces: Mapping[str, Pieces], folder: Path) -> None:
-    """Fill pieces in place; no process waits for another."""
+def load_pieces(pieces: Mapping[str, Pieces], paths: Sequence[AnyPath]) -> None:
+    """Fill pieces in place from the files of a part; no process waits for another."""
     planner = PiecesLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(dict(pieces), storage_reader=SafetensorsReader(folder), planner=planner, no_dist=True)
+    dcp.load(dict(pieces), storage_reader=SafetensorsReader(paths), planner=planner, no_dist=True)
 
 
-def tensors_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Name -> (shape, dtype) of every tensor in a folder, without reading the tensors."""
-    entries = SafetensorsReader(folder).read_metadata().state_dict_metadata
+def tensors_in(paths: Sequence[AnyPath]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Name -> (shape, dtype) of every tensor in some files, without reading the tensors."""
+    entries = SafetensorsReader(paths).read_metadata().state_dict_metadata
     return {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
-from lakonlab.evaluation.images import make_grid, to_uint8
+from lakonlab.evaluation.images import in_one_size, make_grid, to_uint8
 from lakonlab.evaluation.results import run_evaluations, write_results
 from lakonlab.ranks import ALONE
 from lakonlab.registry import HOOKS
@@ -126,6 +126,15 @@ def test_grid_is_row_by_row():
     assert [grid[10 + 42 * row, 10 + 42 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 96]
 
 
+def test_images_of_several_sizes_are_centred_in_one_grid():
+    images = [np.full((4, 8, 3), 10, np.uint8), np.full((6, 2, 3), 20, np.uint8)]
+    cells = in_one_size(images)
+    assert cells.shape == (2, 6, 8, 3)
+    assert cells[0, :, 0, 0].tolist() == [96, 10, 10, 10, 10, 96]
+    assert cells[1, 0, :, 0].tolist() == [96, 96, 96, 20, 20, 96, 96, 96]
+    assert [(cells[row] != 96).sum() for row in range(2)] == [4 * 8 * 3, 6 * 2 * 3]
+
+
 @pytest.mark.parametrize(
     ('interval', 'due'),
     [
@@ -151,7 +160,7 @@ def test_interval(interval, due):
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
             "found 'fid', expected a number of a metric of this entry: 'reference_rmse'",
         ),
-        (dict(viz_dir='s3://bucket/viz'), 'only local directories can be written'),
+        (dict(viz_dir='https://host/viz'), 'viz_dir: .* https:// cannot be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
     ],
 )

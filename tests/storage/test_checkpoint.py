@@ -117,8 +117,8 @@ def test_file_and_remote_path_are_explained(tmp_path):
     (tmp_path / 'iter_1.pth').touch()
     with pytest.raises(CheckpointError, match='is a file'):
         find_checkpoint(tmp_path / 'iter_1.pth')
-    with pytest.raises(CheckpointError, match='only local paths'):
-        find_checkpoint('s3://bucket/run/latest.pth')
+    with pytest.raises(CheckpointError, match='https:// cannot be listed'):
+        find_checkpoint('https://example.org/run/latest.pth')
 
 
 def shard_of(path):

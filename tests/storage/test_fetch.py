@@ -1,103 +1,27 @@
 """Remote files as local files, from real servers on loopback."""
 
 import hashlib
-import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import threading
-import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme, sibling
-from lakonlab.storage.local import DirectoryInUseError
-
-CONTENT = bytes(range(256)) * 5000
-
-
-REVISION = 'a' * 40
-#: What the hub holds in ``org/model``, at ``main`` and at the tag ``v0.1``.
-REPOSITORY = ['student_v0.1/config.json', 'student_v0.1/w.safetensors', 'transformer/w.safetensors', 'w.safetensors']
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Serves ``/weights/*``; ``/cut/*`` and ``/chunks/*`` close the connection half way; and a hub."""
-
-    protocol_version = 'HTTP/1.0'
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.server.requests.append(self.path)
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        kind = self.path.split('/')[1]
-        headers, body = {'Content-Length': str(len(CONTENT))}, CONTENT
-        if kind == 'cut':
-            body = CONTENT[: len(CONTENT) // 2]
-        elif kind == 'chunks':
-            headers, body = {'Transfer-Encoding': 'chunked'}, b'%x\r\n' % len(CONTENT) + CONTENT[:100]
-        elif kind in ('org', 'api'):
-            headers, body = self.of_hub(urllib.parse.unquote(urllib.parse.urlsplit(self.path).path))
-        elif kind != 'weights':
-            body = None
-        if body is None:
-            self.send_response(404)
-            headers = {'Content-Length': '0', **headers} if kind in ('org', 'api') else {'Content-Length': '0'}
-            body = b''
-        else:
-            self.send_response(200)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def of_hub(self, path):
-        known = re.fullmatch(rf'/(?:api/models/)?org/model/(resolve|revision|tree)/(main|v0\.1|{REVISION})/?(.*)', path)
-        if known is None:
-            return {'X-Error-Code': 'RepoNotFound'}, None
-        what, _, file = known.groups()
-        if what == 'resolve':
-            headers = {'X-Repo-Commit': REVISION, 'ETag': f'"{hashlib.sha256(file.encode()).hexdigest()}"'}
-            if file not in REPOSITORY:
-                return {**headers, 'X-Error-Code': 'EntryNotFound'}, None
-            return {**headers, 'Content-Length': str(len(CONTENT))}, CONTENT
-        listing = [{'type': 'file', 'path': name, 'size': len(CONTENT), 'oid': 'b' * 40} for name in REPOSITORY]
-        siblings = [{'rfilename': name} for name in REPOSITORY]
-        info = {'id': 'org/model', 'sha': REVISION, 'siblings': siblings, 'private': False, 'tags': [], 'downloads': 0}
-        body = json.dumps(listing if what == 'tree' else info).encode()
-        return {'Content-Type': 'application/json', 'Content-Length': str(len(body))}, body
-
-    def log_message(self, *args):
-        """Keep the log of the tests readable."""
-
-
-@pytest.fixture(scope='module')
-def running():
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.url = f'http://127.0.0.1:{server.server_port}'
-    thread = threading.Thread(target=lambda: server.serve_forever(poll_interval=0.01), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def server(running, tmp_path, monkeypatch):
-    monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
-    running.requests = []
-    return running
+from lakonlab.storage import download
+from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme
+from tests.web_server import CONTENT
 
 
 def cached(tmp_path):
-    return [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.name != '.lock']
+    """What could be taken for a download."""
+    return [
+        path
+        for path in (tmp_path / 'cache' / 'downloads').glob('[bf]*/**/*')
+        if not path.name.startswith('.') and path.is_file()
+    ]
 
 
 def test_download_once(server, tmp_path):
@@ -106,12 +30,14 @@ def test_download_once(server, tmp_path):
     assert path.read_bytes() == CONTENT
     assert fetch(f'{server.url}/weights/a.safetensors') == path
     assert server.requests == ['/weights/a.safetensors']
-    assert cached(tmp_path) == [path]
+    assert set(cached(tmp_path)) == {path, path.resolve()}
+    assert path.resolve().name == hashlib.sha256(CONTENT).hexdigest()
 
 
 def test_files_of_the_same_name_are_kept_apart(server):
     paths = {fetch(f'{server.url}/weights/{folder}/a.bin') for folder in ('x', 'y')}
     assert len(paths) == 2
+    assert len({path.resolve() for path in paths}) == 1  # but the same content is stored once
 
 
 @pytest.mark.parametrize(
@@ -125,13 +51,14 @@ def test_cut_connection_leaves_nothing(kind, message, server, tmp_path):
 
 
 def test_missing_file(server, tmp_path):
-    with pytest.raises(FetchError, match=r'/absent/a.safetensors.*status 404'):
+    with pytest.raises(FetchError, match=r'/absent/a.safetensors.*does not exist'):
         fetch(f'{server.url}/absent/a.safetensors')
     assert cached(tmp_path) == []
 
 
 def test_unreachable_server(monkeypatch, tmp_path):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path))
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0')
     with pytest.raises(FetchError, match='check the URL and the network'):
         fetch('http://127.0.0.1:9/a.safetensors')
 
@@ -149,14 +76,6 @@ def test_several_at_once(server):
     assert found == [CONTENT] * 4
 
 
-def test_a_partial_file_that_vanishes_is_no_error(server, tmp_path):
-    """As that of another thread does, between being listed and being looked at."""
-    first = fetch(f'{server.url}/weights/b.bin')
-    first.unlink()
-    (first.parent / '.b.bin.part-gone').symlink_to(tmp_path / 'nowhere')
-    assert fetch(f'{server.url}/weights/b.bin').read_bytes() == CONTENT
-
-
 def test_processes_share_one_download(server, tmp_path):
     """They start together, as the processes of a job do."""
     url = f'{server.url}/weights/b.bin'
@@ -172,30 +91,152 @@ def test_processes_share_one_download(server, tmp_path):
         process.stdin.write('\n')
         process.stdin.flush()
     paths = {process.communicate()[0].strip() for process in processes}
-    assert [str(path) for path in cached(tmp_path)] == list(paths)
+    (path,) = paths
+    assert {str(found) for found in cached(tmp_path)} == {path, str(Path(path).resolve())}
     assert fetch(url).read_bytes() == CONTENT
     assert server.requests == ['/weights/b.bin']
 
 
-def test_whoever_waits_too_long_is_told_for_what(server, monkeypatch):
-    def lock(path, wait_seconds):
-        raise DirectoryInUseError('held')
+def test_whoever_waits_too_long_is_told_for_what(server, monkeypatch, tmp_path):
+    """The holder is another process that does nothing."""
+    url = f'{server.url}/ranged/b.bin'
+    folder = fetch(url).parent
+    (folder / 'b.bin').unlink()
+    code = (
+        'import sys, pathlib, lakonlab.storage.local as l\n'
+        'with l.directory_lock(pathlib.Path(sys.argv[1])):\n  print(flush=True); sys.stdin.read()'
+    )
+    holder = subprocess.Popen([sys.executable, '-c', code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    monkeypatch.setattr(download, 'STALLED_SECONDS', 0.2)
+    with pytest.raises(FetchError, match=r'ranged/b\.bin.*another process has been downloading it'):
+        fetch(url)
+    holder.communicate()
+    assert fetch(url).read_bytes() == CONTENT
 
-    monkeypatch.setattr('lakonlab.storage.fetch.directory_lock', lock)
-    with pytest.raises(FetchError, match=r'weights/b\.bin.*another process has been downloading it'):
-        fetch(f'{server.url}/weights/b.bin')
+
+def test_lost_connections_are_taken_up_again(server, monkeypatch, caplog):
+    """Every answer breaks off after a third of the file; two are errors of a busy server."""
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '30')
+    server.bytes_per_answer, server.failures = len(CONTENT) // 3, [503, 0, 500]
+    path = fetch(f'{server.url}/flaky/a.bin')
+    assert path.read_bytes() == CONTENT
+    starts = [entry[0] for entry in server.ranges if entry is not None]
+    assert starts == sorted(starts)
+    assert max(starts) >= 2 * (len(CONTENT) // 3)
+    assert 'flaky/a.bin: attempt 1 failed' in caplog.text
+    assert 'status 503' in caplog.text
 
 
-def test_remains_of_a_killed_download_are_removed(server, tmp_path):
-    path = fetch(f'{server.url}/weights/a.bin')
-    path.unlink()
-    old, young = (path.with_name(f'.a.bin.part-{name}') for name in ('old', 'young'))
-    for part in (old, young):
-        part.write_bytes(b'half')
-    os.utime(old, (0, 0))
-    assert fetch(f'{server.url}/weights/a.bin') == path
-    assert not old.exists()
-    assert young.exists()  # another thread may be writing to it
+def test_permanent_errors_are_not_tried_again(server, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '30')
+    server.failures = [401, 401]
+    with pytest.raises(FetchError, match=r'flaky/a\.bin.*status 401'):
+        fetch(f'{server.url}/flaky/a.bin')
+    assert len(server.ranges) == 2  # the file, and whether only the way of asking was refused
+
+
+def test_retries_end(server, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0.3')
+    server.failures = [503] * 1000
+    with pytest.raises(FetchError, match=r'status 503.*gave up looking at .*flaky/a\.bin after \d+ attempts'):
+        fetch(f'{server.url}/flaky/a.bin')
+    assert 3 <= len(server.ranges) < 50
+
+
+def test_an_interrupted_download_is_continued(server, monkeypatch, tmp_path):
+    server.bytes_per_answer = 200_000
+    with pytest.raises(FetchError, match=r'ended after 200000 of'):
+        fetch(f'{server.url}/flaky/a.bin')
+    assert cached(tmp_path) == []
+    server.bytes_per_answer = 10**9
+    server.ranges = []
+    assert fetch(f'{server.url}/flaky/a.bin').read_bytes() == CONTENT
+    assert server.ranges == [None, (200_000, len(CONTENT))]
+
+
+def test_what_is_left_of_another_version_is_not_continued(server):
+    server.bytes_per_answer = 200_000
+    with pytest.raises(FetchError):
+        fetch(f'{server.url}/flaky/a.bin')
+    server.bytes_per_answer, server.content = 10**9, CONTENT[::-1]
+    assert fetch(f'{server.url}/flaky/a.bin').read_bytes() == CONTENT[::-1]
+
+
+def test_a_damaged_part_is_found_and_downloaded_again(server, tmp_path):
+    server.bytes_per_answer = 200_000
+    url = f'{server.url}/flaky/a.bin#sha256={hashlib.sha256(CONTENT).hexdigest()}'
+    with pytest.raises(FetchError):
+        fetch(url)
+    server.bytes_per_answer = 10**9
+    (part,) = (tmp_path / 'cache').rglob('.part')
+    part.write_bytes(b'x' * 200_000)
+    assert fetch(url).read_bytes() == CONTENT
+
+
+def test_a_new_version_is_downloaded(server):
+    url = f'{server.url}/ranged/a.bin'
+    old = fetch(url)
+    server.content = CONTENT[::-1]
+    assert fetch(url).read_bytes() == CONTENT[::-1]
+    assert old.read_bytes() == CONTENT  # whoever reads it is not disturbed
+
+
+def test_a_file_whose_checksum_is_another_is_refused(server, tmp_path):
+    url = f'{server.url}/ranged/a.bin#sha256={"0" * 64}'
+    with pytest.raises(FetchError, match=rf'SHA-256 is {hashlib.sha256(CONTENT).hexdigest()}, expected 0000'):
+        fetch(url)
+    assert cached(tmp_path) == []
+
+
+def test_a_known_content_needs_no_server(server):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    fetch(f'{server.url}/ranged/a.bin')
+    path = fetch(f'http://127.0.0.1:9/elsewhere/b.safetensors#sha256={digest}')
+    assert path.name == 'b.safetensors'
+    assert path.read_bytes() == CONTENT
+
+
+def test_without_a_network(server, monkeypatch):
+    url = f'{server.url}/ranged/a.bin'
+    monkeypatch.setenv('LAKONLAB_OFFLINE', '1')
+    with pytest.raises(FetchError, match='LAKONLAB_OFFLINE is set: unset it'):
+        fetch(url)
+    monkeypatch.delenv('LAKONLAB_OFFLINE')
+    path = fetch(url)
+    server.ranges = []
+    monkeypatch.setenv('LAKONLAB_OFFLINE', '1')
+    assert fetch(url) == path
+    assert server.ranges == []
+
+
+def test_a_full_disk_is_seen_before(server, monkeypatch):
+    monkeypatch.setattr('shutil.disk_usage', lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(FetchError, match=r'ranged/a\.bin needs 1,280,000 bytes.*1,000 are free.*LAKONLAB_CACHE_DIR'):
+        fetch(f'{server.url}/ranged/a.bin')
+
+
+def test_server_that_does_not_answer_to_head(server):
+    assert fetch(f'{server.url}/headless/a.bin').read_bytes() == CONTENT
+
+
+def test_abandoned_parts_are_removed(server, tmp_path):
+    server.bytes_per_answer = 200_000
+    with pytest.raises(FetchError):
+        fetch(f'{server.url}/flaky/a.bin')
+    (part,) = (tmp_path / 'cache').rglob('.part')
+    fetch(f'{server.url}/ranged/b.bin')
+    assert part.exists()
+    os.utime(part, (0, 0))
+    fetch(f'{server.url}/ranged/c.bin')
+    assert not part.exists()
+
+
+def test_local_checksums(tmp_path):
+    (tmp_path / 'a').write_bytes(CONTENT)
+    assert fetch(f'{tmp_path}/a#sha256={hashlib.sha256(CONTENT).hexdigest()}') == tmp_path / 'a'
+    with pytest.raises(FetchError, match='expected 0000'):
+        fetch(tmp_path / 'a', sha256='0' * 64)
 
 
 def test_url_that_is_none(server):
@@ -211,67 +252,7 @@ def test_local_paths_pass(tmp_path):
 
 def test_unknown_scheme():
     for refuse in (fetch, require_known_scheme):
-        with pytest.raises(FetchError, match=r'gopher:// cannot be read; known are local paths and huggingface://'):
+        with pytest.raises(
+            FetchError, match=r'gopher:// cannot be read; expected one of local paths, s3://, huggingface://'
+        ):
             refuse('gopher://host/a')
-
-
-def test_siblings(tmp_path):
-    assert sibling(tmp_path / 'a.index.json', 'b.bin') == str(tmp_path / 'b.bin')
-    assert sibling('http://h/x/a.index.json?k=1', 'b.bin') == 'http://h/x/b.bin?k=1'
-    assert sibling('huggingface://o/r/x/a.index.json', 'b.bin') == 'huggingface://o/r/x/b.bin'
-    with pytest.raises(FetchError, match='not in its folder'):
-        sibling('http://h/x/a.index.json', '../b.bin')
-
-
-@pytest.fixture
-def hub(server, tmp_path, monkeypatch):
-    """A hub, and its library's cache, which is empty."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
-    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    return server
-
-
-@pytest.mark.parametrize('revision', ['', '@v0.1'])
-def test_hub_file(revision, hub, monkeypatch):
-    url = f'huggingface://org/model{revision}/transformer/w.safetensors'
-    assert fetch(url).read_bytes() == CONTENT
-    downloads = [request for request in hub.requests if '/resolve/' in request]
-    assert downloads == [f'/org/model/resolve/{revision[1:] or "main"}/transformer/w.safetensors']
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert fetch(url).read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize('name', ['transformer', 'transformer/', 'student_v0.1'])
-def test_hub_folder(name, hub):
-    folder = fetch(f'huggingface://org/model/{name}')
-    expected = {file.rpartition('/')[2] for file in REPOSITORY if file.startswith(name.rstrip('/') + '/')}
-    assert {path.name for path in folder.iterdir()} == expected
-    downloads = [request for request in hub.requests if '/resolve/' in request]
-    assert len(downloads) == len(expected)  # nothing beside the folder
-
-
-@pytest.mark.parametrize(
-    ('path', 'message'),
-    [
-        ('model/transformer', 'expected huggingface://organisation/repository/path'),
-        ('org/model/absent.safetensors', 'EntryNotFound.*Check the name'),
-        ('org/model/absent', "org/model has no folder 'absent'"),
-        ('org/other/transformer', 'RepositoryNotFound.*accept its licence'),
-        ('org/other/w.safetensors', 'RepositoryNotFound.*accept its licence'),
-    ],
-)
-def test_hub_errors_name_the_url(path, message, hub):
-    with pytest.raises(FetchError, match=f'huggingface://{path}.*{message}'):
-        fetch(f'huggingface://{path}')
-
-
-@pytest.mark.parametrize('name', ['w.safetensors', 'transformer'])
-def test_hub_without_a_network(name, hub, monkeypatch):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(FetchError, match=rf'huggingface://org/model/{name}.*without a network, download it elsewhere'):
-        fetch(f'huggingface://org/model/{name}')

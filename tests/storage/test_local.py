@@ -5,6 +5,7 @@ import os
 import pytest
 
 from lakonlab.storage import local
+from lakonlab.storage.paths import is_remote
 
 
 class Killed(BaseException):
@@ -50,9 +51,9 @@ def test_what_was_replaced_is_removed_once_the_new_one_is_published(tmp_path):
 
 @pytest.mark.parametrize('path', ['s3://bucket/run', 'gs:/bucket', 'https://host/run'])
 def test_remote_paths(path):
-    assert local.is_remote(path)
+    assert is_remote(path)
 
 
 @pytest.mark.parametrize('path', ['run', '/a/b', '../a', 'C:/run', 'work_dirs/a:b', '~/run'])
 def test_local_paths(path):
-    assert not local.is_remote(path)
+    assert not is_remote(path)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lakonlab.storage import retention
+from lakonlab.storage import local_publisher
 from lakonlab.storage.retention import prune, steps_to_remove
 
 
@@ -72,7 +72,7 @@ def test_failed_removal_is_tried_again(tmp_path, monkeypatch, caplog):
         raise PermissionError('denied')
 
     with monkeypatch.context() as patched:
-        patched.setattr(retention, 'remove_directory', denied)
+        patched.setattr(local_publisher, 'remove_directory', denied)
         assert prune(tmp_path, 200, 1, None) == []
     assert 'iter_100 could not be removed' in caplog.text
     assert prune(tmp_path, 200, 1, None) == [100]

@@ -5,39 +5,21 @@ from __future__ import annotations
 import logging
 import re
 from functools import partial
-from pathlib import Path
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.parallel.checkpoint_writer import CheckpointWriter, SaveJob
 from lakonlab.phases import phase
 from lakonlab.registry import HOOKS
 from lakonlab.runner.agreement import require_agreement
-from lakonlab.runner.paths import require_local
 from lakonlab.storage.checkpoint import CheckpointError
 from lakonlab.storage.inference_weights import add_inference_weights
-from lakonlab.storage.local import remove_stale_temporaries
+from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.remote_path import AnyPath
 from lakonlab.storage.retention import prune
 
 logger = logging.getLogger(__name__)
 
 EXPORTS = {'ema': 'diffusion_ema', 'student': 'diffusion'}
-
-
-def run_directory(out_dir: str | None, work_dir: str) -> Path:
-    """Where a run's checkpoints go: ``<out_dir>/<name of work_dir>``, or ``work_dir`` itself if that is ``out_dir``.
-
-    Args:
-        out_dir: ``checkpoint_config.out_dir``; None for ``checkpoints``.
-        work_dir: Directory of the logs.
-
-    Raises:
-        ConfigError: One of them is no local directory.
-    """
-    require_local(out_dir, 'checkpoint_config.out_dir')
-    require_local(work_dir, 'work_dir')
-    out = Path('checkpoints' if out_dir is None else out_dir).expanduser()
-    work = Path(work_dir).expanduser()
-    return out if out.absolute() == work.absolute() else out / work.absolute().name
 
 
 @HOOKS.register_module()
@@ -49,7 +31,7 @@ class CheckpointHook(Hook):
 
     Args:
         interval: Iterations between saves, at least 1.
-        out_dir: Parent of the run's checkpoint directory; None for ``checkpoints``.
+        out_dir: Parent of the run's checkpoint directory, local or ``s3://``; None for ``checkpoints``.
         max_keep_ckpts: How many of the newest checkpoints are kept; -1 for all.
         must_save_interval: Iterations divisible by it are saved too, and kept for ever.
         save_last: Whether the last iteration is saved whatever the interval.
@@ -101,7 +83,9 @@ class CheckpointHook(Hook):
 
     def before_train(self, runner) -> None:
         """Remove what an interrupted save left behind, and get ready to write."""
-        removed = runner.strategy.ranks.on_main(lambda: remove_stale_temporaries(runner.checkpoint_dir))
+        removed = runner.strategy.ranks.on_main(
+            lambda: publisher_of(runner.checkpoint_dir).clean(runner.checkpoint_dir)
+        )
         if removed:
             logger.info('removed from an interrupted save: %s', ', '.join(removed))
         self._require_exported(runner)
@@ -170,8 +154,9 @@ class CheckpointHook(Hook):
                 self.last_saved = step
                 afterwards = [partial(prune, runner.checkpoint_dir, step, self.max_keep_ckpts, self.must_save_interval)]
             extra = None if self.export is None else partial(add_inference_weights, role=EXPORTS[self.export])
+            confirm = partial(publisher_of(runner.checkpoint_dir).confirm, runner.checkpoint_dir, runner.holder)
             job = SaveJob(
-                runner.checkpoint_dir, step, state, runner.config_text, tuple(names), extra, tuple(afterwards)
+                runner.checkpoint_dir, step, state, runner.config_text, tuple(names), extra, confirm, tuple(afterwards)
             )
             writer.submit(job, parts)
             if wait or not self.asynchronous:
@@ -231,6 +216,6 @@ class CheckpointHook(Hook):
                 logger.error('%s', error)
 
 
-def _report(path: Path | None) -> None:
+def _report(path: AnyPath | None) -> None:
     if path is not None:
         logger.info('saved %s', path)
