@@ -75,6 +75,9 @@ MODULES = LazyRegistry(
         'lakonlab.models.architecture.diffusers.pretrained_qwen_image_text_encoder': (
             'PretrainedQwenImageTextEncoder',
         ),
+        'lakonlab.models.architecture.diffusers.pretrained_transformers_text_encoder': (
+            'PretrainedTransformersTextEncoder',
+        ),
         'lakonlab.models.architecture.diffusers.flux': ('FluxTransformer2DModel',),
         'lakonlab.models.architecture.diffusers.qwen_image': ('QwenImageTransformer2DModel',),
         'lakonlab.models.architecture.gmflow.gmflux': ('GMFluxTransformer2DModel',),
@@ -88,7 +91,11 @@ DATASETS = LazyRegistry(
     'dataset',
     {
         'lakonlab.datasets.checkerboard': ('CheckerboardData',),
+        'lakonlab.datasets.combine': ('ConcatDataset', 'Subset'),
         'lakonlab.datasets.digits': ('Digits',),
+        'lakonlab.datasets.emoji': ('Emoji',),
+        'lakonlab.datasets.fashion_mnist': ('FashionMNIST',),
+        'lakonlab.datasets.image_prompt': ('ImagePrompt',),
         'lakonlab.datasets.imagenet': ('ImageNet',),
     },
     mmengine_registry.DATASETS,

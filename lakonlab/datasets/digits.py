@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lakonlab.datasets.noise import seeded_noise
 from lakonlab.registry import DATASETS
 
 NUM_CLASSES = 10
@@ -107,8 +108,7 @@ class Digits(Dataset):
             raise IndexError(f'item {index} of a Digits data set of {len(self)}')
         if self.test_mode:
             label = torch.tensor(index % NUM_CLASSES)
-            # one generator per item: a sample depends neither on batch size nor on the number of processes
-            item = dict(noise=torch.randn(self.latent_size, generator=torch.Generator().manual_seed(index + 1000)))
+            item = dict(noise=seeded_noise(index + 1000, self.latent_size))
         else:
             images, labels = load_split(self.split)
             label = labels[index]

@@ -1,17 +1,21 @@
-"""ImageNet from local files: images, or latents that were computed from them before; or labelled noise for sampling."""
+"""ImageNet: images, or latents that were computed from them before; or labelled noise for sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePosixPath
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
+from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
+from lakonlab.datasets.noise import seeded_noise
+from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
+from lakonlab.storage import files
 
 NUM_CLASSES = 1000
 LATENT_SUFFIXES = ('.pth', '.pt')
@@ -24,12 +28,14 @@ class ImageNet(Dataset):
     """ImageNet for training, or labelled noise for sampling.
 
     Args:
-        data_root: Directory of the images or latents; not read in test mode.
+        data_root: Directory of the images or latents, local or a URL, as all paths here; not read in test mode. A
+            directory with an ``index.json``, as ``tools/cache_imagenet_data_sdvae.py`` makes it, needs no data list.
         datalist_path: File with a line ``relative/path label`` per item. For latents, ``.pth`` files with a dict
             ``{'x': latents, 'y': label}``, the label may be left out. Not read in test mode.
         label2name_path: File with a line ``label: 'names',`` per class.
-        random_flip: Show every image both ways in an epoch: the data set is twice as long, and its second half holds
-            the mirror images. Latents are never mirrored.
+        random_flip: Mirror half of the images, drawn anew whenever the loader of a run reads them. Latents are never
+            mirrored; but where a cache holds those of the mirror images too, the data set is twice as long, and its
+            second half are these.
         negative_label: Label that stands for "no class" in guidance and label dropout; None to leave it out.
         image_size: Side of the square that images are brought to, in pixels.
         latent_size: Shape (C, H, W) of the noise in test mode.
@@ -66,7 +72,7 @@ class ImageNet(Dataset):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f'{name}={value}: expected a positive number')
-        self.data_root = Path(data_root)
+        self.data_root = str(data_root)
         self.random_flip = random_flip
         self.negative_label = negative_label
         self.image_size = image_size
@@ -75,8 +81,8 @@ class ImageNet(Dataset):
         self.test_label_sampling = test_label_sampling
         self.test_mode = test_mode
         self.num_test_images = num_test_images
-        self.datalist_path = Path(datalist_path)
-        self.label2name_path = Path(label2name_path)
+        self.datalist_path = str(datalist_path)
+        self.label2name_path = str(label2name_path)
 
     @cached_property
     def label_names(self) -> dict[int, str]:
@@ -87,16 +93,37 @@ class ImageNet(Dataset):
     def _datalist(self) -> tuple[list[str], list[int | None]]:
         return read_datalist(self.datalist_path)
 
+    @cached_property
+    def _cache(self) -> LatentCache | None:
+        """The shards of latents that ``data_root`` holds; None if it holds a file per image."""
+        return LatentCache(self.data_root) if is_latent_cache(self.data_root) else None
+
     @property
-    def _mirrors(self) -> bool:
-        paths, _ = self._datalist
-        return self.random_flip and Path(paths[0]).suffix.lower() in IMAGE_SUFFIXES
+    def random_item(self) -> Callable[[int, RandomSource], dict]:
+        """How a loader reads an item whose random numbers come from a source; only data sets that mirror have it."""
+        if self.test_mode or not self.random_flip or self.holds_latents:
+            raise AttributeError('the items of this data set are not random')
+        return self._mirrored_at_random
+
+    def _mirrored_at_random(self, index: int, source: RandomSource) -> dict:
+        item = self[index]
+        if source.uniform('flip', (1,)).item() < 0.5:
+            item['images'] = item['images'].flip(-1)
+        return item
+
+    @property
+    def holds_latents(self) -> bool:
+        """Whether the files hold latents, as the first one tells."""
+        return self._cache is not None or suffix_of(self._datalist[0][0]) in LATENT_SUFFIXES
+
+    def _num_images(self) -> int:
+        return len(self._cache) if self._cache is not None else len(self._datalist[0])
 
     def __len__(self) -> int:
         if self.test_mode:
             return self.num_test_images
-        paths, _ = self._datalist
-        return len(paths) * (2 if self._mirrors else 1)
+        mirrors = self.random_flip and self._cache is not None and self._cache.has_mirrored
+        return self._num_images() * (2 if mirrors else 1)
 
     def __getitem__(self, index: int) -> dict:
         """Return one item.
@@ -114,7 +141,31 @@ class ImageNet(Dataset):
         """
         if not 0 <= index < len(self):
             raise IndexError(f'item {index} of an ImageNet data set of {len(self)}')
-        item = self._test_item(index) if self.test_mode else self._training_item(index)
+        return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
+        """Return several items, or, of latents in shards, the batch that they make."""
+        if self.test_mode or self._cache is None:
+            return [self[index] for index in indices]
+        size = len(self)
+        for index in indices:
+            if not 0 <= index < size:
+                raise IndexError(f'item {index} of an ImageNet data set of {size}')
+        cache, count = self._cache, len(self._cache)
+        numbers = [index % count for index in indices]
+        labels = cache.labels[numbers]
+        batch = dict(
+            paths=[f'{self.data_root}/{path}' for path in cache.paths_of(numbers)],
+            latents=cache.batch(numbers, [index >= count for index in indices]),
+            labels=torch.from_numpy(labels),
+            ids=list(indices),
+            name=[self.label_names.get(label, str(label)) for label in labels.tolist()],
+        )
+        if self.negative_label is not None:
+            batch['negative_labels'] = torch.full((len(numbers),), self.negative_label)
+        return batch
+
+    def _completed(self, index: int, item: dict) -> dict:
         label = int(item['labels'])
         item.update(ids=index, name=self.label_names.get(label, str(label)))
         if self.negative_label is not None:
@@ -127,27 +178,31 @@ class ImageNet(Dataset):
             label = torch.tensor(group % NUM_CLASSES)
         else:
             label = torch.randint(0, NUM_CLASSES, (), generator=torch.Generator().manual_seed(group))
-        # one generator per item: a sample depends neither on batch size nor on the number of processes
-        noise = torch.randn(self.latent_size, generator=torch.Generator().manual_seed(index + 1000))
-        return dict(labels=label, noise=noise)
+        return dict(labels=label, noise=seeded_noise(index + 1000, self.latent_size))
+
+    def _cached(self, mirrored: int, number: int, latents: torch.Tensor) -> dict:
+        cache = self._cache
+        path = f'{self.data_root}/{cache.path_of(number)}'
+        return dict(paths=path, latents=latents, labels=torch.tensor(int(cache.labels[number])))
 
     def _training_item(self, index: int) -> dict:
+        mirrored, number = divmod(index, self._num_images())
+        if self._cache is not None:
+            return self._cached(mirrored, number, self._cache.latents(number, bool(mirrored)))
         paths, labels = self._datalist
-        mirrored, number = divmod(index, len(paths))
-        path, label = self.data_root / paths[number], labels[number]
-        item = dict(paths=str(path))
-        if path.suffix.lower() in LATENT_SUFFIXES:
-            record = torch.load(path, map_location='cpu', weights_only=True)
+        path, label = files.join(self.data_root, paths[number]), labels[number]
+        item = dict(paths=path)
+        if suffix_of(path) in LATENT_SUFFIXES:
+            record = torch.load(io.BytesIO(files.read_bytes(path)), map_location='cpu', weights_only=True)
             if not isinstance(record, dict) or not {'x', 'y'} <= record.keys():
                 raise ValueError(f"{path}: expected a dict with 'x', the latents, and 'y', the label")
             return dict(item, latents=record['x'].float(), labels=torch.as_tensor(record['y']).long().reshape(()))
         if label is None:
             raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
-        images = read_image(path, self.image_size)
-        return dict(item, images=images.flip(-1) if mirrored else images, labels=torch.tensor(label))
+        return dict(item, images=as_tensor(adm_square(read_rgb(path), self.image_size)), labels=torch.tensor(label))
 
 
-def read_label_names(path: str | Path) -> dict[int, str]:
+def read_label_names(path: str) -> dict[int, str]:
     """Read lines ``label: 'names',``; braces around the whole are allowed.
 
     Raises:
@@ -166,7 +221,7 @@ def read_label_names(path: str | Path) -> dict[int, str]:
     return names
 
 
-def read_datalist(path: str | Path) -> tuple[list[str], list[int | None]]:
+def read_datalist(path: str) -> tuple[list[str], list[int | None]]:
     """Read lines ``relative/path [label]``.
 
     Raises:
@@ -182,7 +237,7 @@ def read_datalist(path: str | Path) -> tuple[list[str], list[int | None]]:
             raise ValueError(
                 f'{path}, line {number}: expected a path without spaces and a label, found {line.strip()!r}'
             )
-        if Path(words[0]).suffix.lower() not in LATENT_SUFFIXES + IMAGE_SUFFIXES:
+        if suffix_of(words[0]) not in LATENT_SUFFIXES + IMAGE_SUFFIXES:
             known = ', '.join(LATENT_SUFFIXES + IMAGE_SUFFIXES)
             raise ValueError(f'{path}, line {number}: {words[0]!r} ends in none of {known}')
         paths.append(words[0])
@@ -192,35 +247,12 @@ def read_datalist(path: str | Path) -> tuple[list[str], list[int | None]]:
     return paths, labels
 
 
-def _lines(path: str | Path, argument: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding='utf-8').splitlines()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'{argument}={str(path)!r}: there is no such file') from error
+def suffix_of(path: str) -> str:
+    """Extension of a file, in lower case."""
+    return PurePosixPath(path).suffix.lower()
 
 
-def read_image(path: str | Path, size: int) -> Tensor:
-    """Read an image and bring it to a square, as ADM does (Dhariwal & Nichol, 2021).
-
-    Halved by box averages while the shorter side is at least twice ``size``, resized bicubically to a shorter side of
-    ``size``, and cropped around the centre.
-
-    Args:
-        path: The file; grey, palette, CMYK and transparent images become RGB.
-        size: Side of the square in pixels.
-
-    Returns:
-        (3, size, size), float32 in [0, 1].
-    """
-    from PIL import Image
-
-    with Image.open(path) as file:
-        # transparency is dropped, not blended
-        image = file.convert('RGBA').convert('RGB') if file.mode == 'P' else file.convert('RGB')
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+def _lines(path: str, argument: str) -> list[str]:
+    if not files.is_file(path):
+        raise FileNotFoundError(f'{argument}={path!r}: there is no such file')
+    return files.read_text(path).splitlines()

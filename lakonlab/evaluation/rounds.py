@@ -2,8 +2,9 @@
 
 The batches that all processes make at the same time are a *round*. Networks that are divided among processes are asked
 by all of them together, so in every round each process has a batch, and all batches are equally large: where the data
-do not suffice, rows are repeated, and what is made of them is thrown away. The items of a round follow one another in
-the data set, so that the main process can put the samples of a round into batches as one process would have made them.
+do not suffice, rows are repeated, and what is made of them is thrown away. All items of a round are of one bucket, and
+thus of one shape, and follow one another there, so that the main process can put the samples of a round into batches as
+one process would have made them.
 """
 
 from __future__ import annotations
@@ -43,28 +44,33 @@ def shares(dataloader: DataLoader, ranks: Ranks) -> Iterator[Share]:
         As many shares in every process.
 
     Raises:
-        ValueError: The loader was built for other processes.
+        ValueError: The loader was built for other processes, or their data sets differ.
         Exception: What loading a batch raised in any process.
     """
     sampler = dataloader.batch_sampler
-    built_for = getattr(sampler, 'rank', 0), getattr(sampler, 'world_size', 1)
+    built_for = sampler.rank, sampler.world_size
     if built_for != (ranks.rank, ranks.world_size):
         raise ValueError(
             f'this loader reads the items of process {built_for[0]} of {built_for[1]}, but this is process '
             f'{ranks.rank} of {ranks.world_size}: build it with the same ranks'
         )
-    iterator, batch = None, None
+    num_rounds = ranks.all_gather(sampler.num_rounds)
+    if len(set(num_rounds)) > 1:
+        raise ValueError(f'the processes would evaluate in {num_rounds} rounds: their data sets differ')
+    iterator, held, bucket_held = None, None, None
 
-    def load(is_mine: bool) -> tuple[dict, int]:
-        nonlocal iterator
-        if is_mine:
+    def load(number: int) -> tuple[dict, int]:
+        nonlocal iterator, held, bucket_held
+        part, (bucket, items) = sampler.part(number), sampler.round(number)
+        if part:
             iterator = iter(dataloader) if iterator is None else iterator
-            loaded = next(iterator)
-            return loaded, len(loaded['ids'])
-        return dataloader.collate_fn([dataloader.dataset[0]]) if batch is None else batch, 0
+            held, bucket_held = next(iterator), bucket
+        elif bucket_held != bucket:  # what is thrown away has the shape of what the others make
+            held, bucket_held = dataloader.collate_fn([dataloader.dataset[int(items[0])]]), bucket
+        return held, len(part)
 
-    for number in range(max(ranks.all_gather(len(dataloader)))):
-        batch, count = ranks.together(partial(load, number < len(dataloader)))
+    for number in range(sampler.num_rounds):
+        batch, count = ranks.together(partial(load, number))
         size = max(ranks.all_gather(count))
         yield Share(batch if len(batch['ids']) == size else with_rows(batch, size), count)
 

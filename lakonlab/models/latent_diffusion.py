@@ -27,8 +27,8 @@ class LatentDiffusion(BaseDiffusion):
     """A conditional image model in the latents of an autoencoder or in pixels. See :class:`BaseDiffusion`.
 
     A subclass says what the conditions of a batch are (:meth:`conditions_of`). For training a batch holds ``latents``
-    (B, C, H, W) or ``images`` (B, 3, H, W) in [0, 1], for sampling ``noise`` (B, C, H, W), unless
-    ``test_cfg.latent_size`` is given.
+    (B, C, H, W) or ``images`` (B, 3, H, W) in [0, 1], or for a trainer without data ``latent_size``, B times (C, H, W);
+    for sampling ``noise`` (B, C, H, W), unless ``test_cfg.latent_size`` is given.
     """
 
     #: What to do about missing negative conditions, for messages.
@@ -58,19 +58,30 @@ class LatentDiffusion(BaseDiffusion):
     def encode_batch(self, data: Mapping[str, Any], source: RandomSource | None = None) -> Tensor:
         """Latents of a batch: given, or encoded from its images; without an autoencoder, the pixels in [-1, 1].
 
-        A trainer without data takes only their shape, for which ``test_cfg.latent_size`` is enough.
+        A trainer without data takes only their shape, for which ``latent_size``, the shape of every row, is enough, or
+        ``test_cfg.latent_size``.
 
         Raises:
-            ValueError: The batch holds neither latents nor images.
+            ValueError: The batch holds neither latents nor images, and the trainer needs them or no shape is given.
         """
         if data.get('latents') is not None:
             return self.patchify(data['latents'].to(self.device))
-        latent_size = self.diffusion.test_section().latent_size
-        if data.get('images') is None and getattr(self.diffusion, 'is_multistep', False) and latent_size is not None:
-            return self.patchify(torch.zeros((batch_size_of(data), *latent_size), device=self.device))
-        if data.get('images') is None:
-            raise ValueError(f'the batch holds neither latents nor images to train on, only {sorted(data)}')
-        return self.patchify(self.encode_images(data['images'].to(self.device) * 2 - 1, 'sample', source))
+        if data.get('images') is not None:
+            return self.patchify(self.encode_images(data['images'].to(self.device) * 2 - 1, 'sample', source))
+        found = f'the batch holds neither latents nor images to train on, only {sorted(data)}'
+        trainer = type(self.diffusion).__name__
+        if not getattr(self.diffusion, 'is_multistep', False):
+            raise ValueError(
+                f'{found}: {trainer} is trained on data; let the data set bring images (ImagePrompt: set image_dir) or '
+                'cached latents, or train with PiFlowImitationDataFree'
+            )
+        size = common_size(data)
+        size = self.diffusion.test_section().latent_size if size is None else size
+        if size is None:
+            raise ValueError(
+                f"{found}: {trainer} needs no data but a shape; set the data set's latent_size, or test_cfg.latent_size"
+            )
+        return self.patchify(torch.zeros((batch_size_of(data), *size), device=self.device))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, sample_mode: str = 'argmax', source: RandomSource | None = None) -> Tensor:
@@ -191,3 +202,18 @@ class LatentDiffusion(BaseDiffusion):
         images = (self.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
         nfe = diffusion.num_function_evaluations(override)
         return {'num_samples': batch_size, 'pred_imgs': images, 'nfe': nfe}
+
+
+def common_size(data: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape that all rows of a batch ask for by ``latent_size``; None if they ask for none.
+
+    Raises:
+        ValueError: They differ.
+    """
+    sizes = {tuple(int(length) for length in size) for size in data.get('latent_size') or ()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f'latent_size: the rows of a batch ask for {" and ".join(map(str, sorted(sizes)))}; give the data set '
+            'bucketize=True, so that a batch has one shape'
+        )
+    return sizes.pop() if sizes else None

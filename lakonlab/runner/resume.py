@@ -215,7 +215,7 @@ def require_same_run(
     Args:
         start: The checkpoint, and how it was chosen.
         saved: Its state.
-        present: ``seed``, ``batch_size`` and ``dataset_size`` of the present run.
+        present: ``seed``, ``batch_size``, ``dataset_size`` and ``buckets`` of the present run.
         optimizers: Optimiser key -> class name, of the present run.
 
     Raises:
@@ -229,7 +229,7 @@ def require_same_run(
                 'it back; or start a run of another name (work_dir) from the weights alone, with load_from'
             )
     for key, value in present.items():
-        before = saved['data'][key]
+        before = saved['data'].get(key)
         if before is None or before == value:  # an imported checkpoint does not know all of them
             continue
         if not start.named:

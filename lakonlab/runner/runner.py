@@ -27,6 +27,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lakonlab.config.load import resolved_text
+from lakonlab.datasets.order import data_order
 from lakonlab.mmengine_parts import (
     Hook,
     IterTimerHook,
@@ -132,6 +133,7 @@ class Runner:
     ):
         self.model, self.optimizers, self.schedule = model, optimizers, schedule
         self.dataset, self._loader, self.batch_size = dataset, loader, batch_size
+        self.order = data_order(dataset, batch_size, seed=seed)
         self.iter, self.first_iter, self.max_iters = 0, 0, max_iters
         self.work_dir = self.log_dir = self._log_dir = str(work_dir)
         self.strategy, self.rank, self.world_size = strategy, strategy.rank, strategy.world_size
@@ -279,8 +281,8 @@ class Runner:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the data to which this iteration's first sample belongs."""
-        return self.iter * self.batch_size // len(self.dataset)
+        """The epoch of the data to which this iteration's batch belongs."""
+        return self.order.epoch(self.iter)
 
     @property
     def max_epochs(self) -> int:
@@ -390,7 +392,7 @@ class Runner:
             'config': hashlib.sha256(self.config_text.encode()).hexdigest()[:12],
             'iteration': step,
             'learning rates': [group['lr'] for group in groups],
-            'data': {**self._data_identity(), 'position': step * self.batch_size},
+            'data': {**self._data_identity(), 'position': step * self.batch_size, 'epoch': self.order.epoch(step)},
             'strategy': self.strategy.name,
             'torch': torch.__version__,
         }
@@ -405,9 +407,14 @@ class Runner:
                 counts[kind] = counts.get(kind, 0) + 1
         return named
 
-    def _data_identity(self) -> dict[str, int]:
+    def _data_identity(self) -> dict[str, Any]:
         """What decides which samples an iteration reads and what it draws."""
-        return {'seed': self.seed, 'batch_size': self.batch_size, 'dataset_size': len(self.dataset)}
+        return {
+            'seed': self.seed,
+            'batch_size': self.batch_size,
+            'dataset_size': len(self.dataset),
+            'buckets': self.order.buckets,
+        }
 
     def _optimizer_types(self) -> dict[str, str]:
         return {key: type(optimizer).__name__ for key, optimizer in self.optimizers.items()}

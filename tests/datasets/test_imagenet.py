@@ -1,9 +1,16 @@
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lakonlab.datasets.imagenet import ImageNet, read_image
+from lakonlab.datasets.collate import collate
+from lakonlab.datasets.imagenet import ImageNet
+from lakonlab.datasets.loader import build_dataloader
+from lakonlab.datasets.prompt_cache.errors import CacheError
+from tests.datasets.latent_files import write_latents
 
 NAMES = "{0: 'tench, Tinca tinca',\n 1: \"jack-o'-lantern\",\n 999: 'toilet tissue'}\n"
 
@@ -27,19 +34,17 @@ def dataset(datalist='images.txt', **arguments):
     return ImageNet('.', datalist, 'names.txt', **{'image_size': 16, **arguments})
 
 
-def test_images_and_their_mirror_images(files):
+def test_images(files):
     data = dataset()
-    assert len(data) == 6
-    items = [data[i] for i in range(6)]
+    assert len(data) == 3
+    items = [data[i] for i in range(3)]
     for index, item in enumerate(items):
         assert item['images'].shape == (3, 16, 16)
         assert item['images'].dtype == torch.float32
         assert item['ids'] == index
         assert item['negative_labels'] == 1000
-        assert torch.equal(item['images'].flip(-1), items[(index + 3) % 6]['images'])
-    assert [int(item['labels']) for item in items] == [0, 1, 999] * 2
+    assert [int(item['labels']) for item in items] == [0, 1, 999]
     assert [item['name'] for item in items[:2]] == ['tench, Tinca tinca', "jack-o'-lantern"]
-    assert len(dataset(random_flip=False, negative_label=None)) == 3
     assert 'negative_labels' not in dataset(negative_label=None)[0]
     # grey becomes three equal channels, transparency is dropped
     assert torch.equal(items[1]['images'][0], items[1]['images'][2])
@@ -47,28 +52,26 @@ def test_images_and_their_mirror_images(files):
     assert np.array_equal((items[2]['images'] * 255).round().permute(1, 2, 0).numpy(), pixels[..., :3])
 
 
-@pytest.mark.parametrize('mode', ['CMYK', 'P', 'L', 'RGB'])
-def test_any_kind_of_image(tmp_path, mode):
-    path = tmp_path / ('x.jpg' if mode == 'CMYK' else 'x.png')
-    image = Image.new('RGB', (50, 90), (250, 10, 20))
-    (image.quantize() if mode == 'P' else image.convert(mode)).save(path)
-    image = read_image(path, 16)
-    expected = torch.tensor([250, 10, 20]) if mode != 'L' else torch.full((3,), 0.299 * 250 + 0.587 * 10 + 0.114 * 20)
-    assert (image * 255 - expected[:, None, None]).abs().max() < 4
-
-
-def test_shrinking_averages_and_crops_the_centre(tmp_path):
-    # three fields of 64 x 64: the middle one is what the centre crop keeps
-    pixels = np.zeros((64, 192, 3), np.uint8)
-    pixels[:, 64:128] = np.indices((64, 64)).sum(axis=0)[..., None] % 2 * 200
-    Image.fromarray(pixels).save(tmp_path / 'fields.png')
-    image = read_image(tmp_path / 'fields.png', 16)
-    assert torch.allclose(image, torch.tensor(100 / 255), atol=1e-6)
+def test_half_of_the_readings_are_mirror_images(files):
+    plain = dataset(random_flip=False)
+    assert not hasattr(plain, 'random_item')
+    images = [plain[i]['images'] for i in range(3)]
+    mirrored = []
+    for _, batch in zip(range(200), build_dataloader(dataset(), 3, shuffle=True, seed=5)):
+        for index, image in zip(batch['ids'], batch['images']):
+            assert torch.equal(image, images[index]) != torch.equal(image, images[index].flip(-1))
+            mirrored.append(torch.equal(image, images[index].flip(-1)))
+    assert 250 < sum(mirrored) < 350  # 4 standard deviations
+    again = build_dataloader(dataset(), 3, shuffle=True, seed=5, start_iter=7)
+    before = build_dataloader(dataset(), 3, shuffle=True, seed=5)
+    for (_, batch), later in zip(zip(range(8), before), [None] * 7 + [next(iter(again))]):
+        assert later is None or torch.equal(batch['images'], later['images'])
 
 
 def test_latents(files):
     data = dataset('latents.txt')
-    assert len(data) == 2  # not mirrored
+    assert len(data) == 2
+    assert not hasattr(data, 'random_item')  # latents are never mirrored
     item = data[1]
     assert torch.equal(item['latents'], torch.ones(4, 2, 2))
     assert item['labels'].dtype == torch.int64
@@ -117,8 +120,8 @@ def test_wrong_arguments_and_files(files):
         dataset(image_size=0)
     with pytest.raises(FileNotFoundError, match=r"datalist_path='none\.txt'"):
         len(dataset('none.txt'))
-    with pytest.raises(IndexError, match='item 6'):
-        dataset()[6]
+    with pytest.raises(IndexError, match='item 3'):
+        dataset()[3]
     (files / 'names.txt').write_text('tench\n')
     with pytest.raises(ValueError, match='line 1: expected label'):
         dataset()[0]
@@ -129,3 +132,55 @@ def test_wrong_arguments_and_files(files):
     torch.save({'z': torch.zeros(1)}, '0.pth')
     with pytest.raises(ValueError, match="expected a dict with 'x'"):
         dataset('latents.txt')[0]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def cached(tmp_path, request):
+    """A cache of 30 latents, of which 7 share a shard, and what it holds."""
+    latents = torch.randn(30, 4, 3, 5, generator=torch.Generator().manual_seed(3)).to(request.param)
+    write_latents(tmp_path / 'cache', latents, 'both', rows_per_shard=7)
+    (tmp_path / 'names.txt').write_text(NAMES)
+    return ImageNet(str(tmp_path / 'cache'), '', str(tmp_path / 'names.txt')), latents.float()
+
+
+def test_batches_of_shards_are_their_items(cached):
+    data, latents = cached
+    assert len(data) == 60
+    chosen = [29, 0, 30, 17, 59, 6, 7, 0]
+    batch = collate(data.__getitems__(chosen))
+    items = collate([data[index] for index in chosen])
+    assert batch.keys() == items.keys()
+    for key, value in items.items():
+        assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value, key
+    expected = [latents[i % 30].flip(-1) if i >= 30 else latents[i] for i in chosen]
+    assert torch.equal(batch['latents'], torch.stack(expected))
+    assert batch['latents'].dtype == torch.float32
+    assert batch['labels'].tolist() == [i % 30 for i in chosen]
+    assert [Path(path).name for path in batch['paths']] == [f'n{i % 30:08d}_{i % 30}.JPEG' for i in chosen]
+    with pytest.raises(IndexError, match='item 60'):
+        data.__getitems__([0, 60])
+
+
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_workers_read_shards(cached, context):
+    data, _ = cached
+    expected = list(itertools.islice(build_dataloader(data, 8, shuffle=True, seed=1), 9))
+    workers = build_dataloader(data, 8, 2, shuffle=True, seed=1, multiprocessing_context=context)
+    for found, batch in zip(workers, expected):
+        assert torch.equal(found['latents'], batch['latents'])
+        assert found['ids'] == batch['ids']
+
+
+def test_damaged_rows_of_a_batch_are_named(cached):
+    data, latents = cached
+    path = Path(data.data_root, 'latents-000001.safetensors')
+    content = bytearray(path.read_bytes())
+    stored = data._cache.index.facts['dtype']
+    position = content.index(latents[9].to(getattr(torch, stored)).view(torch.uint8).numpy().tobytes())
+    content[position + 5] ^= 1
+    path.write_bytes(content)
+    fresh = ImageNet(data.data_root, '', data.label2name_path)
+    fresh.__getitems__([8, 10, 39])
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r'image n00000009/n00000009_9\.JPEG.* is damaged'):
+            fresh.__getitems__([8, 9, 10])
