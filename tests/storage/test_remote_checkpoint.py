@@ -265,7 +265,7 @@ def slow(*values):
 
 @pytest.mark.parametrize(
     ('how', 'name'),
-    [('die', None), ('cut', None), ('deny', None), ('die', BEST), slow('cut', BEST), slow('deny', BEST)],
+    [('die', None), ('cut', None), ('deny', None), slow('die', BEST), slow('cut', BEST), slow('deny', BEST)],
 )
 def test_save_that_fails_at_any_request(store, before, how, name):
     final = name or 'iter_8'
