@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -60,6 +61,12 @@ def _in_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'bitsandbytes', None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, 'bitsandbytes.optim', None)
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0')
+    monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+    for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_PROFILE'):
+        monkeypatch.delenv(name, raising=False)
+    for name in ('AWS_SHARED_CREDENTIALS_FILE', 'AWS_CONFIG_FILE'):
+        monkeypatch.setenv(name, os.devnull)
 
 
 def checked(path, **options):
@@ -155,6 +162,9 @@ def test_the_tools_plan_it(path, tmp_path):
     plan = output_of(launch.train, path, plan_world_size='8,32')
     assert ('This run cannot start yet: data sets lack what is said above' in plan) == (path == QWEN)
     assert ("MISSING: data.train: cache_dir='preproc_qwen': there is no folder data/t2i" in plan) == (path == QWEN)
+    assert ('This run cannot start yet: checkpoint_config.out_dir' in plan) == (
+        path == IMAGENET
+    )  # nobody has that bucket
     sharded = re.findall(r'^  fsdp +(\d+) ', plan, re.MULTILINE)
     assert sharded == ['8', '32']
     if path == QWEN:
@@ -162,7 +172,10 @@ def test_the_tools_plan_it(path, tmp_path):
         assert 'starts from the beginning' in plan
         assert '21,421,519,490' in plan
     else:
-        assert 'begins where s3://bucket/checkpoints/ says' in plan
+        assert 'begins where its checkpoints say, which cannot be looked at' in plan
+        assert re.search(
+            r'^  checkpoints +s3://bucket/checkpoints/\w+\n +NOT WRITABLE: cannot write to', plan, re.MULTILINE
+        )
 
     plan = output_of(launch.test, path)
     names = ['val_cool', 'val_warm'] if path == QWEN else ['val_step1']
