@@ -163,14 +163,13 @@ def _partial_load(content, options):
 
 
 NAMES = sorted(attacks('nowhere'))
-#: Newer versions of torch refuse this one too; an older one would not.
-REFUSED_BY_TORCH = 'storage that is a pickle'
 
 
-@pytest.mark.parametrize('name', [name for name in NAMES if name != REFUSED_BY_TORCH])
+@pytest.mark.parametrize('name', NAMES)
 def test_attacks_would_work(name, tmp_path):
     target = tmp_path / 'made'
-    pickle.loads(attacks(str(target))[name])
+    with contextlib.suppress(Exception):  # some fail when the harm is done
+        pickle.loads(attacks(str(target))[name])
     assert target.is_dir()
 
 
