@@ -236,16 +236,20 @@ OPTIMIZER_KEY_PATTERNS = ('{}_grad_clip', '{}_grad_clip_begin_iter', '{}_grad_cl
 TRAINING_STEP_KEYS = ('grad_accum_batch_size',)
 """Keys of ``train_cfg`` that every training step reads."""
 
+LOADER_SECTIONS = ('data', 'data.train_dataloader', 'data.val_dataloader', 'data.test_dataloader')
+LEGACY_OF_LOADER = {
+    'num_threads': 'it is no argument of a data loader',
+    'num_gpus': 'every process has a loader and a GPU of its own',
+    'dist': 'data are always shared by all processes of a run',
+}
+
 LEGACY_KEYS: dict[str, str] = {
     'workflow': 'training and evaluation are scheduled by their intervals',
     'mp_start_method': 'set data.multiprocessing_context to choose how workers start',
     'opencv_num_threads': 'no OpenCV threads are used',
     'optimizer_config': 'gradient clipping is set in train_cfg (<key>_grad_clip)',
     'momentum_config': 'momentum is constant',
-    'data.num_threads': 'it is no argument of a data loader',
-    'data.train_dataloader.num_threads': 'it is no argument of a data loader',
-    'data.val_dataloader.num_threads': 'it is no argument of a data loader',
-    'data.test_dataloader.num_threads': 'it is no argument of a data loader',
+    **{f'{section}.{key}': reason for section in LOADER_SECTIONS for key, reason in LEGACY_OF_LOADER.items()},
     'runner.ckpt_fp16': 'what a run resumes from is never rounded',
     'runner.ckpt_fp16_ema': 'what a run resumes from is never rounded',
     'runner.ckpt_bf16_optim': 'what a run resumes from is never rounded',
@@ -291,6 +295,8 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
 
 EMPTY_KEYS: dict[str, str] = {
+    'data.drop_last': 'training never ends, and evaluation reads every item',
+    'data.sampler': 'the order of the data is a function of the seed',
     'runner.pass_training_status': 'the iteration is always passed to the model',
     'model.use_condition_latents': 'there are no condition images',
     'model.train_cached_latents_as_latents_2': 'there is one kind of latents',
@@ -323,7 +329,6 @@ OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 """Keys of ``test_cfg`` that guide the teacher of files that have ``train_cfg.teacher_guidance_scale``."""
 
 LATER_TYPES: dict[str, tuple[str, ...]] = {
-    'dataset': ('ImagePrompt', 'ConcatDataset', 'Subset'),
     'metric': (
         'InceptionMetrics',
         'CLIPSimilarity',

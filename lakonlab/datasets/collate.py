@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 MASK_SUFFIX = '_mask'
 
@@ -26,7 +29,7 @@ def collate(items: Sequence | Mapping):
 
     Raises:
         KeyError: A key of the first item is missing in another one.
-        ValueError: Tensors of different shapes stand under one key.
+        ValueError: Tensors of different shapes or dtypes stand under one key.
     """
     if isinstance(items, Mapping):
         return dict(items)
@@ -43,12 +46,33 @@ def collate(items: Sequence | Mapping):
             except ValueError as error:
                 raise ValueError(f'{key!r}: {error}') from None
         return batch
-    if isinstance(first, torch.Tensor):
+    if isinstance(first, Tensor):
         shapes = {tuple(item.shape) for item in items}
         if len(shapes) > 1:
             raise ValueError(f'cannot stack tensors of shapes {sorted(shapes)} into one batch')
-        return torch.stack(list(items))
+        dtypes = {item.dtype for item in items}
+        if len(dtypes) > 1:
+            raise ValueError(f'cannot stack tensors of types {", ".join(sorted(map(str, dtypes)))} into one batch')
+        if get_worker_info() is None or not first.is_cpu:
+            return torch.stack(list(items))
+        return torch.stack(list(items), out=empty_batch((len(items), *first.shape), first.dtype))
     return list(items)
+
+
+def empty_batch(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a batch, to be filled.
+
+    In a worker of a loader it is memory that the process which trains can read, so that it need not be copied there.
+
+    Args:
+        shape: Shape of the batch.
+        dtype: Its dtype.
+    """
+    if get_worker_info() is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage._new_shared(size)  # as torch's own collation does
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
 
 
 def _of_equal_length(items: Sequence[Mapping]) -> Sequence[Mapping]:
@@ -59,9 +83,11 @@ def _of_equal_length(items: Sequence[Mapping]) -> Sequence[Mapping]:
         if not isinstance(items[0].get(name), torch.Tensor) or len({len(item[name]) for item in items}) == 1:
             continue
         longest = max(len(item[name]) for item in items)
-        items = [{**item, **{key: _padded(item[key], longest) for key in (name, mask)}} for item in items]
+        items = [{**item, **{key: pad_tokens(item[key], longest) for key in (name, mask)}} for item in items]
     return items
 
 
-def _padded(value: torch.Tensor, length: int) -> torch.Tensor:
-    return F.pad(value, (*(0, 0) * (value.dim() - 1), 0, length - len(value)))
+def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Bring tokens (T, ...) to a number of them: with zeros behind, or cut."""
+    tokens = tokens[:length]
+    return F.pad(tokens, (*(0, 0) * (tokens.dim() - 1), 0, length - len(tokens)))

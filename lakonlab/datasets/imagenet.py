@@ -104,8 +104,15 @@ class ImageNet(Dataset):
             raise AttributeError('the items of this data set are not random')
         return self._mirrored_at_random
 
+    @property
+    def random_items(self) -> Callable[[Sequence[int], Sequence[RandomSource]], dict]:
+        """The same for the items of a batch, of latents in shards."""
+        if self.test_mode or self._cache is None or not hasattr(self, 'random_item'):
+            raise AttributeError('the items of this data set are not read together')
+        return lambda indices, sources: self._cached_batch(indices, [draws_mirrored(source) for source in sources])
+
     def _mirrored_at_random(self, index: int, source: RandomSource) -> dict:
-        mirrored = source.uniform('flip', (1,)).item() < 0.5
+        mirrored = draws_mirrored(source)
         if self._cache is not None:
             latents = self._cache.latents(self._checked(index), mirrored)
             return self._completed(index, self._cached(index, latents))
@@ -145,12 +152,25 @@ class ImageNet(Dataset):
         self._checked(index)
         return self._completed(index, self._test_item(index) if self.test_mode else self._training_item(index))
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Return several items, as loaders ask for a batch; latents in shards are read together."""
+    def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
+        """Return several items, or, of latents in shards, the batch that they make."""
         if self.test_mode or self._cache is None:
             return [self[index] for index in indices]
-        rows = self._cache.batch([self._checked(index) for index in indices])
-        return [self._completed(index, self._cached(index, row)) for index, row in zip(indices, rows)]
+        return self._cached_batch(indices, None)
+
+    def _cached_batch(self, indices: Sequence[int], mirrored: Sequence[bool] | None) -> dict:
+        numbers = [self._checked(index) for index in indices]
+        labels = self._cache.labels[numbers]
+        batch = dict(
+            paths=[f'{self.data_root}/{path}' for path in self._cache.paths_of(numbers)],
+            latents=self._cache.batch(numbers, mirrored),
+            labels=torch.from_numpy(labels),
+            ids=numbers,
+            name=[self.label_names.get(label, str(label)) for label in labels.tolist()],
+        )
+        if self.negative_label is not None:
+            batch['negative_labels'] = torch.full((len(numbers),), self.negative_label)
+        return batch
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -191,6 +211,11 @@ class ImageNet(Dataset):
         if label is None:
             raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
         return dict(item, images=as_tensor(adm_square(read_rgb(path), self.image_size)), labels=torch.tensor(label))
+
+
+def draws_mirrored(source: RandomSource) -> bool:
+    """Whether one reading of an item is of the mirror image."""
+    return source.uniform('flip', (1,)).item() < 0.5
 
 
 def read_label_names(path: str) -> dict[int, str]:

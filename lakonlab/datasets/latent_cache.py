@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lakonlab.datasets.collate import empty_batch
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE, LATENTS, read_index, unpack_text
 from lakonlab.datasets.prompt_cache.record import dequantise
@@ -24,7 +25,7 @@ class LatentCache:
 
     Args:
         folder: The cache, local or a URL.
-        verify: Whether to compare the checksum of every row that is read.
+        verify: Whether to compare checksums: of every row when it is first read, and in :meth:`latents` each time.
 
     Raises:
         CacheError: It is not finished, damaged, or of another kind.
@@ -53,6 +54,13 @@ class LatentCache:
         """Relative path of the image that latents are of."""
         return unpack_text(self.index.columns, 'paths', number)
 
+    def paths_of(self, numbers: Sequence[int]) -> list[str]:
+        """Relative paths of several images."""
+        content, ends = self.index.columns['paths'].data, self.index.columns['paths_ends']
+        numbers = np.asarray(numbers, dtype=np.int64)
+        starts = np.where(numbers == 0, 0, ends[numbers - 1])
+        return [bytes(content[a:b]).decode() for a, b in zip(starts.tolist(), ends[numbers].tolist())]
+
     def latents(self, number: int, mirrored: bool = False) -> Tensor:
         """Latents of one image.
 
@@ -75,32 +83,38 @@ class LatentCache:
     def batch(self, numbers: Sequence[int], mirrored: Sequence[bool] | None = None) -> Tensor:
         """Latents of several images of one shape.
 
+        Where the shards are local, they are copied from the files right into the batch.
+
         Args:
-            numbers: Numbers of the images.
+            numbers: Numbers of the images, at least one.
             mirrored: Whether of the mirror image of each; None for none.
 
         Returns:
-            (B, C, H, W), float32, whose rows are apart in memory only as a tensor's are.
+            (B, C, H, W), float32.
 
         Raises:
             CacheError: They are damaged, or differ in shape.
         """
-        columns = [MIRRORED if flip else PLAIN for flip in mirrored or [False] * len(numbers)]
-        first = self.store.shard(self.store.table.place(numbers[0])[0])
-        form = first.form(columns[0], self.store.table.place(numbers[0])[1])
-        if form is None or not self.store.whole:
-            rows = self.store.map(lambda pair: self.latents(pair[0], pair[1] == MIRRORED), list(zip(numbers, columns)))
+        mirrored = [False] * len(numbers) if mirrored is None else mirrored
+        places = [(*self.store.table.place(number), flip) for number, flip in zip(numbers, mirrored)]
+        uniform = {
+            (shard, flip): self.store.uniform(shard, MIRRORED if flip else PLAIN)
+            for shard, flip in dict.fromkeys((shard, flip) for shard, _, flip in places)
+        }
+        kinds = {None if rows is None else (rows.dtype, rows.shape) for rows in uniform.values()}
+        if len(kinds) > 1 or None in kinds:
+            rows = self.store.map(lambda pair: self.latents(*pair), list(zip(numbers, mirrored)))
+            if len({row.shape for row in rows}) > 1:
+                raise CacheError(f'{self.folder}: images {list(numbers)} have latents of several shapes')
             return torch.stack(rows)
-        dtype, shape = form
-        result = torch.empty((len(numbers), *shape), dtype=dtype)
+        ((dtype, shape),) = kinds
+        result = empty_batch((len(numbers), *shape), dtype)
         into = result.view(len(numbers), -1).view(torch.uint8).numpy()
-        for position, (number, column) in enumerate(zip(numbers, columns)):
-            shard, row = self.store.table.place(number)
-            if self.store.shard(shard).stack(column, [row], into[position : position + 1], self.verify):
-                value = self.latents(number, column == MIRRORED)  # says what is wrong
-                if value.shape != shape:
-                    raise CacheError(f'{self.folder}: image {number} has latents {tuple(value.shape)}, not {shape}')
-                result[position] = value.to(dtype)
+        for position, (shard, row, flip) in enumerate(places):
+            rows = uniform[shard, flip]
+            if self.verify and not rows.is_whole(row):
+                self.latents(numbers[position], flip)  # says what is wrong
+            into[position] = rows.content[row]
         return result.float()
 
     def check(self) -> Iterator[tuple[str, CacheError | None]]:

@@ -9,6 +9,7 @@ interruption.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -51,3 +52,11 @@ class RandomItems(Dataset):
         """
         index, number = read if isinstance(read, tuple) else (read, 0)
         return self.dataset.random_item(index, item_source(self.seed, index, number))
+
+    def __getitems__(self, reads: Sequence[int | tuple[int, int]]) -> Any:
+        """The items of a batch, read together by ``random_items(indices, sources)`` where the data set has that."""
+        together = getattr(self.dataset, 'random_items', None)
+        if together is None:
+            return [self[read] for read in reads]
+        pairs = [read if isinstance(read, tuple) else (read, 0) for read in reads]
+        return together([index for index, _ in pairs], [item_source(self.seed, *pair) for pair in pairs])

@@ -21,6 +21,7 @@ GRID_FILE = 'grid.png'
 OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}')
 UPLOADS = 8
 """Images that are sent to a remote folder at the same time."""
+GREY = 96
 GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
 
 
@@ -54,12 +55,29 @@ def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) 
     height, width = height * factor, width * factor
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = -(-count // columns)
-    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 96, np.uint8)
+    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), GREY, np.uint8)
     for index, image in enumerate(pixels):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def in_one_size(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of several sizes in cells of the largest height and width, centred on grey.
+
+    Args:
+        images: Each of shape (H, W, 3), uint8; at least one.
+
+    Returns:
+        Shape (N, H, W, 3), uint8.
+    """
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    cells = np.full((len(images), height, width, 3), GREY, np.uint8)
+    for cell, image in zip(cells, images):
+        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+        cell[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return cells
 
 
 class ImageFolder:
@@ -114,7 +132,7 @@ class ImageFolder:
         """
         grid = None
         if self._shown:
-            grid = make_grid(np.stack([self._shown[number] for number in sorted(self._shown)]))
+            grid = make_grid(in_one_size([self._shown[number] for number in sorted(self._shown)]))
             self._save(grid, GRID_FILE)
         while self._sent:
             self._sent.popleft().result()

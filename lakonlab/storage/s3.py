@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from lakonlab.storage.backend import Backend, FileInfo
 from lakonlab.storage.errors import MissingFileError, StorageError, TransientError
 from lakonlab.storage.ranges import Answer, chunks_of, open_ranges
-from lakonlab.storage.retry import persistently
+from lakonlab.storage.retry import Patience, persistently
 from lakonlab.storage.s3_client import code_of, of_connection, request
 
 #: Files that one request removes; the protocol allows no more.
@@ -75,16 +75,15 @@ class S3Files(Backend):
         if start or length is not None:
             return b''.join(self.chunks(path, start, None if length is None else start + length))
 
-        def whole() -> bytes:
+        patience = Patience(f'reading {path}')
+        while True:  # what is lost on the way is taken up again by chunks_of; this is for what arrives damaged
             facts: dict[str, Any] = {}
             opener = partial(_open_at, path, bucket, key, facts=facts)
             content = b''.join(chunks_of(opener, path))
             expected = md5_in(facts)
-            if expected is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
-                raise TransientError(f'{path!r} arrived damaged: its MD5 is not {expected}')
-            return content
-
-        return persistently(whole, f'reading {path}')
+            if expected is None or hashlib.md5(content, usedforsecurity=False).hexdigest() == expected:
+                return content
+            patience.wait_after(TransientError(f'{path!r} arrived damaged: its MD5 is not {expected}'))
 
     def open_write(self, path: str, size: int | None = None) -> AbstractContextManager[BinaryIO]:
         """See the base class; in parts, if it is large."""

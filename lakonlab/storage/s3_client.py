@@ -38,6 +38,7 @@ TRANSIENT = (
     'RequestTimeoutException',
     'IncompleteBody',
     'BadDigest',
+    'XAmzContentSHA256Mismatch',
     'OperationAborted',
     'InternalError',
     'ServiceUnavailable',
@@ -189,9 +190,10 @@ def request(path: str, operation: str, **arguments: Any) -> dict[str, Any]:
         raise of_connection(error, path) from error
 
 
-def code_of(error: Exception) -> str:
-    """The name that S3 gives an error."""
-    return str(getattr(error, 'response', {}).get('Error', {}).get('Code', ''))
+def code_of(error: BaseException | None) -> str:
+    """The name that S3 gives an error; empty for errors that did not come from there."""
+    response = getattr(error, 'response', None) or {}
+    return str(response.get('Error', {}).get('Code', ''))
 
 
 def _of_server(error: Exception, path: str, link: Connection | None) -> StorageError:
@@ -244,6 +246,13 @@ def of_connection(error: Exception, path: str) -> StorageError:
         )
     if isinstance(error, known.SSLError) and 'CERTIFICATE_VERIFY_FAILED' in str(error):
         return StorageError(f'{text}. Set AWS_CA_BUNDLE to the certificates that the server is signed with')
+    inner = getattr(error, 'kwargs', {}).get('error')
+    if isinstance(inner, RecursionError):  # botocore looks for the region of a bucket where it was sent to
+        return StorageError(
+            f'{path!r}: the server sends requests back to itself; check AWS_REGION and AWS_ENDPOINT_URL'
+        )
+    if isinstance(inner, (RuntimeError, TypeError, ValueError, AttributeError)):
+        return StorageError(text)
     if isinstance(error, lost) or not isinstance(error, known.BotoCoreError):  # the latter: an answer cut off
         return TransientError(text)
     return StorageError(text)

@@ -19,7 +19,7 @@ from lakonlab.registry import MODULES
 ROOT = Path(__file__).parents[2]
 PUBLISHED_STYLE = ROOT / 'tests' / 'data' / 'published_style_digits.py'
 SHIPPED = sorted((ROOT / 'configs').glob('[!_]*/[!_]*.py'))
-HERE = ('digits', 'gmflow')  # folders of configs that need nothing but this version
+HERE = ('digits', 'emoji', 'fashion_mnist', 'gmflow')  # folders of configs that need nothing but this version
 
 
 MY_LOSS = {'type': 'MyLoss', 'data_info': {'a': 'b'}, 'rescale_cfg': {'c': 1}, 'log_cfgs': {'type': 'mine'}}
@@ -638,6 +638,22 @@ def test_workers_of_published_test_loaders():
         cfg = Config(values)
         check_config(cfg, training=training)
         assert cfg.data.test_dataloader.get('workers_per_gpu') == expected
+
+
+def test_published_options_of_loaders(caplog):
+    def config(**options):
+        values = load_config(PUBLISHED_STYLE).to_dict()
+        values['data'] = {**values['data'], **options}
+        return Config(values)
+
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        cfg = config(num_gpus=8, dist=True, drop_last=False, sampler=None, multiprocessing_context='spawn')
+        check_config(cfg)
+    for key in ('num_gpus', 'dist', 'drop_last'):
+        assert f'data.{key} (' in caplog.text
+        assert key not in cfg.data
+    with pytest.raises(ConfigError, match=r'data\.drop_last'):
+        check_config(config(drop_last=True))
 
 
 def test_a_policy_without_components_drops_none(caplog):

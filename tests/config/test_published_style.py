@@ -39,7 +39,6 @@ QWEN_REPORTS = [
     'ExponentialMovingAverageHookMod is called',
     'train_cfg.teacher_guidance_scale is the older name',
     'train_cfg.gm_dropout is the older name',
-    "'ImagePrompt' is a dataset that is not part",
     "'CLIPSimilarity' is a metric that is not part",
     "'HPSv2' is a metric that is not part",
     "'ColorStats' is a metric that is not part",
@@ -91,7 +90,7 @@ def test_nothing_is_dropped_silently(path, section):
 def test_a_real_run_is_refused_by_what_is_not_here(path):
     with pytest.raises(ConfigError) as error:
         check_config(load_config(path))
-    assert ('ImagePrompt' if path == QWEN else 'AdamW8bit') in str(error.value)
+    assert ('CLIPSimilarity' if path == QWEN else 'AdamW8bit') in str(error.value)
     assert '--dry-run says what the run would be' in str(error.value)
 
 
@@ -102,12 +101,14 @@ def test_metrics_that_are_not_here_do_not_stop_a_run_that_measures_nothing():
     assert values.evaluation[0].metrics.type == 'InceptionMetrics'
 
 
-def test_data_sets_that_are_not_here_do_not_stop_a_run_that_leaves_them_alone():
+@pytest.mark.parametrize(
+    ('key', 'nearest'), [('cache_directory', 'cache_dir'), ('prompt_dataset_kwarg', 'prompt_dataset_kwargs')]
+)
+def test_arguments_of_prompt_data_sets_are_checked(key, nearest):
     values = load_config(QWEN)
-    values.data.train = dict(type='Digits')
-    check_config(values, evaluating=False)
-    with pytest.raises(ConfigError, match=r"data\.val\.type: 'ImagePrompt' is a dataset"):
-        check_config(values)
+    values.data.train[key] = 'x'
+    with pytest.raises(ConfigError, match=rf"data\.train\.{key}: .*did you mean '{nearest}'"):
+        check_config(values, planning=True)
 
 
 def test_older_keys_mean_what_the_present_ones_mean(monkeypatch):
@@ -152,7 +153,8 @@ def output_of(command, *args, **options):
 @pytest.mark.parametrize('path', [QWEN, IMAGENET])
 def test_the_tools_plan_it(path, tmp_path):
     plan = output_of(launch.train, path, plan_world_size='8,32')
-    assert 'This run cannot start' not in plan
+    assert ('This run cannot start yet: data sets lack what is said above' in plan) == (path == QWEN)
+    assert ("MISSING: data.train: cache_dir='preproc_qwen': there is no folder data/t2i" in plan) == (path == QWEN)
     sharded = re.findall(r'^  fsdp +(\d+) ', plan, re.MULTILINE)
     assert sharded == ['8', '32']
     if path == QWEN:

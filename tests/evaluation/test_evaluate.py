@@ -10,7 +10,7 @@ from torch import nn
 
 from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
-from lakonlab.evaluation.images import make_grid, to_uint8
+from lakonlab.evaluation.images import in_one_size, make_grid, to_uint8
 from lakonlab.evaluation.results import run_evaluations, write_results
 from lakonlab.ranks import ALONE
 from lakonlab.registry import HOOKS
@@ -124,6 +124,15 @@ def test_grid_is_row_by_row():
     grid = make_grid(pixels, columns=3)
     assert grid.shape == (2 * 42 + 2, 3 * 42 + 2, 3)
     assert [grid[10 + 42 * row, 10 + 42 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 96]
+
+
+def test_images_of_several_sizes_are_centred_in_one_grid():
+    images = [np.full((4, 8, 3), 10, np.uint8), np.full((6, 2, 3), 20, np.uint8)]
+    cells = in_one_size(images)
+    assert cells.shape == (2, 6, 8, 3)
+    assert cells[0, :, 0, 0].tolist() == [96, 10, 10, 10, 10, 96]
+    assert cells[1, 0, :, 0].tolist() == [96, 96, 96, 20, 20, 96, 96, 96]
+    assert [(cells[row] != 96).sum() for row in range(2)] == [4 * 8 * 3, 6 * 2 * 3]
 
 
 @pytest.mark.parametrize(

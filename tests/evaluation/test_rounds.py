@@ -263,3 +263,62 @@ def test_numbers_and_images_of_real_processes(tmp_path, world_size):
                 assert results['metrics'] == pytest.approx(expected['metrics'], rel=0, abs=1e-12)
                 assert results['protocol'] == expected['protocol']
             assert files(tmp_path / f'many_{size}') == files(tmp_path / f'one_{size}')
+
+
+class TwoSizes(torch.utils.data.Dataset):
+    """Noise of two sizes, in two buckets that lie mixed."""
+
+    def __init__(self, size):
+        self.bucket_ids = [int(index % 3 == 1) for index in range(size)]
+
+    def __len__(self):
+        return len(self.bucket_ids)
+
+    def __getitem__(self, index):
+        side = 4 + 4 * self.bucket_ids[index]
+        noise = torch.randn(1, side, side, generator=torch.Generator().manual_seed(index))
+        return {'ids': index, 'noise': noise, 'labels': torch.tensor(index % 10)}
+
+
+class ShapePainter(Painter):
+    """A painter whose ranks must all paint images of one size together."""
+
+    def val_step(self, data, **arguments):
+        if self.ranks is not None:
+            assert len(set(self.ranks.all_gather(tuple(data['noise'].shape)))) == 1, 'the ranks paint different sizes'
+        return super().val_step(data, **arguments)
+
+
+def paint_two_sizes(ranks, size, folder):
+    recorder, images = Recorder(), ImageFolder(folder) if ranks.is_main else None
+    data = build_dataloader(TwoSizes(size), BATCH, rank=ranks.rank, world_size=ranks.world_size)
+    arguments = dict(reference_kwargs=dict(role='teacher'), seed=3, images=images, ranks=ranks)
+    results = evaluate(ShapePainter(ranks), data, [recorder], **arguments)
+    if images is not None:
+        images.finish()
+    return results, recorder.batches
+
+
+@pytest.mark.parametrize('world_size', [2, 3])
+@pytest.mark.parametrize('size', SIZES)
+def test_buckets_are_sampled_one_after_another(tmp_path, size, world_size):
+    results, expected = paint_two_sizes(ALONE, size, tmp_path / 'one')
+    assert results['num_samples'] == size
+    assert sorted(number for batch in expected for number in batch[0]) == list(range(size))
+    outcomes = run_threads(lambda ranks: paint_two_sizes(ranks, size, tmp_path / 'many'), world_size)
+    found = outcomes[0][1]
+    assert [batch[0] for batch in found] == [batch[0] for batch in expected]
+    for pair in zip(found, expected, strict=True):
+        assert all(torch.equal(*tensors) for tensors in zip(pair[0][1:], pair[1][1:], strict=True))
+    assert files(tmp_path / 'many') == files(tmp_path / 'one')
+    assert [other['num_samples'] for other, _ in outcomes] == [size] * world_size
+
+
+def test_data_sets_that_differ_are_found():
+    def different(ranks):
+        data = build_dataloader(TwoSizes(4 + 20 * ranks.rank), BATCH, rank=ranks.rank, world_size=2)
+        return next(shares(data, ranks))
+
+    for error in run_threads(different, 2):
+        assert isinstance(error, ValueError)
+        assert 'their data sets differ' in str(error)

@@ -16,7 +16,7 @@ from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
 from lakonlab.runner.hooks.checkpoint import CheckpointHook
 from lakonlab.storage import local
 from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint, read_state, read_tensors
-from tests.runner.tiny import make_runner
+from tests.runner.tiny import TinyData, make_runner
 
 
 class At(Hook):
@@ -65,6 +65,50 @@ def test_interrupted_run_is_the_same_run(tmp_path, stop_at):
     assert read_state(resumed.starting_point.checkpoint)['iteration'] == stop_at
     resumed.train()
     assert_same(tmp_path / 'a', tmp_path / 'b')
+
+
+class Notes(Hook):
+    """Keeps which items were read, and in which epoch."""
+
+    def __init__(self):
+        self.read = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.read.append((runner.epoch, list(data_batch['ids'])))
+
+
+BUCKETS = [0] * 9 + [1] * 11 + [2] * 3
+
+
+def test_interrupted_run_over_buckets_is_the_same_run(tmp_path):
+    def run(folder, *hooks):
+        notes = Notes()
+        make_runner(folder, hooks=[notes, *hooks], data=TinyData(bucket_ids=BUCKETS)).train()
+        return notes.read
+
+    whole = run(tmp_path / 'a')
+    with pytest.raises(SystemExit):
+        run(tmp_path / 'b', At(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert run(tmp_path / 'b') == whole[7:]
+    assert_same(tmp_path / 'a', tmp_path / 'b')
+    assert all(len({BUCKETS[item] for item in items}) == 1 for _, items in whole)
+    # batches of 4: 3 + 3 + 1, then 2 + 3 + 1, for the first epoch has read 3, 1 and 1 items ahead; then 2 + 3 + 1
+    assert [epoch for epoch, _ in whole] == [0] * 7 + [1] * 6 + [2] * 6 + [3]
+    assert {item for epoch, items in whole if epoch == 0 for item in items} == set(range(23))
+
+
+def test_facts_tell_where_in_the_data_a_run_is(tmp_path):
+    runner = make_runner(tmp_path, data=TinyData(bucket_ids=BUCKETS))
+    assert [runner.facts(step)['data']['epoch'] for step in (6, 7, 13)] == [0, 1, 2]
+    assert runner.facts(7)['data']['position'] == 28
+    other = make_runner(tmp_path, data=TinyData(bucket_ids=BUCKETS[::-1]))
+    assert other.facts(7)['data'] != runner.facts(7)['data']
+
+
+def test_other_buckets_are_another_run(tmp_path):
+    make_runner(tmp_path, max_iters=5, data=TinyData(bucket_ids=BUCKETS)).train()
+    with pytest.raises(CheckpointError, match=r'buckets is one, it was .* --resume-from'):
+        make_runner(tmp_path).train()
 
 
 def test_crash_loses_only_what_was_not_saved(tmp_path):

@@ -53,8 +53,9 @@ class TinyModel(nn.Module):
 
 
 class TinyData(torch.utils.data.Dataset):
-    def __init__(self, size=23):
+    def __init__(self, size=23, bucket_ids=None):
         self.latents = torch.randn(size, 4, generator=torch.Generator().manual_seed(7))
+        self.bucket_ids = bucket_ids
 
     def __len__(self):
         return len(self.latents)
@@ -74,13 +75,14 @@ def make_runner(
     seed=1,
     optimizer='AdamW',
     cfg=None,
+    data=None,
     **start,
 ):
     """A run in ``folder``, at the starting point that its checkpoints and ``start`` give."""
     torch.manual_seed(3)
     strategy = SingleProcess(device='cpu')
     model = strategy.wrap(TinyModel(nan_at))
-    data = TinyData()
+    data = TinyData() if data is None else data
     if checkpoint is None:
         checkpoint = CheckpointHook(5, out_dir=str(folder / 'checkpoints'), max_keep_ckpts=2, asynchronous=False)
     work_dir = folder / 'work_dirs' / 'tiny'

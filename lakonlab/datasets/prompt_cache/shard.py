@@ -21,11 +21,14 @@ from torch import Tensor
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.rows import (
     ABSENT,
+    CHECKSUM,
+    CODEC,
     DTYPE,
     DTYPES,
     LENGTH,
     RAW,
     SHAPE,
+    START,
     Row,
     checksum,
     decode,
@@ -159,6 +162,30 @@ def _tables_size(entries: Mapping[str, dict]) -> int:
     )
 
 
+class UniformRows:
+    """Rows of a shard that are stored as they are, and all alike.
+
+    Args:
+        content: Their bytes, (N, bytes of a row), uint8; a view of the file.
+        dtype: Dtype of every row.
+        shape: Shape of every row.
+        checksums: Checksum of each row.
+    """
+
+    def __init__(self, content: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], checksums: list[int]):
+        self.content, self.dtype, self.shape = content, dtype, shape
+        self._checksums = checksums
+        self._kind = DTYPES.index(dtype)
+        self._is_verified = bytearray(len(checksums))
+
+    def is_whole(self, number: int) -> bool:
+        """Whether the checksum of a row is right; looked at once."""
+        if not self._is_verified[number]:
+            found = checksum(self.content[number].data, number, RAW, self._kind, self.shape)
+            self._is_verified[number] = found == self._checksums[number]
+        return bool(self._is_verified[number])
+
+
 class Shard:
     """An open shard.
 
@@ -191,6 +218,7 @@ class Shard:
             raise CacheError(f'{path} is damaged: the checksum of its first {info.head_bytes} bytes is wrong')
         length = int.from_bytes(head[:8], 'little')
         entries = _parse_header(head[8 : 8 + length], path)
+        self._uniform: dict[str, UniformRows | None] = {}
         self._tables: dict[str, np.ndarray] = {}
         self._starts: dict[str, int] = {}
         for name, entry in entries.items():
@@ -235,44 +263,36 @@ class Shard:
             )
         return decode(content, codec, dtype, shape, found)
 
-    def stack(self, column: str, numbers: Sequence[int], into: np.ndarray, verify: bool = True) -> list[int]:
-        """Copy rows that are stored as they are, of one shape, into an array of bytes.
+    def uniform(self, column: str) -> UniformRows | None:
+        """All rows of a column as one array.
 
         Args:
             column: Name of the column.
-            numbers: Numbers of rows.
-            into: (B, bytes of a row).
-            verify: Whether to check checksums.
 
         Returns:
-            Positions in ``numbers`` of rows that are damaged or of another kind.
+            None unless the shard is at hand as a whole, and all rows are stored as they are, have one dtype and shape,
+            and follow one another.
         """
-        table, first, mapped = self._tables[column], self._starts[column], self._map
-        length, wrong = into.shape[1], []
-        for position, number in enumerate(numbers):
-            start, size, expected, codec, dtype, *shape = table[number].tolist()
-            if size != length or codec != RAW:
-                wrong.append(position)
-                continue
-            if mapped is None:
-                content = self._content(column, start, length)
-            else:
-                content = mapped[first + start : first + start + length]
-            if len(content) != length or (
-                verify
-                and checksum(content, number, codec, dtype, [size for size in shape if size != ABSENT]) != expected
-            ):
-                wrong.append(position)
-                continue
-            into[position] = np.frombuffer(content, np.uint8)
-        return wrong
+        if column not in self._uniform:
+            self._uniform[column] = self._find_uniform(column)
+        return self._uniform[column]
 
-    def form(self, column: str, number: int) -> tuple[torch.dtype, tuple[int, ...]] | None:
-        """Dtype and shape of a row; None if it holds nothing."""
-        entry = self.entry(column, number)
-        if entry[DTYPE] == ABSENT:
+    def _find_uniform(self, column: str) -> UniformRows | None:
+        table = self._tables.get(column)
+        if self._map is None or table is None or not len(table) or table[0, DTYPE] not in range(len(DTYPES)):
             return None
-        return DTYPES[entry[DTYPE]], tuple(int(size) for size in entry[SHAPE:] if size != ABSENT)
+        length = int(table[0, LENGTH])
+        step = _padded(length)
+        form = np.delete(table, [START, CHECKSUM], axis=1)
+        starts = np.arange(len(table)) * step
+        if table[0, CODEC] != RAW or (form != form[0]).any() or (table[:, START] != starts).any():
+            return None
+        first = self._starts[column]
+        if not length or first + len(table) * step > len(self._map):
+            return None
+        content = np.frombuffer(self._map, np.uint8, len(table) * step, first).reshape(-1, step)[:, :length]
+        shape = tuple(int(size) for size in table[0, SHAPE:] if size != ABSENT)
+        return UniformRows(content, DTYPES[table[0, DTYPE]], shape, table[:, CHECKSUM].tolist())
 
     def stored_bytes(self, column: str) -> np.ndarray:
         """Bytes that each row of a column takes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.index import Table
-from lakonlab.datasets.prompt_cache.shard import Shard
+from lakonlab.datasets.prompt_cache.shard import Shard, UniformRows
 from lakonlab.storage import files
 
 Value = TypeVar('Value')
@@ -70,6 +70,14 @@ class ShardStore:
         shard = self.shard(number)
         found = {column: shard.row(column, position, where) for column in columns if column in shard.columns}
         return {column: value for column, value in found.items() if value is not None}
+
+    def uniform(self, shard: int, column: str) -> UniformRows | None:
+        """See :meth:`Shard.uniform`.
+
+        Raises:
+            CacheError: The shard is missing or damaged.
+        """
+        return self.shard(shard).uniform(column)
 
     def all_columns(self, row: int) -> list[str]:
         """Names of the columns of the shard of a row."""
