@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lakonlab.models.architecture.roles import unwrapped
 from lakonlab.parallel.units import repeated_blocks
-from tests.parallel.small_runs import CLIP, DIGITS, SCRATCH, TEXT_IMAGE, SmallRun, assembled, worst_difference
+from tests.parallel.small_runs import CLIP, DIGITS, SCRATCH, TEXT_IMAGE, SmallRun, assembled, train, worst_difference
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,29 @@ def test_gradient_checkpointing(runs, kind, strategy):
     by_default = kind != 'digits-GM'
     reference = runs.reference(kind, num_steps=20)
     close_to(runs.train(2, kind, strategy, num_steps=20, checkpointing=not by_default), reference)
+
+
+def train_compiled(ranks, kind, strategy, **run):
+    """A small run whose blocks are compiled, and how many graphs that made."""
+    torch.compiler.reset()
+    counters.clear()
+    try:
+        return {**train(ranks, kind, strategy, **run), 'graphs': counters['stats']['unique_graphs']}
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ('kind', 'strategy'), cases(('digits-GM', 'Flux-GM'), STRATEGIES, {('digits-GM', name) for name in STRATEGIES})
+)
+def test_compiled_blocks(runs, kind, strategy):
+    """As one graph each, unless FSDP1 has units within the blocks; against one process that compiles nothing."""
+    whole = (kind, strategy) != ('Flux-GM', 'fsdp')
+    compiled = dict(compile_blocks=True, compile_kwargs=dict(backend='aot_eager', fullgraph=whole))
+    run = dict(num_steps=20, networks=compiled, weights=runs.weights(kind), timeout=400)
+    found = runs.call(2, train_compiled, kind, strategy, **run)
+    assert all(result['graphs'] > 0 for result in found)
+    close_to(found, runs.reference(kind, num_steps=20))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def wrap(ranks, kind, strategy, weights, different=()):
     if ranks.rank:
         with torch.no_grad():
             for name in different:
-                tensors[name].view(-1)[0] += 1
+                tensors[name].add_(1)
     engine = STRATEGIES.build(dict(type=strategy, ranks=ranks, device='cpu'))
     messages, logger = Messages(), logging.getLogger('lakonlab.parallel')
     logger.addHandler(messages)
