@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lakonlab.mmengine_parts import Hook
 from tests.processes import ProcessFailedError, ProcessPool
 from tests.runner import small_run
 from tests.storage.test_interrupted_save import is_complete
@@ -27,8 +28,27 @@ def writers_of(pid):
     return [int(child) for child in children if b'writer_process' in Path(f'/proc/{child}/cmdline').read_bytes()]
 
 
+class Start(Hook):
+    """Writes into a file from which iteration on each process trains."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def before_train(self, runner):
+        with self.file.open('a') as file:
+            file.write(f'{runner.first_iter}\n')
+
+
+def train(ranks, folder, **changes):
+    """Train to the end; returns the first iteration."""
+    with small_run.small_runner(ranks, folder, **changes) as runner:
+        runner.hooks.append(Start(folder / 'starts.txt'))
+        runner.train()
+        return runner.first_iter
+
+
 class Victim:
-    """A run in a folder that is started and killed again and again."""
+    """A run in a folder that is started and killed again and again; two of three times it writes in the background."""
 
     def __init__(self, folder, strategy, total_iters, draw):
         self.folder, self.strategy, self.total_iters, self.draw = folder, strategy, total_iters, draw
@@ -39,15 +59,23 @@ class Victim:
     def committed(self):
         return max(small_run.steps(self.folder), default=0)
 
+    @property
+    def newest(self):
+        """The same of what is complete by its checksums."""
+        checkpoints = [path for path in small_run.checkpoints(self.folder).glob('iter_*') if is_complete(path)]
+        return max((int(path.name.removeprefix('iter_')) for path in checkpoints), default=0)
+
     def train(self, **changes):
         return self.pool.run(
-            small_run.train, self.folder, strategy=self.strategy, total_iters=self.total_iters, timeout=600, **changes
+            train, self.folder, strategy=self.strategy, total_iters=self.total_iters, timeout=600, **changes
         )
 
     def kill_once(self):
         """Start the run, and kill one of its processes or all."""
-        before = self.committed
-        in_background = self.draw.random() < 0.25
+        before = self.newest
+        starts = self.folder / 'starts.txt'
+        starts.write_text('')
+        in_background = len(self.done) % 3 != 2
         whom = self.draw.choice(['one', 'all', 'writer'] if in_background else ['one', 'all'])
         ended = threading.Event()
 
@@ -83,6 +111,9 @@ class Victim:
         thread.join()
         assert isinstance(outcome[0], ProcessFailedError), f'{outcome} after {self.done}'
         assert self.committed >= committed >= before
+        started = starts.read_text().split()
+        assert started == [str(before)] * len(started), self.done
+        assert len(started) == 2 or self.committed == before
         assert all(is_complete(path) for path in small_run.checkpoints(self.folder).glob('iter_*'))
         self.done.append((whom, in_background, before, self.committed))
 
@@ -100,12 +131,13 @@ def crash(tmp_path):
         try:
             for _ in range(kills):
                 victim.kill_once()
-            victim.train()
+            newest = victim.newest
+            assert victim.train() == [newest, newest]
             victim.folder = whole
-            victim.train()
+            assert victim.train() == [0, 0]
         finally:
             victim.pool.kill()
-        assert 0 < victim.done[-1][-1] < total_iters, victim.done
+        assert 0 < newest < total_iters, victim.done
         small_run.assert_same_run(folder, whole)
         names = {path.name for path in small_run.checkpoints(folder).iterdir()}
         assert names == {'.lock', f'iter_{total_iters - 2}', f'iter_{total_iters}'}
