@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,25 @@ def synchronise(model: nn.Module, ranks: Ranks) -> None:
     if ranks.world_size == 1:
         return
     trained = training_state(model)
-    known = {id(tensor) for tensor in trained.values()}
-    frozen = {name: tensor for name, tensor in named_state(model) if id(tensor) not in known}
+    seen = {id(tensor) for tensor in trained.values()}
+    frozen: dict[str, Tensor] = {}
+    for name, tensor in named_state(model):
+        if id(tensor) not in seen:  # roles share the weights of one base
+            seen.add(id(tensor))
+            frozen[name] = tensor
     sums = {name: checksum(tensor) for name, tensor in trained.items()}
     sums |= {name: checksum(tensor, NUM_SAMPLED) for name, tensor in frozen.items()}
-    main = ranks.broadcast(sums)
-    differing = sorted({name for names in ranks.all_gather(_differing(sums, main)) for name in names})
-    foreign = [name for name in differing if name not in trained]
+    tensors = {**trained, **frozen}
+    kinds = {name: (name in trained, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()}
+    main_sums, main_kinds = ranks.broadcast((sums, kinds))
+    own = _differing(sums, main_sums), _differing(kinds, main_kinds)
+    differing, unlike = (sorted({name for names in part for name in names}) for part in zip(*ranks.all_gather(own)))
+    if unlike:
+        raise RuntimeError(
+            f'{len(unlike)} tensors are not there in all processes, or not trained, or of another shape or dtype, '
+            f'among them {", ".join(unlike[:4])}: the processes do not build the same model'
+        )
+    foreign = [name for name in differing if name in frozen]
     if foreign:
         raise RuntimeError(
             f'{len(foreign)} frozen tensors differ between processes, among them {", ".join(foreign[:4])}: the nodes '
@@ -67,5 +80,5 @@ def checksum(tensor: Tensor, num_sampled: int | None = None) -> int:
     return zlib.crc32(memoryview(flat.contiguous().view(torch.uint8).numpy()))
 
 
-def _differing(sums: Mapping[str, int], main: Mapping[str, int]) -> list[str]:
-    return [name for name in {*sums, *main} if sums.get(name) != main.get(name)]
+def _differing(own: Mapping[str, Any], main: Mapping[str, Any]) -> list[str]:
+    return [name for name in {*own, *main} if own.get(name) != main.get(name)]

@@ -25,6 +25,7 @@ from lakonlab.runner.dry_run import build_on_meta
 from lakonlab.runner.guard import SkipGuard
 from lakonlab.runner.optimizer import build_optimizers
 from lakonlab.runner.paths import require_place
+from lakonlab.runner.sections import saves_trainable_only
 from lakonlab.storage.checkpoint import CheckpointError, checkpoint_name, write_checkpoint
 from lakonlab.storage.published_checkpoint import OptimizerState, PublishedCheckpoint, read_published_checkpoint
 from lakonlab.storage.publisher import publisher_of
@@ -57,10 +58,9 @@ def import_checkpoint(args: Namespace) -> int:
     if cfg is None:
         logger.warning('without --config nothing is compared with the model that will resume from this')
     else:
-        trainable_only = (cfg.get('runner') or {}).get('ckpt_trainable_only', True)
         try:
             planned = build_on_meta(cfg, locate=False)
-            model = fit_model(model, planned, trainable_only, published.path)
+            model = fit_model(model, planned, saves_trainable_only(cfg), published.path)
             optimizers = fit_optimizers(optimizers, planned, cfg.optimizer, published.path)
         except ValueError as error:  # a value of the config that a constructor refuses
             raise ConfigError(str(error)) from error

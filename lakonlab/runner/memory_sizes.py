@@ -19,6 +19,7 @@ from lakonlab.parallel.units import Place
 from lakonlab.registry import STRATEGIES
 from lakonlab.runner.activation_memory import measure_inference, measure_training
 from lakonlab.runner.memory_plan import SHARDING, Activations, Sharding, Sizes, optimizer_bytes
+from lakonlab.runner.sections import saves_trainable_only
 
 TEACHER, STUDENT = 'teacher', 'diffusion'
 ON_THE_HUB = ('vae', 'text_encoder')
@@ -75,7 +76,7 @@ def sizes_of(model: nn.Module, cfg: Mapping[str, Any]) -> tuple[Sizes, list[str]
     moments = _moments(by_key, cfg['optimizer'])
     whole_moments = _moments(by_key, cfg['optimizer'], division.is_whole)
     sharded_moments = _sharded_moments(by_key, cfg['optimizer'], notes)
-    state = training_state(model, bool((cfg.get('runner') or {}).get('ckpt_trainable_only', True))).values()
+    state = training_state(model, saves_trainable_only(cfg)).values()
     micro_batch, passes = _micro_batch_and_passes(model, cfg)
     kept, checkpointed = _activations(model, cfg, micro_batch, notes)
     return (

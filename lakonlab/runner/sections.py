@@ -28,6 +28,15 @@ def training_loader_options(data: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def saves_trainable_only(cfg: Mapping[str, Any]) -> bool:
+    """Whether checkpoints leave out the frozen parameters of trained modules (``runner.ckpt_trainable_only``).
+
+    Args:
+        cfg: The config.
+    """
+    return bool((cfg.get('runner') or {}).get('ckpt_trainable_only', True))
+
+
 def build_hooks(cfg: Config, validate: bool = True) -> list[Hook]:
     """The hooks of the sections ``custom_hooks``, ``evaluation`` and ``checkpoint_config``.
 

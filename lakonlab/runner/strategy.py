@@ -10,6 +10,7 @@ import torch
 from lakonlab.parallel.strategy import Strategy
 from lakonlab.ranks import Ranks
 from lakonlab.registry import STRATEGIES
+from lakonlab.runner.sections import saves_trainable_only
 
 
 def build_strategy(cfg: Mapping[str, Any], ranks: Ranks, device: str | torch.device | None) -> Strategy:
@@ -20,7 +21,7 @@ def build_strategy(cfg: Mapping[str, Any], ranks: Ranks, device: str | torch.dev
         ranks: The processes; one that no launcher started trains alone, whatever ``module_wrapper`` says.
         device: Device of this process.
     """
-    options = {'ranks': ranks, 'device': device, 'trainable_only': _trainable_only(cfg)}
+    options = {'ranks': ranks, 'device': device, 'trainable_only': saves_trainable_only(cfg)}
     if ranks.group is None:
         return STRATEGIES.build({'type': 'single', **options})
     name = cfg.get('module_wrapper') or 'ddp'
@@ -28,7 +29,3 @@ def build_strategy(cfg: Mapping[str, Any], ranks: Ranks, device: str | torch.dev
     if name != 'ddp':
         options.update(cfg.get('fsdp_kwargs') or {})
     return STRATEGIES.build({'type': name, **options})
-
-
-def _trainable_only(cfg: Mapping[str, Any]) -> bool:
-    return bool((cfg.get('runner') or {}).get('ckpt_trainable_only', True))

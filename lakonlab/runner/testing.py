@@ -20,6 +20,7 @@ from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.dry_run import MISSING, pretrained_files
 from lakonlab.runner.paths import run_directory
 from lakonlab.runner.resume import StartingPoint
+from lakonlab.runner.sections import saves_trainable_only
 from lakonlab.runner.seeding import make_deterministic, seed_globals
 from lakonlab.storage.checkpoint import (
     LATEST_NAMES,
@@ -127,8 +128,7 @@ def evaluate_checkpoint(
         Exception: What failed in any process, in all of them.
     """
     if strategy is None:
-        options = cfg.get('runner') or {}
-        strategy = STRATEGIES.build({'type': 'single', 'trainable_only': options.get('ckpt_trainable_only', True)})
+        strategy = STRATEGIES.build({'type': 'single', 'trainable_only': saves_trainable_only(cfg)})
     ranks = strategy.ranks
     if deterministic:
         make_deterministic()

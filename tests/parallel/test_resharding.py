@@ -15,6 +15,7 @@ LAYOUTS = {
     'ddp x2': (2, 'ddp'),
     'fsdp x2': (2, 'fsdp'),
     'fsdp2 x2': (2, 'fsdp2'),
+    'ddp x1': (1, 'ddp'),
     'fsdp x1': (1, 'fsdp'),
     'fsdp2 x1': (1, 'fsdp2'),
 }

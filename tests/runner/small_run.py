@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mmengine.config import Config
 from torch.utils.data import Dataset
 
+from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import DATASETS
 from lakonlab.runner.runner import Runner
 from lakonlab.storage.checkpoint import find_checkpoint, list_checkpoints, read_state, read_tensors, step_of
@@ -152,12 +153,15 @@ def small_runner(ranks, folder: Path, cfg: Config | None = None, **changes: Any)
             dist.destroy_process_group(group)
 
 
-def train(ranks, folder: Path, environment: Mapping[str, str] | None = None, **changes: Any) -> int:
-    """Train to the end, with some variables in the environment; returns the first iteration."""
+def train(
+    ranks, folder: Path, environment: Mapping[str, str] | None = None, hooks: Sequence[Hook] = (), **changes: Any
+) -> int:
+    """Train to the end, with some variables in the environment and further hooks; returns the first iteration."""
     before = dict(os.environ)
     os.environ.update(environment or {})
     try:
         with small_runner(ranks, folder, **changes) as runner:
+            runner.hooks.extend(hooks)
             runner.train()
             return runner.first_iter
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from lakonlab.mmengine_parts import Hook
 from lakonlab.storage import files
 from lakonlab.storage.checkpoint import list_checkpoints, step_of
 from lakonlab.storage.remote_path import as_path
@@ -31,8 +32,24 @@ def writers_of(pid):
     return [int(child) for child in children if b'writer_process' in Path(f'/proc/{child}/cmdline').read_bytes()]
 
 
+class Start(Hook):
+    """Writes into a file from which iteration on each process trains."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def before_train(self, runner):
+        with self.file.open('a') as file:
+            file.write(f'{runner.first_iter}\n')
+
+
+def train(ranks, folder, environment=None, **changes):
+    """What :func:`tests.runner.small_run.train` does, with a hook that says where it began."""
+    return small_run.train(ranks, folder, environment, [Start(folder / 'starts.txt')], **changes)
+
+
 class Victim:
-    """A run in a folder that is started and killed again and again."""
+    """A run in a folder that is started and killed again and again; two of three times it writes in the background."""
 
     def __init__(self, folder, strategy, total_iters, draw, place=None, environment=None):
         self.folder, self.strategy, self.total_iters, self.draw = folder, strategy, total_iters, draw
@@ -48,14 +65,23 @@ class Victim:
     def committed(self):
         return max(map(step_of, list_checkpoints(self.run_dir)), default=0)
 
+    @property
+    def newest(self):
+        """The same of what is complete by its checksums."""
+        paths = self.run_dir.iterdir() if self.run_dir.is_dir() else []
+        names = [path.name for path in paths if path.name.startswith('iter_') and is_complete(path)]
+        return max((int(name.removeprefix('iter_')) for name in names), default=0)
+
     def train(self, **changes):
         options = dict(strategy=self.strategy, total_iters=self.total_iters, checkpoint_config__out_dir=self.place)
-        return self.pool.run(small_run.train, self.folder, self.environment, timeout=600, **options, **changes)
+        return self.pool.run(train, self.folder, self.environment, timeout=600, **options, **changes)
 
     def kill_once(self):
         """Start the run, and kill one of its processes or all."""
-        before = self.committed
-        in_background = self.draw.random() < 0.25
+        before = self.newest
+        starts = self.folder / 'starts.txt'
+        starts.write_text('')
+        in_background = len(self.done) % 3 != 2
         whom = self.draw.choice(['one', 'all', 'writer'] if in_background else ['one', 'all'])
         ended = threading.Event()
 
@@ -91,6 +117,9 @@ class Victim:
         thread.join()
         assert isinstance(outcome[0], ProcessFailedError), f'{outcome} after {self.done}'
         assert self.committed >= committed >= before
+        started = starts.read_text().split()
+        assert started == [str(before)] * len(started), self.done
+        assert len(started) == 2 or self.committed == before
         assert all(is_complete(path) for path in list_checkpoints(self.run_dir))
         self.done.append((whom, in_background, before, self.committed))
 
@@ -110,12 +139,13 @@ def crash(tmp_path):
         try:
             for _ in range(kills):
                 victim.kill_once()
-            victim.train()
+            newest = victim.newest
+            assert victim.train() == [newest, newest]
             victim.folder, victim.place = whole, None
-            victim.train()
+            assert victim.train() == [0, 0]
         finally:
             victim.pool.kill()
-        assert 0 < victim.done[-1][-1] < total_iters, victim.done
+        assert 0 < newest < total_iters, victim.done
         small_run.assert_same_run(folder, whole, run_dir)
         names = {path.name for path in run_dir.iterdir()}
         assert names - {'.lock'} == {f'iter_{total_iters - 2}', f'iter_{total_iters}'}
