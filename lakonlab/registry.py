@@ -75,6 +75,9 @@ MODULES = LazyRegistry(
         'lakonlab.models.architecture.diffusers.pretrained_qwen_image_text_encoder': (
             'PretrainedQwenImageTextEncoder',
         ),
+        'lakonlab.models.architecture.diffusers.pretrained_transformers_text_encoder': (
+            'PretrainedTransformersTextEncoder',
+        ),
         'lakonlab.models.architecture.diffusers.flux': ('FluxTransformer2DModel',),
         'lakonlab.models.architecture.diffusers.qwen_image': ('QwenImageTransformer2DModel',),
         'lakonlab.models.architecture.gmflow.gmflux': ('GMFluxTransformer2DModel',),

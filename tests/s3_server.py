@@ -91,8 +91,13 @@ def swift() -> Iterator[S3Server]:
     """OpenStack Swift, started once for all tests."""
     if importlib.util.find_spec('swift') is None:
         pytest.skip("the package swift is missing: install it with pip install -e '.[test]' -c constraints.txt")
-    with _directory() as folder, run_swift(folder) as server:
-        yield server
+    with _directory() as folder:
+        try:
+            os.setxattr(folder, 'user.test', b'x')
+        except OSError as error:
+            pytest.skip(f'Swift needs extended attributes, which {folder} lacks ({error}): set TMPDIR to another disk')
+        with run_swift(folder) as server:
+            yield server
 
 
 @pytest.fixture(scope='session')
@@ -105,7 +110,11 @@ def rclone() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(params=['swift', pytest.param('rclone', marks=pytest.mark.slow)])
+#: Parameters of fixtures, for tests that run on each.
+SERVERS = ['swift', pytest.param('rclone', marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=SERVERS)
 def s3_server(request) -> S3Server:
     """Either server; rclone for slow tests only."""
     return request.getfixturevalue(request.param)
@@ -171,9 +180,10 @@ def run_swift(folder: Path) -> Iterator[S3Server]:
     environment['PYTHONPATH'] = os.pathsep.join(
         filter(None, (str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH')))
     )
+    entries = [f'{kind}:{port}' for kind, port in ports.items()]
+    subprocess.run([sys.executable, '-c', MAKE_RINGS, str(settings), *entries], check=True, env=environment)
     commands = {}
     for kind, port in ports.items():
-        _make_ring(settings, kind, port)
         (settings / f'{kind}.conf').write_text(_store_settings(folder, kind, port))
         commands[kind] = [sys.executable, _program(f'swift-{kind}-server'), str(settings / f'{kind}.conf')]
     (settings / 'proxy.conf').write_text(_proxy_settings(folder, proxy))
@@ -185,16 +195,20 @@ def run_swift(folder: Path) -> Iterator[S3Server]:
         yield S3Server('swift', proxy, 'test:tester', 'testing', folder)
 
 
-def _make_ring(settings: Path, kind: str, port: int) -> None:
-    """Say that there is one place for everything: the map of where Swift keeps what."""
-    from swift.common.ring import RingBuilder
-
+#: Says that there is one place for everything: the map of where Swift keeps what. In a process of its own, because
+#: Swift replaces parts of the standard library when it is imported.
+MAKE_RINGS = """
+import sys
+from swift.common.ring import RingBuilder
+folder, *entries = sys.argv[1:]
+for entry in entries:
+    kind, port = entry.split(':')
     builder = RingBuilder(part_power=2, replicas=1, min_part_hours=1)
-    builder.add_dev(
-        {'region': 1, 'zone': 1, 'ip': '127.0.0.1', 'port': port, 'device': 'd1', 'weight': 1.0, 'meta': ''}
-    )
+    place = {'region': 1, 'zone': 1, 'ip': '127.0.0.1', 'port': int(port), 'device': 'd1', 'weight': 1.0, 'meta': ''}
+    builder.add_dev(place)
     builder.rebalance(seed='1')
-    builder.get_ring().save(str(settings / f'{kind}.ring.gz'))
+    builder.get_ring().save(f'{folder}/{kind}.ring.gz')
+"""
 
 
 def _common_settings(folder: Path, port: int) -> str:

@@ -72,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_range(self, kind, with_body):
         """Part of the content, with an ETag; of a flaky file only some bytes, and at first an error."""
         asked = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range') or '')
-        start, stop = int(asked[1]) if asked else 0, int(asked[2] or len(CONTENT) - 1) + 1 if asked else len(CONTENT)
+        size = len(self.server.content)
+        start, stop = int(asked[1]) if asked else 0, int(asked[2] or size - 1) + 1 if asked else size
         self.server.ranges.append((start, stop) if asked else None)
         if kind == 'flaky' and self.server.failures:
             status = self.server.failures.pop(0)

@@ -329,7 +329,6 @@ OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 """Keys of ``test_cfg`` that guide the teacher of files that have ``train_cfg.teacher_guidance_scale``."""
 
 LATER_TYPES: dict[str, tuple[str, ...]] = {
-    'dataset': ('ImagePrompt', 'ConcatDataset', 'Subset'),
     'metric': (
         'InceptionMetrics',
         'CLIPSimilarity',

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.datalist import read_datalist
 from lakonlab.datasets.prompt_cache import open_prompt_cache
-from lakonlab.datasets.prompt_cache.record import pad_tokens
 from lakonlab.datasets.prompt_record import PromptRecord
 
 STATES, MASK, POOLED = 'encoder_hidden_states', 'encoder_hidden_states_mask', 'pooled_projections'

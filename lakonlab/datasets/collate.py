@@ -83,9 +83,11 @@ def _of_equal_length(items: Sequence[Mapping]) -> Sequence[Mapping]:
         if not isinstance(items[0].get(name), torch.Tensor) or len({len(item[name]) for item in items}) == 1:
             continue
         longest = max(len(item[name]) for item in items)
-        items = [{**item, **{key: _padded(item[key], longest) for key in (name, mask)}} for item in items]
+        items = [{**item, **{key: pad_tokens(item[key], longest) for key in (name, mask)}} for item in items]
     return items
 
 
-def _padded(value: torch.Tensor, length: int) -> torch.Tensor:
-    return F.pad(value, (*(0, 0) * (value.dim() - 1), 0, length - len(value)))
+def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Bring tokens (T, ...) to a number of them: with zeros behind, or cut."""
+    tokens = tokens[:length]
+    return F.pad(tokens, (*(0, 0) * (tokens.dim() - 1), 0, length - len(tokens)))

@@ -153,6 +153,11 @@ class Subset(Dataset):
         """
         return self.dataset[self._number_of(index)]
 
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The items of a batch, read as the whole data set reads them."""
+        read = getattr(self.dataset, '__getitems__', None)
+        return [self[index] for index in indices] if read is None else read([self._number_of(i) for i in indices])
+
     def _number_of(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f'item {index} of a Subset of {len(self)}')

@@ -150,24 +150,29 @@ class ImagePrompt(Dataset):
     @cached_property
     def source(self) -> CachedPrompts | PromptRows:
         """Where prompts come from."""
-        missing = self._missing_of_cache
         if self.is_cached:
             folder = files.join(self.data_root, self.cache_dir)
             return CachedPrompts(folder, self.cache_datalist_path, self.pad_seq_len, self.ignore_cached_latents)
-        if self.prompt_dataset_kwargs is None:
-            raise FileNotFoundError(f'{missing}. Make the cache with {CACHE_COMMAND}, or set prompt_dataset_kwargs.')
-        if missing is not None:
-            logger.warning(
-                '%s: prompts are embedded as they come by the text encoder of the model; %s would make the cache',
-                missing,
-                CACHE_COMMAND,
-            )
         return PromptRows(self.prompt_dataset_kwargs, self.prompt_key)
 
-    @property
+    @cached_property
     def is_cached(self) -> bool:
-        """Whether prompts come from the cache, as embeddings."""
-        return self.cache_dir is not None and self._missing_of_cache is None
+        """Whether prompts come from the cache, as embeddings; said in the log if a cache is named and they do not.
+
+        Raises:
+            FileNotFoundError: The cache is missing, and no other source is named.
+        """
+        missing = self._missing_of_cache
+        if self.cache_dir is None or missing is None:
+            return self.cache_dir is not None
+        if self.prompt_dataset_kwargs is None:
+            raise FileNotFoundError(f'{missing}. Make the cache with {CACHE_COMMAND}, or set prompt_dataset_kwargs.')
+        logger.warning(
+            '%s, so prompts are embedded as they come, by the text encoder of the model; %s makes the cache',
+            missing,
+            CACHE_COMMAND,
+        )
+        return False
 
     @cached_property
     def _missing_of_cache(self) -> str | None:
@@ -222,7 +227,7 @@ class ImagePrompt(Dataset):
                     "dict(prompt=''), for the text encoder of the model."
                 )
             logger.warning(
-                '%s: negative prompts are embedded as they come by the text encoder of the model; %s would make it',
+                '%s, so the negative prompt is embedded as it comes, by the text encoder of the model; %s makes it',
                 missing,
                 NEGATIVE_COMMAND,
             )
@@ -235,9 +240,9 @@ class ImagePrompt(Dataset):
     @property
     def needs_text_encoder(self) -> str | None:
         """Why the model must have a text encoder, as a sentence without a stop; None if everything is embedded."""
+        negative = self.negative
         if not self.is_cached:
             return self._missing_of_cache or 'prompt_dataset_kwargs: the prompts are texts'
-        negative = self.negative
         if 'negative_prompt_kwargs' in negative and 'negative_prompt_embed_kwargs' not in negative:
             return 'negative_prompt_kwargs: the negative prompt is a text'
         return None
@@ -245,7 +250,7 @@ class ImagePrompt(Dataset):
     @property
     def has_images(self) -> bool:
         """Whether items hold images or latents, which a trainer on data needs; the first item stands for all."""
-        if self._image_arguments[0] is not None:
+        if self.images is not None:
             return True
         return self.is_cached and self.source[self.positions[0]].latents is not None
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lakonlab.datasets.imagenet import adm_square, as_tensor, read_datalist, read_rgb
+from lakonlab.datasets.imagenet import read_datalist
+from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
 from lakonlab.datasets.latent_cache import MIRRORED, PLAIN
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.index import LATENTS, Table, pack_texts

@@ -43,7 +43,7 @@ def prepared_config(args: Namespace) -> Config:
         encoder = (other.get('model') or {}).get('text_encoder')
         if encoder is None:
             raise ConfigError(f'--text-encoder {args.text_encoder}: this config has no model.text_encoder')
-        cfg.merge_from_dict({'model': {'text_encoder': {'_delete_': True, **encoder}}})
+        cfg.model.text_encoder = encoder
     check_config(cfg, training='optimizer' in cfg, planning=True, evaluating=False)
     return cfg
 

@@ -69,3 +69,21 @@ def data_problems(cfg: Mapping[str, Any], splits: Iterable[str]) -> Iterator[str
                 f'data.{split}: holds neither images nor latents, and {trainer} is trained on data: set image_dir, '
                 'cache latents, or set model.diffusion.type to PiFlowImitationDataFree'
             )
+
+
+def planned_data_problems(cfg: Mapping[str, Any], splits: Iterable[str]) -> list[str]:
+    """The same for a plan, in which files of data may be missing yet.
+
+    Args:
+        cfg: The config, which may name data sets that this version does not have.
+        splits: Names of the data sets that are read.
+    """
+    problems = []
+    for split in splits:
+        if DATASETS.get(cfg['data'][split].get('type')) is None:
+            continue
+        try:
+            problems += data_problems(cfg, [split])
+        except (ImportError, OSError, ValueError) as error:
+            problems.append(f'data.{split}: {error}')
+    return problems

@@ -14,6 +14,7 @@ from torch import nn
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
 from lakonlab.registry import DATASETS, MODELS
+from lakonlab.runner.data_plan import planned_data_problems, used_splits
 from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, Plan, Sizes, plan, recommendation, remarks, table
 from lakonlab.runner.memory_sizes import sizes_of
 from lakonlab.runner.paths import places_written, require_writable_places, run_directory
@@ -151,12 +152,26 @@ def dry_run(
         _places(cfg, work_dir, seed, resume_from, refused),
         *(f'  {key}\n{" " * 18}{found}' for key, found in files.items()),
     ]
-    missing = [key for key, found in files.items() if found.startswith(MISSING)]
-    if missing:
-        parts.append(f'\nThis run cannot start yet: the weights of {", ".join(missing)} are missing.')
+    problems = planned_data_problems(cfg, used_splits(cfg, training=True))
+    if problems:
+        parts += [title('data'), *(f'  {MISSING}: {problem}' for problem in problems)]
+    parts += cannot_start('run', [key for key, found in files.items() if found.startswith(MISSING)], problems)
     if refused:
         parts.append(f'\nThis run cannot start yet: {", ".join(refused)} cannot be written to.')
     return '\n'.join(parts)
+
+
+def cannot_start(what: str, weights: Sequence[str], problems: Sequence[str]) -> list[str]:
+    """The last line of a plan, if something is missing.
+
+    Args:
+        what: What is planned.
+        weights: Keys of the weights that are missing.
+        problems: What data sets do not bring.
+    """
+    reasons = [f'the weights of {", ".join(weights)} are missing'] if weights else []
+    reasons += ['data sets lack what is said above'] if problems else []
+    return [f'\nThis {what} cannot start yet: {"; ".join(reasons)}.'] if reasons else []
 
 
 def _memory(model: nn.Module, cfg: Config, world_sizes: Sequence[int]) -> list[str]:
@@ -237,7 +252,7 @@ def _length(cfg: Config) -> str:
     try:
         size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
         epochs = f'{samples / size:,.1f} of {size:,} samples'
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         epochs = f'unknown, the data set cannot be opened: {error}'
     return _length_table(cfg, batch, micro, epochs)
 

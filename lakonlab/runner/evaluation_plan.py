@@ -9,7 +9,8 @@ from mmengine.config import Config
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
-from lakonlab.runner.dry_run import MISSING, build_on_meta, parameter_table, pretrained_files, title
+from lakonlab.runner.data_plan import planned_data_problems, used_splits
+from lakonlab.runner.dry_run import MISSING, build_on_meta, cannot_start, parameter_table, pretrained_files, title
 from lakonlab.runner.testing import find_weights
 from lakonlab.storage.checkpoint import CheckpointError
 from lakonlab.storage.errors import StorageError
@@ -47,8 +48,9 @@ def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence
         *(line for entry in entries for line in _describe(entry, cfg)),
         f'  results         {cfg.work_dir}/results.json{_copied(cfg)}',
     ]
-    if missing:
-        lines.append(f'\nThis evaluation cannot start yet: the weights of {", ".join(missing)} are missing.')
+    problems = planned_data_problems(cfg, splits or used_splits(cfg, training=False))
+    lines += [f'  data            {MISSING}: {problem}' for problem in problems]
+    lines += cannot_start('evaluation', missing, problems)
     return '\n'.join(lines)
 
 

@@ -77,6 +77,7 @@ def train(args: Namespace) -> int:
             return 0
 
         from lakonlab.parallel.launch import start_processes, stop_processes
+        from lakonlab.runner.data_plan import check_data, used_splits
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
 
@@ -87,6 +88,7 @@ def train(args: Namespace) -> int:
                 console.setLevel('WARNING')
             ranks.on_main(lambda: require_writable_places(cfg))
             ranks.together(lambda: build_on_meta(cfg))
+            ranks.on_main(lambda: check_data(cfg, used_splits(cfg, training=True, evaluating=not args.no_validate)))
             ranks.on_main(lambda: dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name))
             runner = Runner.from_cfg(
                 cfg,
@@ -137,6 +139,7 @@ def test(args: Namespace) -> int:
             return 0
 
     from lakonlab.parallel.launch import start_processes, stop_processes
+    from lakonlab.runner.data_plan import check_data, used_splits
     from lakonlab.runner.hooks.mirror import mirroring
     from lakonlab.runner.log import attach_log_handlers, detach_log_handlers
     from lakonlab.runner.strategy import build_strategy
@@ -147,6 +150,7 @@ def test(args: Namespace) -> int:
         ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
         strategy = build_strategy(cfg, ranks, device)
         ranks.on_main(lambda: require_writable_places(cfg, 'work_dir_mirror', *_viz_settings(cfg, args.data)))
+        ranks.on_main(lambda: check_data(cfg, args.data or used_splits(cfg, training=False)))
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     mirror = cfg.get('work_dir_mirror')
     mirror = Mirror(Path(cfg.work_dir), mirror) if mirror is not None and ranks.is_main else None

@@ -44,6 +44,8 @@ FORMAT_VERSION = 3
 VERSION_WITHOUT_FOLDER = 2
 STATE = 'state.json'
 LATEST_NAMES = ('latest', 'latest.pth', 'latest.txt')
+DEEPEST_FILE = 2
+"""Parts of the name of a file of a checkpoint."""
 PARALLEL_READS = 4
 """Files of an object store whose checksums are computed at the same time."""
 
@@ -313,14 +315,24 @@ def read_state(checkpoint: AnyPath) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text(encoding='utf-8'))
 
 
-def find_file(checkpoint: AnyPath, name: str) -> AnyPath:
-    """Where a file of a checkpoint lies.
+def find_file(path: str | AnyPath) -> str | None:
+    """Where a file of a checkpoint lies that is named as its manifest does, such as ``<checkpoint>/export/<file>``.
 
     Args:
-        checkpoint: Directory of a checkpoint.
-        name: As the manifest calls it, such as ``export/diffusion_pytorch_model.safetensors``.
+        path: The checkpoint's directory, followed by the name in the manifest.
+
+    Returns:
+        The path of the file with its checksum, which downloads verify; None if the manifest names no such file.
     """
-    return _contents(checkpoint)[0] / name
+    path = as_path(path)
+    checkpoint, names = path.parent, [path.name]
+    while len(names) <= DEEPEST_FILE:
+        if (checkpoint / MANIFEST).is_file():
+            manifest, name = read_manifest(checkpoint), '/'.join(names)
+            entry = manifest['files'].get(name)
+            return None if entry is None else f'{_data_folder(checkpoint, manifest) / name}#sha256={entry["sha256"]}'
+        checkpoint, names = checkpoint.parent, [checkpoint.name, *names]
+    return None
 
 
 def load_model_state(path: str | AnyPath) -> dict[str, Tensor]:

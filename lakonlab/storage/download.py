@@ -21,7 +21,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,16 +91,26 @@ def cached_file(backend: Backend, path: str, digest: str | None = None, bar: tqd
     return target
 
 
-def cached_tree(backend: Backend, path: str) -> Path:
+def cached_tree(backend: Backend, path: str, only: Collection[str] | None = None) -> Path:
     """A local copy of a remote directory, of which every file is downloaded unless it is there.
+
+    Args:
+        backend: Serves the path.
+        path: The directory.
+        only: Subdirectories to copy beside the files directly in it; None for all.
 
     Raises:
         MissingFileError: There is no such directory.
         StorageError: A file cannot be had.
     """
+    remembered = path if only is None else f'{path}/({", ".join(sorted(only))})'
     if is_offline():
-        return _last_of(path)
-    listing = list(backend.list_files(path))
+        return _last_of(remembered)
+    listing = [
+        info
+        for info in backend.list_files(path)
+        if only is None or '/' not in info.name or info.name.partition('/')[0] in only
+    ]
     if not listing:
         raise MissingFileError(f'{path!r} does not exist: there is no such file, and nothing in such a directory')
     version = _short(path, *(f'{info.name} {info.size} {info.version}' for info in listing))
@@ -109,7 +119,7 @@ def cached_tree(backend: Backend, path: str) -> Path:
         with exclusive(target.parent, path, target.parent):
             if not target.is_dir():
                 _download_tree(backend, path, listing, target)
-    _remember(path, target)
+    _remember(remembered, target)
     return target
 
 

@@ -6,6 +6,7 @@ What is remote is downloaded once, into the cache of the hub's library or into `
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from lakonlab.storage.download import cached_file, cached_tree
@@ -19,13 +20,14 @@ class FetchError(StorageError):
     """A remote file that cannot be had."""
 
 
-def fetch(uri: str | Path, sha256: str | None = None) -> Path:
+def fetch(uri: str | Path, sha256: str | None = None, only: Collection[str] | None = None) -> Path:
     """A local path with the content of a file or a directory.
 
     Args:
         uri: Path of any scheme. On the hub, what ends in a suffix is a file, anything else a directory. ``#sha256=``
             and 64 digits at the end state the checksum that the file must have.
         sha256: The same, if the path does not state it.
+        only: Of a remote directory, download these subdirectories and the files directly in it; None for all.
 
     Returns:
         The path; of a local one, itself, whether it exists or not.
@@ -41,7 +43,7 @@ def fetch(uri: str | Path, sha256: str | None = None) -> Path:
             path = as_local(uri)
             _check(path, digest, str(uri))
             return path
-        return _download(normal(uri), digest)
+        return _download(normal(uri), digest, only)
     except FetchError:
         raise
     except StorageError as error:
@@ -60,7 +62,7 @@ def require_known_scheme(uri: str | Path) -> None:
         raise FetchError(f'{error}. Download it and name its path.') from error
 
 
-def _download(path: str, digest: str | None) -> Path:
+def _download(path: str, digest: str | None, only: Collection[str] | None) -> Path:
     require_known_scheme(path)
     if scheme_of(path) == 'huggingface':
         from lakonlab.storage.hub import fetch_from_hub
@@ -69,6 +71,8 @@ def _download(path: str, digest: str | None) -> Path:
         _check(found, digest, path)
         return found
     backend = backend_of(path)
+    if only is not None:
+        return cached_tree(backend, path, only)
     try:
         return cached_file(backend, path, digest)
     except MissingFileError:

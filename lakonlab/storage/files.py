@@ -8,7 +8,9 @@ or spawned process could inherit.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +22,7 @@ from lakonlab.storage.fetch import fetch
 from lakonlab.storage.local_files import copy_file
 from lakonlab.storage.paths import as_local, is_remote, join, name_of, normal, parent_of, scheme_of, sibling
 from lakonlab.storage.schemes import LIST, READ, WRITE, backend_of, require
+from lakonlab.storage.scratch import scratch_directory
 
 __all__ = [
     'FileInfo',
@@ -48,6 +51,7 @@ __all__ = [
     'scheme_of',
     'sibling',
     'size_of',
+    'staged',
     'upload',
     'write_bytes',
     'write_json',
@@ -190,6 +194,23 @@ def remove_directory(path: str | Path, seal: str | None = None) -> None:
             leaves is not taken for whole. A local directory loses its name in one step anyway.
     """
     backend_of(path, WRITE).remove_directory(normal(path), seal)
+
+
+@contextlib.contextmanager
+def staged(path: str | Path, needed: int = 0) -> Iterator[Path]:
+    """A local file to write to, which becomes the file when the block ends well; for writers that need a file.
+
+    Args:
+        path: The file; directories above it are made.
+        needed: Bytes that will be written, if known; they must be free in ``$LAKONLAB_TMPDIR``.
+
+    Yields:
+        A path of the same name, in a directory of its own.
+    """
+    with scratch_directory(needed, f'writing {path}') as folder:
+        local = folder / name_of(path)
+        yield local
+        upload(local, path)
 
 
 def upload(local: str | Path, path: str | Path, seal: str | None = None) -> None:

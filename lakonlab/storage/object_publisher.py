@@ -59,7 +59,9 @@ class ObjectPublisher(Publisher):
         """See the base class; what the manifest before referred to is removed afterwards."""
         files.write_bytes(str(final / MANIFEST), json.dumps({**manifest, DATA: draft.name}, indent=1).encode())
         try:
-            _remove_strays(final, [info.name for info in files.list_files(str(final))])
+            names = [info.name for info in files.list_files(str(final))]
+            if _data_folders(names) - {draft.name}:
+                _remove_strays(final, names)
         except OSError as error:  # it is published; the rest is removed when the run starts the next time
             logger.warning('what %s was before could not be removed (%s)', final, error)
 

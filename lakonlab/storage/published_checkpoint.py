@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lakonlab.storage.checkpoint import CheckpointError
-from lakonlab.storage.paths import is_remote
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.fetch import fetch
 
 #: Parameter name -> slot, such as ``exp_avg`` -> tensor or plain value.
 OptimizerState = dict[str, dict[str, Any]]
@@ -61,7 +62,7 @@ def read_published_checkpoint(path: str | Path, with_optimizers: bool = True) ->
     """Read a training checkpoint in the published layout.
 
     Args:
-        path: A local ``.pth`` file.
+        path: A ``.pth`` file, of any scheme.
         with_optimizers: Whether to look at what the optimisers remember.
 
     Returns:
@@ -71,9 +72,10 @@ def read_published_checkpoint(path: str | Path, with_optimizers: bool = True) ->
         CheckpointError: There is no such file; it cannot be read, or not without unpickling objects; or it is no
             training checkpoint.
     """
-    if is_remote(path):
-        raise CheckpointError(f'checkpoint {str(path)!r}: only local files can be read; copy it here first')
-    path = Path(path).expanduser()
+    try:
+        path = fetch(path)
+    except StorageError as error:
+        raise CheckpointError(f'checkpoint {str(path)!r} cannot be downloaded: {error}') from error
     if not path.is_file():
         raise CheckpointError(f'checkpoint {str(path)!r} does not exist, or is no file')
     content = _load(path)

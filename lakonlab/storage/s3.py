@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 from lakonlab.storage.backend import Backend, FileInfo
 from lakonlab.storage.errors import MissingFileError, StorageError, TransientError
+from lakonlab.storage.paths import scheme_of
 from lakonlab.storage.ranges import Answer, chunks_of, open_ranges
-from lakonlab.storage.retry import persistently
+from lakonlab.storage.retry import Patience, persistently
 from lakonlab.storage.s3_client import code_of, of_connection, request
 
 #: Files that one request removes; the protocol allows no more.
@@ -29,7 +30,7 @@ def split(path: str) -> tuple[str, str]:
         StorageError: It names no bucket, or a part of the key is empty, ``.`` or ``..``.
     """
     bucket, _, key = path.partition('://')[2].partition('/')
-    if not bucket or any(part in ('', '.', '..') for part in key.split('/') if key):
+    if scheme_of(path) != 's3' or not bucket or any(part in ('', '.', '..') for part in key.split('/') if key):
         raise StorageError(f'{path!r}: expected s3://bucket/key, with a name between any two slashes')
     return bucket, key
 
@@ -75,16 +76,15 @@ class S3Files(Backend):
         if start or length is not None:
             return b''.join(self.chunks(path, start, None if length is None else start + length))
 
-        def whole() -> bytes:
+        patience = Patience(f'reading {path}')
+        while True:  # what is lost on the way is taken up again by chunks_of; this is for what arrives damaged
             facts: dict[str, Any] = {}
             opener = partial(_open_at, path, bucket, key, facts=facts)
             content = b''.join(chunks_of(opener, path))
             expected = md5_in(facts)
-            if expected is not None and hashlib.md5(content, usedforsecurity=False).hexdigest() != expected:
-                raise TransientError(f'{path!r} arrived damaged: its MD5 is not {expected}')
-            return content
-
-        return persistently(whole, f'reading {path}')
+            if expected is None or hashlib.md5(content, usedforsecurity=False).hexdigest() == expected:
+                return content
+            patience.wait_after(TransientError(f'{path!r} arrived damaged: its MD5 is not {expected}'))
 
     def open_write(self, path: str, size: int | None = None) -> AbstractContextManager[BinaryIO]:
         """See the base class; in parts, if it is large."""

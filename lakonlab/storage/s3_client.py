@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
@@ -38,6 +39,7 @@ TRANSIENT = (
     'RequestTimeoutException',
     'IncompleteBody',
     'BadDigest',
+    'XAmzContentSHA256Mismatch',
     'OperationAborted',
     'InternalError',
     'ServiceUnavailable',
@@ -109,7 +111,26 @@ def is_anonymous(bucket: str) -> bool:
 
 def connection(bucket: str) -> Connection:
     """The connection of this process for a bucket, with the settings of this moment."""
-    return _connection(Settings.now(bucket))
+    return _connection_for(Settings.now(bucket))
+
+
+_making = threading.Lock()
+"""Held while a client is made, which takes long, so that threads which begin together share one."""
+
+
+def _forget_lock() -> None:
+    """In a forked process: nobody holds the lock there, whoever held it where the process is from."""
+    global _making
+    _making = threading.Lock()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
+def _connection_for(settings: Settings) -> Connection:
+    with _making:
+        return _connection(settings)
 
 
 @functools.lru_cache(maxsize=8)
@@ -170,7 +191,7 @@ def request(path: str, operation: str, **arguments: Any) -> dict[str, Any]:
     settings = Settings.now(arguments['Bucket'])
     link = None
     try:
-        link = _connection(settings)
+        link = _connection_for(settings)
         try:
             return getattr(link.client, operation)(**arguments)
         except ClientError as error:
@@ -178,20 +199,21 @@ def request(path: str, operation: str, **arguments: Any) -> dict[str, Any]:
                 raise
             used = link.keys
             _connection.cache_clear()
-            link = _connection(settings)
+            link = _connection_for(settings)
             if link.keys == used:
                 raise
             logger.info('%s: %s; credentials were read again from %s', path, code_of(error), link.origin)
             return getattr(link.client, operation)(**arguments)
     except ClientError as error:
         raise _of_server(error, path, link) from error
-    except (BotoCoreError, ResponseParserError) as error:
+    except (BotoCoreError, ResponseParserError, RecursionError) as error:
         raise of_connection(error, path) from error
 
 
-def code_of(error: Exception) -> str:
-    """The name that S3 gives an error."""
-    return str(getattr(error, 'response', {}).get('Error', {}).get('Code', ''))
+def code_of(error: BaseException | None) -> str:
+    """The name that S3 gives an error; empty for errors that did not come from there."""
+    response = getattr(error, 'response', None) or {}
+    return str(response.get('Error', {}).get('Code', ''))
 
 
 def _of_server(error: Exception, path: str, link: Connection | None) -> StorageError:
@@ -244,6 +266,12 @@ def of_connection(error: Exception, path: str) -> StorageError:
         )
     if isinstance(error, known.SSLError) and 'CERTIFICATE_VERIFY_FAILED' in str(error):
         return StorageError(f'{text}. Set AWS_CA_BUNDLE to the certificates that the server is signed with')
+    inner = getattr(error, 'kwargs', {}).get('error')
+    if isinstance(error, RecursionError) or isinstance(inner, RecursionError):
+        # botocore looks for the region of a bucket wherever it is sent to
+        return StorageError(f'{path!r}: the server sends requests to itself; check AWS_REGION and AWS_ENDPOINT_URL')
+    if isinstance(inner, (RuntimeError, TypeError, ValueError, AttributeError)):
+        return StorageError(text)
     if isinstance(error, lost) or not isinstance(error, known.BotoCoreError):  # the latter: an answer cut off
         return TransientError(text)
     return StorageError(text)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ SMALLEST_PART, LARGEST_PART = 64 << 20, 256 << 20
 MOST_PARTS = 10_000
 #: Parts of the smallest size in a stream of unknown length; the rest are as large as can be.
 SMALL_PARTS = 5_000
+#: Field of an object that tells by which upload it was made.
+MARK = 'lakonlab-upload'
 #: Parts of one file that are on their way; one more is being filled.
 PARTS_IN_FLIGHT = 2
 
@@ -81,8 +84,9 @@ class _Upload(io.RawIOBase):
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: deque[Future] = deque()
         self._parts: list[dict[str, Any]] = []
-        self._digests: list[bytes] = []
+        self._sent = 0
         self._limit = part_size(1, size)
+        self._mark = uuid.uuid4().hex
 
     def writable(self) -> bool:
         """See the base class."""
@@ -107,18 +111,17 @@ class _Upload(io.RawIOBase):
 
     def _send(self) -> None:
         if self._id is None:
-            call = partial(request, self.path, 'create_multipart_upload', **self._where)
+            call = partial(request, self.path, 'create_multipart_upload', **self._where, Metadata={MARK: self._mark})
             self._id = persistently(call, f'beginning the upload of {self.path}')['UploadId']
             self._threads = ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix='upload-part')
         if len(self._waiting) == PARTS_IN_FLIGHT:
             self._waiting.popleft().result()
         content, self._buffer = self._buffer.getvalue(), io.BytesIO()
-        number = len(self._digests) + 1
-        self._digests.append(hashlib.md5(content, usedforsecurity=False).digest())
-        self._waiting.append(self._threads.submit(self._send_part, number, content, self._digests[-1]))
-        self._limit = part_size(number + 1, self._size)
+        self._sent += 1
+        self._waiting.append(self._threads.submit(self._send_part, self._sent, content))
+        self._limit = part_size(self._sent + 1, self._size)
 
-    def _send_part(self, number: int, content: bytes, digest: bytes) -> None:
+    def _send_part(self, number: int, content: bytes) -> None:
         call = partial(
             request,
             self.path,
@@ -127,7 +130,7 @@ class _Upload(io.RawIOBase):
             UploadId=self._id,
             PartNumber=number,
             Body=content,
-            ContentMD5=base64.b64encode(digest).decode(),
+            ContentMD5=_checksum(content),
         )
         answer = persistently(call, f'uploading part {number} of {self.path}')
         self._parts.append({'PartNumber': number, 'ETag': answer['ETag']})
@@ -136,8 +139,7 @@ class _Upload(io.RawIOBase):
         """Send what is left, and make the file visible."""
         if self._id is None:
             content = self._buffer.getvalue()
-            checksum = base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
-            call = partial(request, self.path, 'put_object', **self._where, Body=content, ContentMD5=checksum)
+            call = partial(request, self.path, 'put_object', **self._where, Body=content, ContentMD5=_checksum(content))
             persistently(call, f'writing {self.path}')
             return
         if self._buffer.tell():
@@ -174,9 +176,7 @@ class _Upload(io.RawIOBase):
             facts = request(self.path, 'head_object', **self._where)
         except MissingFileError:
             return False
-        digest = hashlib.md5(b''.join(self._digests), usedforsecurity=False).hexdigest()
-        same = str(facts.get('ETag', '')).strip('"') == f'{digest}-{len(self._digests)}'
-        return facts['ContentLength'] == self._written and (same or 'ServerSideEncryption' in facts)
+        return facts['ContentLength'] == self._written and facts['Metadata'].get(MARK) == self._mark
 
     def abort(self) -> None:
         """Have the server forget the parts; that this fails is only logged, for something else has failed before."""
@@ -195,6 +195,10 @@ class _Upload(io.RawIOBase):
         """Wait for the threads that send parts."""
         if self._threads is not None:
             self._threads.shutdown(wait=True)
+
+
+def _checksum(content: bytes) -> str:
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
 def abort_upload(path: str, Bucket: str, Key: str, upload_id: str) -> None:

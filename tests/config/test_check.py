@@ -19,7 +19,7 @@ from lakonlab.registry import MODULES
 ROOT = Path(__file__).parents[2]
 PUBLISHED_STYLE = ROOT / 'tests' / 'data' / 'published_style_digits.py'
 SHIPPED = sorted((ROOT / 'configs').glob('[!_]*/[!_]*.py'))
-HERE = ('digits', 'gmflow')  # folders of configs that need nothing but this version
+HERE = ('digits', 'emoji', 'fashion_mnist', 'gmflow')  # folders of configs that need nothing but this version
 
 
 MY_LOSS = {'type': 'MyLoss', 'data_info': {'a': 'b'}, 'rescale_cfg': {'c': 1}, 'log_cfgs': {'type': 'mine'}}

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -39,7 +40,6 @@ QWEN_REPORTS = [
     'ExponentialMovingAverageHookMod is called',
     'train_cfg.teacher_guidance_scale is the older name',
     'train_cfg.gm_dropout is the older name',
-    "'ImagePrompt' is a dataset that is not part",
     "'CLIPSimilarity' is a metric that is not part",
     "'HPSv2' is a metric that is not part",
     "'ColorStats' is a metric that is not part",
@@ -61,6 +61,12 @@ def _in_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'bitsandbytes', None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, 'bitsandbytes.optim', None)
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0')
+    monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+    for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_PROFILE'):
+        monkeypatch.delenv(name, raising=False)
+    for name in ('AWS_SHARED_CREDENTIALS_FILE', 'AWS_CONFIG_FILE'):
+        monkeypatch.setenv(name, os.devnull)
 
 
 def checked(path, **options):
@@ -91,7 +97,7 @@ def test_nothing_is_dropped_silently(path, section):
 def test_a_real_run_is_refused_by_what_is_not_here(path):
     with pytest.raises(ConfigError) as error:
         check_config(load_config(path))
-    assert ('ImagePrompt' if path == QWEN else 'AdamW8bit') in str(error.value)
+    assert ('CLIPSimilarity' if path == QWEN else 'AdamW8bit') in str(error.value)
     assert '--dry-run says what the run would be' in str(error.value)
 
 
@@ -102,12 +108,14 @@ def test_metrics_that_are_not_here_do_not_stop_a_run_that_measures_nothing():
     assert values.evaluation[0].metrics.type == 'InceptionMetrics'
 
 
-def test_data_sets_that_are_not_here_do_not_stop_a_run_that_leaves_them_alone():
+@pytest.mark.parametrize(
+    ('key', 'nearest'), [('cache_directory', 'cache_dir'), ('prompt_dataset_kwarg', 'prompt_dataset_kwargs')]
+)
+def test_arguments_of_prompt_data_sets_are_checked(key, nearest):
     values = load_config(QWEN)
-    values.data.train = dict(type='Digits')
-    check_config(values, evaluating=False)
-    with pytest.raises(ConfigError, match=r"data\.val\.type: 'ImagePrompt' is a dataset"):
-        check_config(values)
+    values.data.train[key] = 'x'
+    with pytest.raises(ConfigError, match=rf"data\.train\.{key}: .*did you mean '{nearest}'"):
+        check_config(values, planning=True)
 
 
 def test_older_keys_mean_what_the_present_ones_mean(monkeypatch):
@@ -152,7 +160,11 @@ def output_of(command, *args, **options):
 @pytest.mark.parametrize('path', [QWEN, IMAGENET])
 def test_the_tools_plan_it(path, tmp_path):
     plan = output_of(launch.train, path, plan_world_size='8,32')
-    assert 'This run cannot start' not in plan
+    assert ('This run cannot start yet: data sets lack what is said above' in plan) == (path == QWEN)
+    assert ("MISSING: data.train: cache_dir='preproc_qwen': there is no folder data/t2i" in plan) == (path == QWEN)
+    assert ('This run cannot start yet: checkpoint_config.out_dir' in plan) == (
+        path == IMAGENET
+    )  # nobody has that bucket
     sharded = re.findall(r'^  fsdp +(\d+) ', plan, re.MULTILINE)
     assert sharded == ['8', '32']
     if path == QWEN:
@@ -160,7 +172,10 @@ def test_the_tools_plan_it(path, tmp_path):
         assert 'starts from the beginning' in plan
         assert '21,421,519,490' in plan
     else:
-        assert 'begins where s3://bucket/checkpoints/ says' in plan
+        assert 'begins where its checkpoints say, which cannot be looked at' in plan
+        assert re.search(
+            r'^  checkpoints +s3://bucket/checkpoints/\w+\n +NOT WRITABLE: cannot write to', plan, re.MULTILINE
+        )
 
     plan = output_of(launch.test, path)
     names = ['val_cool', 'val_warm'] if path == QWEN else ['val_step1']

@@ -100,7 +100,7 @@ def test_images_to_be_edited(with_images):
 
 def test_what_does_not_fit_is_refused(with_images):
     build, _, folder = with_images
-    with pytest.raises(FileNotFoundError, match="image_dir=.*pictures': there is no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"image_dir=.*pictures': there is no such folder"):
         build(image_dir='pictures')[0]
     with pytest.raises(FileNotFoundError, match=r'image_datalist_path=.*none\.json'):
         build(image_datalist_path=str(folder / 'none.json'))[0]

@@ -160,7 +160,7 @@ def test_interval(interval, due):
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
             "found 'fid', expected a number of a metric of this entry: 'reference_rmse'",
         ),
-        (dict(viz_dir='s3://bucket/viz'), 'only local directories can be written'),
+        (dict(viz_dir='https://host/viz'), 'viz_dir: .* https:// cannot be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
     ],
 )

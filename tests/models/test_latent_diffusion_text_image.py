@@ -180,3 +180,34 @@ def test_training_without_data_needs_no_latents(weights):
     from_data = build('QwenImage', weights)
     with pytest.raises(ValueError, match=r'neither latents nor images'):
         from_data.train_step(data, build_optimizers(from_data, {'diffusion': dict(type='AdamW', lr=1e-3)}))
+
+
+def test_the_shape_that_a_data_set_asks_for_is_that_of_training_without_data(weights):
+    """The marker of a data set comes before test_cfg, and the result is that of latents of any values."""
+    config = tiny.config('QwenImage', 'GM', weights['QwenImage'], diffusion__type='PiFlowImitationDataFree')
+    sizes = [(4, 6, 4)] * 2
+    logs = []
+    for given in ({'latent_size': sizes}, {'latents': torch.full((2, *sizes[0]), 7.0)}):
+        model = tiny.build(config, 'QwenImage')
+        data = {**tiny.batch('QwenImage'), **given}
+        if 'latent_size' in given:
+            del data['latents']
+            assert model.encode_batch(data).shape == (2, *sizes[0])
+            assert not model.encode_batch(data).any()
+        optimizer = build_optimizers(model, {'diffusion': dict(type='AdamW', lr=1e-3)})
+        logs.append(model.train_step(data, optimizer, running_status={'iteration': 0}, source=SeededSource(0, 0)))
+    assert logs[0]['log_vars'] == logs[1]['log_vars']
+
+
+def test_rows_of_different_shape_are_refused(weights):
+    config = tiny.config('QwenImage', 'GM', weights['QwenImage'], diffusion__type='PiFlowImitationDataFree')
+    with pytest.raises(ValueError, match=r'\(4, 4, 6\) and \(4, 6, 4\).*bucketize=True'):
+        tiny.build(config, 'QwenImage').encode_batch({'ids': [0, 1], 'latent_size': [(4, 6, 4), (4, 4, 6)]})
+
+
+def test_a_trainer_on_data_refuses_a_shape(weights):
+    model = build('QwenImage', weights)
+    data = {**tiny.batch('QwenImage'), 'latent_size': [tiny.LATENT_SIZE] * 2}
+    del data['latents']
+    with pytest.raises(ValueError, match=r'PiFlowImitation is trained on data.*image_dir'):
+        model.train_step(data, build_optimizers(model, {'diffusion': dict(type='AdamW', lr=1e-3)}))

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from lakonlab.registry import DATASETS
 from lakonlab.runner.runner import Runner
 from lakonlab.storage.checkpoint import find_checkpoint, list_checkpoints, read_state, read_tensors, step_of
+from lakonlab.storage.remote_path import AnyPath
 
 NAME = 'small'
 NETWORK = dict(
@@ -126,11 +127,17 @@ def small_runner(ranks, folder: Path, cfg: Config | None = None, **changes: Any)
             dist.destroy_process_group(group)
 
 
-def train(ranks, folder: Path, **changes: Any) -> int:
-    """Train to the end; returns the first iteration."""
-    with small_runner(ranks, folder, **changes) as runner:
-        runner.train()
-        return runner.first_iter
+def train(ranks, folder: Path, environment: Mapping[str, str] | None = None, **changes: Any) -> int:
+    """Train to the end, with some variables in the environment; returns the first iteration."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with small_runner(ranks, folder, **changes) as runner:
+            runner.train()
+            return runner.first_iter
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def checkpoints(folder: Path) -> Path:
@@ -143,9 +150,14 @@ def steps(folder: Path) -> list[int]:
     return sorted(step_of(path) for path in list_checkpoints(checkpoints(folder)))
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """Weights, averages, optimiser and counters of the newest checkpoint, bit for bit."""
-    path = find_checkpoint(checkpoints(folder))
+def result(folder: Path, run_dir: AnyPath | None = None) -> dict[str, Any]:
+    """Weights, averages, optimiser and counters of the newest checkpoint, bit for bit.
+
+    Args:
+        folder: Working directory.
+        run_dir: Directory of the checkpoints; None for the one in ``folder``.
+    """
+    path = find_checkpoint(checkpoints(folder) if run_dir is None else run_dir)
     state = read_state(path)
     tensors = {
         f'{part}/{name}': (tensor.dtype, tensor.numpy().tobytes())
@@ -166,9 +178,15 @@ def logged(folder: Path) -> dict[int, list[Mapping[str, float]]]:
     return entries
 
 
-def assert_same_run(folder: Path, reference: Path) -> None:
-    """Assert that two runs ended with the same bits and logged the same values at every iteration."""
-    found, expected = result(folder), result(reference)
+def assert_same_run(folder: Path, reference: Path, run_dir: AnyPath | None = None) -> None:
+    """Assert that two runs ended with the same bits and logged the same values at every iteration.
+
+    Args:
+        folder: Working directory of one.
+        reference: Working directory of the other.
+        run_dir: Directory of the checkpoints of the first one; None for the one in ``folder``.
+    """
+    found, expected = result(folder, run_dir), result(reference)
     assert set(found) == set(expected)
     different = [name for name, value in expected.items() if repr(value) != repr(found[name])]
     assert not different, f'{folder}: {len(different)} of {len(expected)} entries differ, among them {different[:4]}'

@@ -5,6 +5,7 @@ real command is in ``tests/tools/test_crash.py``. ``CRASH_SEED=n`` draws other m
 """
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from lakonlab.storage import files
+from lakonlab.storage.checkpoint import list_checkpoints, step_of
+from lakonlab.storage.remote_path import as_path
 from tests.processes import ProcessFailedError, ProcessPool
 from tests.runner import small_run
 from tests.storage.test_interrupted_save import is_complete
@@ -30,19 +34,23 @@ def writers_of(pid):
 class Victim:
     """A run in a folder that is started and killed again and again."""
 
-    def __init__(self, folder, strategy, total_iters, draw):
+    def __init__(self, folder, strategy, total_iters, draw, place=None, environment=None):
         self.folder, self.strategy, self.total_iters, self.draw = folder, strategy, total_iters, draw
+        self.place, self.environment = place, environment
         self.pool = ProcessPool(2)
         self.done = []
 
     @property
+    def run_dir(self):
+        return small_run.checkpoints(self.folder) if self.place is None else as_path(self.place) / small_run.NAME
+
+    @property
     def committed(self):
-        return max(small_run.steps(self.folder), default=0)
+        return max(map(step_of, list_checkpoints(self.run_dir)), default=0)
 
     def train(self, **changes):
-        return self.pool.run(
-            small_run.train, self.folder, strategy=self.strategy, total_iters=self.total_iters, timeout=600, **changes
-        )
+        options = dict(strategy=self.strategy, total_iters=self.total_iters, checkpoint_config__out_dir=self.place)
+        return self.pool.run(small_run.train, self.folder, self.environment, timeout=600, **options, **changes)
 
     def kill_once(self):
         """Start the run, and kill one of its processes or all."""
@@ -67,7 +75,7 @@ class Victim:
         thread.start()
         goal = min(before + 2 * self.draw.randint(0, 2), self.total_iters - 10)
         while self.committed < goal and not ended.is_set():
-            time.sleep(0.002)
+            time.sleep(0.002 if self.place is None else 0.05)  # a server has other things to do than to answer us
         time.sleep(self.draw.uniform(0, 0.15 if goal > before else 1.0))
         assert not ended.is_set(), f'{outcome} after {self.done}'
         committed = self.committed
@@ -83,7 +91,7 @@ class Victim:
         thread.join()
         assert isinstance(outcome[0], ProcessFailedError), f'{outcome} after {self.done}'
         assert self.committed >= committed >= before
-        assert all(is_complete(path) for path in small_run.checkpoints(self.folder).glob('iter_*'))
+        assert all(is_complete(path) for path in list_checkpoints(self.run_dir))
         self.done.append((whom, in_background, before, self.committed))
 
 
@@ -91,24 +99,27 @@ class Victim:
 def crash(tmp_path):
     """Kills a run some times, lets it finish, and compares it with one that nobody killed."""
 
-    def survive(strategy, kills):
-        total_iters = 4 * kills + 20
+    def survive(strategy, kills, place=None, environment=None):
+        total_iters = 4 * kills + (20 if place is None else 12)
         folder, whole = tmp_path / f'{strategy}_killed', tmp_path / f'{strategy}_whole'
         folder.mkdir()
         whole.mkdir()
-        victim = Victim(folder, strategy, total_iters, random.Random(f'{strategy} {kills} {SEED}'))
+        draw = random.Random(f'{strategy} {kills} {SEED}')
+        victim = Victim(folder, strategy, total_iters, draw, place, environment)
+        run_dir = victim.run_dir
         try:
             for _ in range(kills):
                 victim.kill_once()
             victim.train()
-            victim.folder = whole
+            victim.folder, victim.place = whole, None
             victim.train()
         finally:
             victim.pool.kill()
         assert 0 < victim.done[-1][-1] < total_iters, victim.done
-        small_run.assert_same_run(folder, whole)
-        names = {path.name for path in small_run.checkpoints(folder).iterdir()}
-        assert names == {'.lock', f'iter_{total_iters - 2}', f'iter_{total_iters}'}
+        small_run.assert_same_run(folder, whole, run_dir)
+        names = {path.name for path in run_dir.iterdir()}
+        assert names - {'.lock'} == {f'iter_{total_iters - 2}', f'iter_{total_iters}'}
+        return run_dir
 
     return survive
 
@@ -121,3 +132,13 @@ def test_killed_at_a_few_moments(crash):
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
 def test_killed_at_many_moments(crash, strategy):
     crash(strategy, 100)
+
+
+@pytest.mark.parametrize('kills', [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_while_saving_to_a_server(crash, swift, swift_bucket, kills):
+    run_dir = crash('fsdp2', kills, swift_bucket, swift.environment())
+    folders = {f'{path.name}/{json.loads((path / "manifest.json").read_text())["data"]}' for path in run_dir.iterdir()}
+    assert {'/'.join(info.name.split('/')[:2]) for info in files.list_files(str(run_dir))} == {
+        *folders,
+        *(f'{path.name}/manifest.json' for path in run_dir.iterdir()),
+    }

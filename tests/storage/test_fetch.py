@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from lakonlab.storage import download
-from lakonlab.storage.errors import StorageError
 from lakonlab.storage.fetch import FetchError, fetch, require_known_scheme
-from lakonlab.storage.paths import sibling
 from tests.web_server import CONTENT
 
 
@@ -258,11 +256,3 @@ def test_unknown_scheme():
             FetchError, match=r'gopher:// cannot be read; expected one of local paths, s3://, huggingface://'
         ):
             refuse('gopher://host/a')
-
-
-def test_siblings(tmp_path):
-    assert sibling(tmp_path / 'a.index.json', 'b.bin') == str(tmp_path / 'b.bin')
-    assert sibling('http://h/x/a.index.json?k=1', 'b.bin') == 'http://h/x/b.bin?k=1'
-    assert sibling('huggingface://o/r/x/a.index.json', 'b.bin') == 'huggingface://o/r/x/b.bin'
-    with pytest.raises(StorageError, match='not in its folder'):
-        sibling('http://h/x/a.index.json', '../b.bin')

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lakonlab.storage.checkpoint import content_digest, find_checkpoint, write_checkpoint
+from lakonlab.storage.files import read_bytes
 from lakonlab.storage.local import remove_stale_temporaries
 from lakonlab.storage.pieces import Pieces
 from lakonlab.storage.retention import prune
@@ -40,8 +41,13 @@ def restart(ranks, run_dir):
 def is_complete(path):
     """Whether a checkpoint is there as a whole, by what its manifest says."""
     with contextlib.suppress(OSError):
-        files = json.loads((path / 'manifest.json').read_text())['files']
-        return all(hashlib.sha256((path / name).read_bytes()).hexdigest() == files[name]['sha256'] for name in files)
+        manifest = json.loads((path / 'manifest.json').read_text())
+        folder = path / manifest['data'] if 'data' in manifest else path
+        contents = {name: read_bytes(str(folder / name)) for name in manifest['files']}
+        return all(
+            hashlib.sha256(content).hexdigest() == manifest['files'][name]['sha256']
+            for name, content in contents.items()
+        )
     return False
 
 

@@ -165,8 +165,10 @@ def test_content_that_makes_no_sense(tmp_path, changes, message):
         assert read_published_checkpoint(path, with_optimizers=False).optimizers == {}
 
 
-def test_missing_and_remote(tmp_path):
+def test_missing_and_remote(tmp_path, server):
     with pytest.raises(CheckpointError, match='does not exist'):
         read_published_checkpoint(tmp_path / 'a.pth')
-    with pytest.raises(CheckpointError, match='only local files'):
-        read_published_checkpoint('s3://bucket/a.pth')
+    with pytest.raises(CheckpointError, match=r'absent/a\.pth.*does not exist'):
+        read_published_checkpoint(f'{server.url}/absent/a.pth')
+    server.content = save(tmp_path / 'b.pth', content()).read_bytes()
+    assert read_published_checkpoint(f'{server.url}/ranged/b.pth').iteration == content()['meta']['iter']

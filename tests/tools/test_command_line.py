@@ -116,10 +116,10 @@ def test_missing_weights_stop_a_run_before_it_writes(in_tmp, capsys):
         ({'cfg_options': ['total_iters']}, 'key=value'),
         ({'resume_from': 'checkpoints/absent/iter_3'}, 'checkpoints/absent/iter_3'),
         ({'config': 'absent.py'}, 'absent.py'),
-        ({'work_dir': 's3://bucket/run'}, 'work_dir: only local directories can be written'),
-        ({'cfg_options': ['checkpoint_config.out_dir=s3://bucket']}, 'checkpoint_config.out_dir: only local'),
-        ({'cfg_options': ['evaluation.0.viz_dir=s3://bucket']}, 'evaluation[0].viz_dir: only local'),
-        ({'resume_from': 's3://bucket/run/latest'}, '--resume-from: only local directories can be read'),
+        ({'work_dir': 'https://host/run'}, "work_dir_mirror: 'https://host/run': https:// cannot be written"),
+        ({'cfg_options': ['checkpoint_config.out_dir=gs://bucket']}, "checkpoint_config.out_dir: 'gs://bucket': gs://"),
+        ({'cfg_options': ['evaluation.0.viz_dir=http://host/x']}, 'http:// cannot be written'),
+        ({'resume_from': 'https://host/run/latest'}, "--resume-from: 'https://host/run/latest': https:// cannot be li"),
         ({'cfg_options': ['model.diffusion.denoising.patch_size=3']}, 'patch_size'),
     ],
 )
@@ -137,7 +137,7 @@ def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
     ('values', 'message'),
     [
         ({'ckpt': 'checkpoints/absent/latest'}, 'checkpoints/absent/latest'),
-        ({'ckpt': 'gs://bucket/run'}, '--ckpt: only local directories can be read'),
+        ({'ckpt': 'gs://bucket/run'}, "--ckpt: 'gs://bucket/run': gs:// cannot be read or listed"),
         ({'data': ['vla']}, "did you mean 'val'"),
         ({'reuse_viz': True}, '--reuse-viz'),
         ({}, 'checkpoints/dit_digits_teacher holds none'),

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from lakonlab.phases import OTHER, PHASES
-from lakonlab.storage.checkpoint import find_checkpoint, read_state, read_tensors
+from lakonlab.storage.checkpoint import find_checkpoint, list_checkpoints, read_state, read_tensors, step_of
+from lakonlab.storage.remote_path import AnyPath, as_path
 
 ROOT = Path(__file__).parents[2]
 TEACHER = 'dit_digits_teacher'
@@ -73,6 +74,7 @@ class Training:
         file: The config.
         validate: Whether to evaluate while training.
         processes: Number of processes, started by torchrun if there are several; the global batch stays the same.
+        place: Where directories of checkpoints lie; None for ``checkpoints`` in the working directory.
     """
 
     folder: Path
@@ -81,6 +83,7 @@ class Training:
     file: Path | None = None
     validate: bool = False
     processes: int = 1
+    place: str | None = None
 
     @property
     def command(self) -> list[str]:
@@ -89,6 +92,8 @@ class Training:
     def command_of(self, tool: str, *arguments: str) -> list[str]:
         """Command line of ``tools/<tool>.py`` for this config."""
         options = {**SMALL, 'data.train_dataloader.samples_per_gpu': GLOBAL_BATCH // self.processes, **self.options}
+        if self.place is not None:
+            options['checkpoint_config.out_dir'] = self.place
         # the launcher chooses a free port itself
         torchrun = ('-m', 'torch.distributed.run', '--rdzv_backend', 'c10d', '--rdzv_endpoint', 'localhost:0')
         several = self.processes > 1
@@ -130,14 +135,14 @@ class Training:
         return (self.folder / 'output.txt').read_text()
 
     @property
-    def checkpoints(self) -> Path:
-        return self.folder / 'checkpoints' / self.config
+    def checkpoints(self) -> AnyPath:
+        """Directory of the checkpoints."""
+        return (self.folder / 'checkpoints' if self.place is None else as_path(self.place)) / self.config
 
     @property
     def newest_step(self) -> int:
         """Completed iterations of the newest checkpoint, 0 if there is none."""
-        steps = [int(path.name.removeprefix('iter_')) for path in self.checkpoints.glob('iter_*')]
-        return max(steps, default=0)
+        return max(map(step_of, list_checkpoints(self.checkpoints)), default=0)
 
     def wait_for(self, process: subprocess.Popen, condition, pause: float = 0.002) -> None:
         """Wait until a condition holds or the process has ended."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
 from lakonlab.datasets.prompt_cache.errors import CacheError
@@ -216,3 +217,10 @@ def without_padding(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = mask[:length]
         result[name.removesuffix(MASK_SUFFIX)] = states[:length]
     return result
+
+
+def pad_tokens(value: Tensor, length: int) -> Tensor:
+    """Pad the first dimension with zeros, or cut it."""
+    if len(value) >= length:
+        return value[:length]
+    return F.pad(value, (*(0, 0) * (value.dim() - 1), 0, length - len(value)))

@@ -61,7 +61,7 @@ class Row:
         return checksum(self.content, number, self.codec, self.dtype, self.shape)
 
 
-def checksum(content: bytes | memoryview, number: int, codec: int, dtype: int, shape: Sequence[int]) -> int:
+def checksum(content: bytes | np.ndarray, number: int, codec: int, dtype: int, shape: Sequence[int]) -> int:
     """See :meth:`Row.checksum`."""
     return zlib.crc32(f'{number}:{codec}:{dtype}:{list(shape)}'.encode(), zlib.crc32(content))
 
@@ -77,6 +77,8 @@ def encode(value: Tensor | None, compressed: bool = True) -> Row:
     if value is None:
         return Row(b'', RAW, ABSENT, ())
     value = value.detach().contiguous()
+    if value.dtype not in DTYPES:
+        raise CacheError(f'a tensor of {value.dtype} cannot be stored; expected one of {", ".join(map(str, DTYPES))}')
     content = _bytes_of(value)
     forms = [(RAW, content)]
     if compressed:
@@ -88,7 +90,7 @@ def encode(value: Tensor | None, compressed: bool = True) -> Row:
     return Row(content, codec, DTYPES.index(value.dtype), tuple(value.shape))
 
 
-def decode(content: bytes | memoryview, codec: int, dtype: int, shape: Sequence[int], where: str) -> Tensor | None:
+def decode(content: bytes | np.ndarray, codec: int, dtype: int, shape: Sequence[int], where: str) -> Tensor | None:
     """The tensor of a row whose checksum is right.
 
     Args:

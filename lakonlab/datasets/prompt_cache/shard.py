@@ -8,7 +8,6 @@ they say is covered by one checksum, the bytes of every row by another.
 from __future__ import annotations
 
 import json
-import mmap
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -202,12 +201,12 @@ class Shard:
 
     def __init__(self, path: str, info: ShardInfo, whole: bool = True):
         self.path, self.info = path, info
-        self._map: mmap.mmap | None = None
+        self._map: np.ndarray | None = None
         try:
             if whole:
                 self._map = _mapped(files.fetch(path), path)
                 size = len(self._map)
-                head = self._map[: info.head_bytes]
+                head = self._map[: info.head_bytes].tobytes()
             else:
                 size = files.size_of(path)
                 head = files.read_bytes(path, 0, info.head_bytes)
@@ -299,16 +298,16 @@ class Shard:
         """Bytes that each row of a column takes."""
         return self._tables[column][:, LENGTH]
 
-    def _content(self, column: str, start: int, length: int) -> bytes | memoryview:
+    def _content(self, column: str, start: int, length: int) -> bytes | np.ndarray:
         first = self._starts[column] + start
         if self._map is not None:
-            return memoryview(self._map)[first : first + length]
+            return self._map[first : first + length]
         return files.read_bytes(self.path, first, length) if length else b''
 
 
-def _mapped(local: Path, path: str) -> mmap.mmap:
-    with open(local, 'rb') as stream:
-        try:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:  # an empty file
-            raise CacheError(f'{path} is empty') from error
+def _mapped(local: Path, path: str) -> np.ndarray:
+    """The bytes of a file, mapped into memory; unlike Python's own maps, this one keeps no file descriptor."""
+    size = local.stat().st_size
+    if size == 0:
+        raise CacheError(f'{path} is empty')
+    return torch.from_file(str(local), shared=False, size=size, dtype=torch.uint8).numpy()

@@ -78,8 +78,8 @@ class ShardedPromptCache:
         own = self._own_names()
         self._positions = None if isinstance(own, RecordNames) else {name: place for place, name in enumerate(own)}
         self._own: RecordNames | None = own if isinstance(own, RecordNames) else None
-        self.names: Sequence[str] = own if names is None else names
-        if names is not None:
+        self.names: Sequence[str] = own if names is None or _equal(names, own) else list(names)
+        if self.names is not own:
             missing = [name for name in names if not self._has(name)]
             if missing:
                 raise CacheError(
@@ -165,3 +165,7 @@ class ShardedPromptCache:
         yield from self.embeds.check(lambda row: f'embeddings of record {own[users[row]] if row in users else row}')
         if self.latents is not None:
             yield from self.latents.check(lambda row: f'latents of record {own[row]}')
+
+
+def _equal(first: Sequence[str], second: Sequence[str]) -> bool:
+    return len(first) == len(second) and all(one == other for one, other in zip(first, second))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,8 @@ from lakonlab.storage import files
 Value = TypeVar('Value')
 Item = TypeVar('Item')
 
-#: Shards that a process keeps open; each holds a file descriptor.
-MAX_OPEN_SHARDS = 256
+#: Shards that a process keeps mapped; the one that was opened first is closed first.
+MAX_OPEN_SHARDS = 2048
 #: Far away, smaller rows are not worth a request each: their shards are fetched whole, into the download cache.
 SMALL_ROW_BYTES = 1 << 16
 PARALLEL_READS = 8
@@ -42,7 +41,6 @@ class ShardStore:
         stored = sum(shard.bytes for shard in table.shards)
         self.whole = self.is_local or stored < SMALL_ROW_BYTES * table.rows
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_open': OrderedDict()}

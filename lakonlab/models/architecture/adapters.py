@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def _policy_of(path: str, key: str) -> dict[str, Any]:
     from safetensors import safe_open
 
     file = obtain_weights(path, key)
-    if file.suffix != '.safetensors':
+    if not isinstance(file, Path) or file.suffix != '.safetensors':
         return {}
     with safe_open(file, framework='pt') as content:
         text = (content.metadata() or {}).get(POLICY_KEY)

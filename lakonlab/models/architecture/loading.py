@@ -16,9 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lakonlab.storage import files
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.fetch import fetch, require_known_scheme
-from lakonlab.storage.paths import STAGED, is_remote, sibling
+from lakonlab.storage.paths import is_remote, normal, scheme_of, split_digest
+from lakonlab.storage.remote_path import AnyPath
+from lakonlab.storage.schemes import LIST, SCHEMES
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ FOLDER_NAMES = tuple(
     for stem in ('diffusion_pytorch_model', 'model', 'pytorch_model')
     for index in (INDEX_SUFFIX, '')
 )
+HUB = 'huggingface'
 #: Where a training checkpoint holds the network, best first.
 CHECKPOINT_PREFIXES = ('diffusion_ema.denoising.', 'diffusion.denoising.')
 #: Keys under which published training checkpoints hold the tensors, best first.
@@ -48,7 +52,7 @@ def locate_weights(path: str, key: str = 'pretrained') -> Path | str:
     Args:
         path: A ``.safetensors`` or ``.pth``/``.pt``/``.bin`` file; the ``.index.json`` of a sharded one; a folder of
             the diffusers or transformers library; one of our checkpoints: its directory, the run's directory, or
-            ``latest.pth`` in that; or the URL of a file or of a folder of the hub.
+            ``latest.pth`` in that; or the URL of any of these, see ``docs/storage.md``.
         key: Config key that names it, for messages.
 
     Returns:
@@ -60,7 +64,7 @@ def locate_weights(path: str, key: str = 'pretrained') -> Path | str:
     """
     try:
         require_known_scheme(path)
-        if _is_download(path):
+        if is_remote(path):
             return path
         local = fetch(path)
     except StorageError as error:
@@ -106,27 +110,64 @@ def _advice(folder: Path) -> str:
     return f': expected {FOLDER_NAMES[1]}, {FOLDER_NAMES[3]}, their indices, or checkpoints of a run; found {names}'
 
 
-def obtain_weights(path: str, key: str = 'pretrained') -> Path:
-    """Find what a config names, and download it if it is remote.
+def obtain_weights(path: str, key: str = 'pretrained') -> AnyPath:
+    """Find what a config names, and download it if it is a remote file.
 
     Args:
         path: See :func:`locate_weights`.
         key: Config key that names it, for messages.
 
     Returns:
-        The local file or the directory of the checkpoint; of sharded weights, their index.
+        The local file, of sharded weights their index; or the directory of the checkpoint, wherever it is.
 
     Raises:
         FileNotFoundError: There is nothing there.
         PretrainedError: It is of a kind that cannot be read, or cannot be downloaded.
     """
+    return _obtain(path, key)[0]
+
+
+def _obtain(path: str, key: str) -> tuple[AnyPath, str]:
+    """Like :func:`obtain_weights`; beside it, the path next to which the shards of an index are."""
     found = locate_weights(path, key)
     if isinstance(found, Path):
-        return found
+        return found, str(found)
     try:
-        return _locate_local(fetch(found), path, key)
+        if scheme_of(path) == HUB:  # of a folder all is downloaded, so the shards of an index are there
+            local = _locate_local(fetch(path), path, key)
+            return local, path if _is_index(path) else str(local)
+        place = normal(path)
+        if LIST in SCHEMES[scheme_of(path)].abilities and not files.is_file(place):
+            return _in_remote_folder(place, path, key)
+        local = fetch(path)
     except StorageError as error:
         raise PretrainedError(f'{key}: {error}') from error
+    return _locate_local(local, path, key), place
+
+
+def _in_remote_folder(folder: str, path: str, key: str) -> tuple[AnyPath, str]:
+    """Weights, or a checkpoint, in a folder that can be listed; a run may hold much more than what is needed."""
+    from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint, find_file
+
+    names = files.list_names(folder)
+    for name in FOLDER_NAMES:
+        if name in names:
+            return fetch(files.join(folder, name)), files.join(folder, name)
+    try:
+        inner = find_file(folder) if folder.endswith(SAFETENSORS_SUFFIXES) else None
+        if inner is not None:  # weights for inference that a checkpoint brings along
+            return fetch(inner), inner
+        found = find_checkpoint(folder)
+    except CheckpointError as error:
+        raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
+    if found is None and names:
+        raise PretrainedError(
+            f'{key}={path!r} is a folder without weights: expected {FOLDER_NAMES[1]}, {FOLDER_NAMES[3]}, their '
+            f'indices, or checkpoints of a run; found {", ".join(names[:8])}'
+        )
+    if found is None:
+        raise FileNotFoundError(f'{key}={path!r} does not exist; correct the config key `{key}`')
+    return found, folder
 
 
 def read_weights(path: str, key: str = 'pretrained') -> dict[str, Tensor]:
@@ -145,23 +186,23 @@ def read_weights(path: str, key: str = 'pretrained') -> dict[str, Tensor]:
         FileNotFoundError: There is nothing there.
         PretrainedError: It cannot be read.
     """
-    found = obtain_weights(path, key)
-    if found.is_dir():
+    found, place = _obtain(path, key)
+    if not isinstance(found, Path) or found.is_dir():
         from lakonlab.storage.checkpoint import CheckpointError, load_model_state
 
         try:
             state = load_model_state(found)
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
             raise PretrainedError(f'{key}={path!r} cannot be used: {error}') from error
-    elif found.name.endswith(INDEX_SUFFIX):
-        state = _read_shards(found, path, key)
+    elif _is_index(found.name):
+        state = _read_shards(found, place, path, key)
     else:
         state = _read_file(found, path, key)
     return select_network(state)
 
 
-def _read_shards(index: Path, path: str, key: str) -> dict[str, Tensor]:
-    """All tensors that an index lists, from the files beside it."""
+def _read_shards(index: Path, place: str, path: str, key: str) -> dict[str, Tensor]:
+    """All tensors that an index lists, from the files beside the place that it is from."""
     named = _named(index, path, key)
     try:
         by_file: dict[str, list[str]] = {}
@@ -169,12 +210,10 @@ def _read_shards(index: Path, path: str, key: str) -> dict[str, Tensor]:
             by_file.setdefault(str(file), []).append(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PretrainedError(f'{named} is no index of sharded weights: {error!r}') from error
-    # of a remote folder all shards are there already; beside a remote index each is downloaded now
-    remote_index = path.removeprefix(STAGED).partition('?')[0].endswith(INDEX_SUFFIX)
     state: dict[str, Tensor] = {}
     for file, names in by_file.items():
         try:
-            shard = fetch(sibling(path.removeprefix(STAGED) if remote_index else index, file))
+            shard = fetch(files.sibling(place, file))
         except StorageError as error:
             raise PretrainedError(f'{named}: {error}') from error
         if not shard.is_file():
@@ -191,8 +230,8 @@ def _read_shards(index: Path, path: str, key: str) -> dict[str, Tensor]:
     return state
 
 
-def _is_download(path: str) -> bool:
-    return is_remote(path.removeprefix(STAGED))
+def _is_index(path: str) -> bool:
+    return split_digest(path)[0].partition('?')[0].endswith(INDEX_SUFFIX)
 
 
 def _named(file: Path, path: str, key: str) -> str:
@@ -202,7 +241,7 @@ def _named(file: Path, path: str, key: str) -> str:
 
 def _read_file(file: Path, path: str, key: str) -> dict[str, Tensor]:
     named = _named(file, path, key)
-    again = '; if the server has another file there, delete this one and run again' if _is_download(path) else ''
+    again = '; if the server has another file there, delete this one and run again' if is_remote(path) else ''
     if file.suffix in SAFETENSORS_SUFFIXES:
         from safetensors import SafetensorError
         from safetensors.torch import load_file

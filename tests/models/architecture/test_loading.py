@@ -14,7 +14,9 @@ from torch import nn
 from lakonlab.models.architecture.diffusers.dit import keep_prediction_rows, share_embedding
 from lakonlab.models.architecture.loading import PretrainedError, load_strictly, read_weights
 from lakonlab.registry import MODULES
+from lakonlab.storage import files
 from lakonlab.storage.checkpoint import write_checkpoint
+from lakonlab.storage.remote_path import as_path
 from tests import tiny_text_image
 from tests.models.architecture.networks import ALL, STUDENTS, build, flat, inputs, randomised
 
@@ -149,7 +151,9 @@ class TestRefusal:
             build('DiTTransformer2DModelMod', pretrained=str(found))
 
     def test_remote_path(self):
-        with pytest.raises(PretrainedError, match=r'ftp:// cannot be read; known are local paths and huggingface://'):
+        with pytest.raises(
+            PretrainedError, match=r'ftp:// cannot be read; expected one of local paths, s3://, huggingface://'
+        ):
             build('DiTTransformer2DModelMod', pretrained='ftp://host/weights.pth')
 
 
@@ -290,6 +294,37 @@ class TestShards:
         assert not (tmp_path / 'cache').exists()
         assert same(build('DiTTransformer2DModelMod', pretrained=url), teacher)
 
+    @pytest.fixture
+    def place(self, folder, swift_bucket, monkeypatch, tmp_path):
+        """The same files on S3, beside others that nobody asked for."""
+        monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
+        files.upload(folder, f'{swift_bucket}/model')
+        files.write_text(f'{swift_bucket}/model/unrelated.bin', 'x')
+        return f'{swift_bucket}/model'
+
+    @pytest.mark.parametrize('name', ['', '/', '/diffusion_pytorch_model.safetensors.index.json'])
+    def test_s3(self, name, place, teacher, tmp_path):
+        with torch.device('meta'):
+            build('DiTTransformer2DModelMod', pretrained=place + name)
+        assert not (tmp_path / 'cache').exists()
+        assert same(build('DiTTransformer2DModelMod', pretrained=place + name), teacher)
+        assert not [path for path in (tmp_path / 'cache').rglob('*') if path.name == 'unrelated.bin']
+
+    def test_s3_checkpoint_of_a_run(self, place, teacher):
+        run = as_path(place) / 'run'
+        write_checkpoint(
+            run, 5, {'model': {f'diffusion.denoising.{k}': v for k, v in teacher.state_dict().items()}}, {}
+        )
+        for spelling in (str(run), f'{run}/latest.pth', f'{run}/iter_5', f'{run}/iter_5.pth'):
+            assert same(build('DiTTransformer2DModelMod', pretrained=spelling), teacher)
+
+    def test_s3_without_weights(self, place):
+        files.write_text(f'{place}/empty/readme.txt', 'x')
+        with pytest.raises(PretrainedError, match=r"pretrained='s3://.*/empty' is a folder without.*found readme\.txt"):
+            read_weights(f'{place}/empty')
+        with pytest.raises(FileNotFoundError, match=r"pretrained='s3://.*/absent' does not exist"):
+            read_weights(f'{place}/absent')
+
     def test_damaged_download(self, folder, url):
         (folder / 'a-2.safetensors').write_bytes(b'<html>')
         with pytest.raises(PretrainedError, match=r"pretrained='http://.*cache.*a-2\.safetensors' is not a.*delete"):
@@ -297,7 +332,7 @@ class TestShards:
 
     def test_shard_that_the_server_lacks(self, folder, url):
         (folder / 'a-2.safetensors').unlink()
-        with pytest.raises(PretrainedError, match=r'pretrained_adapter=.*http://.*/a-2\.safetensors.*status 404'):
+        with pytest.raises(PretrainedError, match=r'pretrained_adapter=.*http://.*/a-2\.safetensors.*does not exist'):
             read_weights(f'{url}/diffusion_pytorch_model.safetensors.index.json', 'pretrained_adapter')
 
     def test_missing_shard(self, folder):

@@ -1,14 +1,14 @@
 """What frozen parts that come from other libraries have in common: where they are, and how they are planned.
 
 On the meta device, where a run is only planned, nothing is read or downloaded: of a local folder the modules are built
-from their configs without memory; of a repository on the hub nothing is known, so the part is empty and says so.
+from their configs without memory; of what is remote nothing is known, so the part is empty and says so.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,10 @@ from torch import nn
 
 from lakonlab.models.architecture.freezing import parse_dtype
 from lakonlab.models.architecture.loading import PretrainedError
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.fetch import fetch
+from lakonlab.storage.paths import is_remote, normal
+from lakonlab.storage.schemes import LIST, READ, require
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,8 @@ def repository(name_or_path: str | None, argument: str = 'model_name_or_path') -
     """What the loaders of other libraries are given: a folder or the name of a repository.
 
     Args:
-        name_or_path: A local folder, ``organisation/repository`` or ``huggingface://organisation/repository``.
+        name_or_path: A local folder, ``organisation/repository`` or ``huggingface://organisation/repository``, both
+            with ``@revision`` if wanted, or a folder of another scheme that can be listed, such as ``s3://bucket/name``.
         argument: Name of the argument, for messages.
 
     Raises:
@@ -79,7 +84,13 @@ def repository(name_or_path: str | None, argument: str = 'model_name_or_path') -
     """
     if not name_or_path:
         raise PretrainedError(f'{argument} is missing: name a folder or a repository of the hub')
-    name = str(name_or_path).removeprefix(HUB_PREFIX)
+    if is_remote(name_or_path) and not str(name_or_path).startswith(HUB_PREFIX):
+        try:
+            require(name_or_path, READ, LIST, setting=argument)
+        except StorageError as error:
+            raise PretrainedError(str(error)) from error
+        return normal(name_or_path)
+    name = str(name_or_path).removeprefix(HUB_PREFIX).rstrip('/')
     if local_folder(name) is not None:
         return str(local_folder(name))
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
@@ -88,6 +99,33 @@ def repository(name_or_path: str | None, argument: str = 'model_name_or_path') -
             "the hub, which would read 'organisation/repository'"
         )
     return name
+
+
+def obtain_parts(name: str, only: Collection[str] | None, revision: str | None) -> tuple[str, str | None]:
+    """What :func:`repository` gave, ready for the loaders of other libraries.
+
+    Args:
+        name: The name or folder; what is neither local nor on the hub is downloaded.
+        only: Subfolders that are needed; None for all.
+        revision: Revision that the config names.
+
+    Returns:
+        Local folder or ``organisation/repository``, and the revision.
+
+    Raises:
+        PretrainedError: It cannot be downloaded, or two revisions are named.
+    """
+    if is_remote(name):
+        try:
+            return str(fetch(name, only=only)), revision
+        except StorageError as error:
+            raise PretrainedError(str(error)) from error
+    stem, mark, named = name.rpartition('@')
+    if not mark or local_folder(name) is not None:
+        return name, revision
+    if revision not in (None, named):
+        raise PretrainedError(f'{name!r} and revision={revision!r} name two revisions; leave out one of them')
+    return stem, named
 
 
 def load_part(load: Callable[[], Loaded], what: str) -> Loaded:
@@ -126,4 +164,4 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def note_unknown(what: str) -> None:
     """Say that nothing is known of a part that is only planned."""
-    logger.info('%s is on the hub: its size is not known before it is downloaded', what)
+    logger.info('%s is remote: its size is not known before it is downloaded', what)

@@ -16,6 +16,7 @@ from lakonlab.models.architecture.diffusers.pretrained import (
     load_part,
     local_folder,
     note_unknown,
+    obtain_parts,
     read_json,
     repository,
 )
@@ -75,6 +76,8 @@ class PretrainedTextEncoder(PretrainedPart):
     def _load(self, name: str, dtype: torch.dtype, what: str, options: dict[str, Any]) -> None:
         import diffusers
 
+        name, revision = obtain_parts(name, (*self.encoders, *self.tokenizers), options.pop('revision', None))
+        options = options if revision is None else {**options, 'revision': revision}
         pipeline = getattr(diffusers, self.pipeline_type)
         needed = (*self.encoders, *self.tokenizers)
         unused = {

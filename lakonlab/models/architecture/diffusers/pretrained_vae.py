@@ -14,6 +14,7 @@ from lakonlab.models.architecture.diffusers.pretrained import (
     load_part,
     local_folder,
     note_unknown,
+    obtain_parts,
     read_json,
     repository,
 )
@@ -93,6 +94,9 @@ class PretrainedVAE(PretrainedPart):
     def _load(self, name: str, dtype: torch.dtype, what: str, options: dict[str, Any]) -> nn.Module:
         from diffusers import AutoModel
 
+        only = None if 'subfolder' not in options else [options['subfolder']]
+        name, revision = obtain_parts(name, only, options.pop('revision', None))
+        options = options if revision is None else {**options, 'revision': revision}
         return load_part(lambda: AutoModel.from_pretrained(name, dtype=dtype, **options), what)
 
     def _plan(self, name: str, subfolder: str | None, dtype: torch.dtype, what: str) -> nn.Module | None:
