@@ -161,11 +161,12 @@ def _connection(settings: Settings) -> Connection:
         client = session.client('s3', config=Config(**options, s3={'addressing_style': 'path'}))
     made = Connection(client, credentials)
     logger.info('S3 at %s, credentials from %s', client.meta.endpoint_url, made.origin)
-    if getattr(credentials, 'method', None) == 'env' and environment.get('AWS_SHARED_CREDENTIALS_FILE'):
+    hidden = environment.get('AWS_SHARED_CREDENTIALS_FILE')
+    if getattr(credentials, 'method', None) == 'env' and hidden and Path(hidden).is_file():
         logger.warning(
             'AWS_ACCESS_KEY_ID wins over AWS_SHARED_CREDENTIALS_FILE=%s: credentials that are rotated there are not '
             'used. Unset the keys, or set AWS_PROFILE, which wins over them.',
-            environment['AWS_SHARED_CREDENTIALS_FILE'],
+            hidden,
         )
     return made
 
