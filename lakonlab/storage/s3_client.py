@@ -155,7 +155,12 @@ def _connection(settings: Settings) -> Connection:
         profile_name=environment.get('AWS_PROFILE') or None, region_name=environment.get('AWS_REGION') or None
     )
     credentials = None if settings.anonymous else session.get_credentials()
-    client = session.client('s3', config=Config(**options))
+    try:
+        client = session.client('s3', config=Config(**options))
+    except ValueError as error:
+        raise StorageError(
+            f'no connection to S3 can be made: {error}; check AWS_ENDPOINT_URL and AWS_REGION'
+        ) from error
     if not _is_of_amazon(client.meta.endpoint_url) and not client.meta.config.s3:
         # names of buckets are no host names of other servers, unless the settings of AWS say so
         client = session.client('s3', config=Config(**options, s3={'addressing_style': 'path'}))
