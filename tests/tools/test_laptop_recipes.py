@@ -38,9 +38,9 @@ RECIPES = [
 def test_teacher_and_student(tmp_path, teacher, student):
     options = ['total_iters=2', 'checkpoint_config.interval=2', 'data.train_dataloader.samples_per_gpu=2']
     for name in (teacher, student):
+        command = [ROOT / 'tools' / 'train.py', ROOT / 'configs' / f'{name}.py', '--no-validate', '--cfg-options']
         subprocess.run(
-            [sys.executable, ROOT / 'tools' / 'train.py', ROOT / 'configs' / f'{name}.py', '--no-validate']
-            + ['--cfg-options', *options],
+            [sys.executable, *command, *options],
             cwd=tmp_path,
             env={**os.environ, 'OMP_NUM_THREADS': '1'},
             check=True,
