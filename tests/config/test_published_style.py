@@ -160,11 +160,11 @@ def output_of(command, *args, **options):
 @pytest.mark.parametrize('path', [QWEN, IMAGENET])
 def test_the_tools_plan_it(path, tmp_path):
     plan = output_of(launch.train, path, plan_world_size='8,32')
-    assert ('This run cannot start yet: data sets lack what is said above' in plan) == (path == QWEN)
-    assert ("MISSING: data.train: cache_dir='preproc_qwen': there is no folder data/t2i" in plan) == (path == QWEN)
     assert ('This run cannot start yet: checkpoint_config.out_dir' in plan) == (
         path == IMAGENET
     )  # nobody has that bucket
+    assert ('This run cannot start yet: data sets lack what is said above' in plan) == (path == QWEN)
+    assert ("MISSING: data.train: cache_dir='preproc_qwen': there is no folder data/t2i" in plan) == (path == QWEN)
     sharded = re.findall(r'^  fsdp +(\d+) ', plan, re.MULTILINE)
     assert sharded == ['8', '32']
     if path == QWEN:

@@ -7,6 +7,7 @@ import torch
 from lakonlab.models.architecture.loading import PretrainedError
 from lakonlab.ops.random_source import RecordedSource, SeededSource
 from lakonlab.registry import MODULES
+from lakonlab.storage import files
 from tests import tiny_components
 
 PROMPTS = ['a small house', 'two red apples on a table and the sea at night']
@@ -148,6 +149,21 @@ class TestAutoencoders:
         with pytest.raises(ValueError, match=r'no encoder: set del_encoder=False'):
             decoder.encode(self.pictures())
 
+    def test_on_s3(self, parts, folders, swift_bucket, monkeypatch, tmp_path):
+        """Of a whole pipeline, no more than what is needed is downloaded."""
+        monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
+        files.upload(folders['flux'], f'{swift_bucket}/flux')
+        vae = parts('PretrainedVAE', model_name_or_path=f'{swift_bucket}/flux')
+        assert torch.equal(
+            vae.encode(self.pictures(), 'argmax'), parts('PretrainedVAE').encode(self.pictures(), 'argmax')
+        )
+        encoder = parts('PretrainedFluxTextEncoder', model_name_or_path=f'{swift_bucket}/flux/')
+        expected = parts('PretrainedFluxTextEncoder')(PROMPTS)
+        assert all(torch.equal(value, expected[name]) for name, value in encoder(PROMPTS).items())
+        (tree, other) = (tmp_path / 'cache' / 'downloads' / 'trees').glob('*/flux')
+        assert {path.name for path in tree.iterdir()} != {path.name for path in other.iterdir()}
+        assert not list((tmp_path / 'cache').rglob('transformer'))
+
     def test_older_name_of_the_folder(self, folders):
         vae = MODULES.build({'type': 'PretrainedVAE', 'from_pretrained': folders['flux'], 'subfolder': 'vae'})
         assert vae.encode(self.pictures()).shape == (3, 4, 4, 4)
@@ -159,6 +175,9 @@ class TestAutoencoders:
         [
             ({'subfolder': 'absent'}, PretrainedError, r"subfolder='absent' cannot be loaded"),
             ({'model_name_or_path': None}, PretrainedError, r'model_name_or_path is missing'),
+            ({'model_name_or_path': 'http://h/a'}, PretrainedError, r'model_name_or_path: .*http:// cannot be listed'),
+            ({'model_name_or_path': 's3://b//a'}, PretrainedError, r'expected s3://bucket/key'),
+            ({'model_name_or_path': 'a/b@c', 'revision': 'd'}, PretrainedError, r"revision='d' name two revisions"),
             ({'model_name_or_path': 'nowhere'}, PretrainedError, r"model_name_or_path='nowhere' is no folder"),
             ({'max_bs': 0}, ValueError, r'max_bs=0: expected at least 1'),
             ({'torch_dtype': 'float'}, ValueError, r'torch_dtype'),

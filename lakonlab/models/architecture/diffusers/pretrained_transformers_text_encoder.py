@@ -15,6 +15,7 @@ from lakonlab.models.architecture.diffusers.pretrained import (
     load_part,
     local_folder,
     note_unknown,
+    obtain_parts,
     repository,
 )
 from lakonlab.models.architecture.loading import PretrainedError
@@ -57,8 +58,9 @@ class PretrainedTransformersTextEncoder(PretrainedPart):
         self.tokenizer = None
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        options = {} if revision is None else {'revision': revision}
         if not is_planned():
+            name, revision = obtain_parts(name, None, revision)
+            options = {} if revision is None else {'revision': revision}
             self.tokenizer = load_part(lambda: AutoTokenizer.from_pretrained(name, **options), what)
             self.model = load_part(lambda: AutoModel.from_pretrained(name, dtype=self.torch_dtype, **options), what)
         elif local_folder(name) is not None:
