@@ -28,7 +28,7 @@ from lakonlab.datasets.prompt_making import (
 from lakonlab.ranks import Ranks
 from lakonlab.registry import DATASETS, MODULES
 from lakonlab.runner.cache_command import built_text_encoder, joined, positive, prepared_config, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, _console, _impossible_values
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -78,7 +78,7 @@ def cache_prompts(args: Namespace) -> int:
         ConfigError: The config names no cache, or cannot be used.
         CacheError: A folder holds another cache, or what was made is of no use.
     """
-    with _console(), _impossible_values():
+    with logged_to_console(), impossible_values():
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         if args.max_size is not None:
