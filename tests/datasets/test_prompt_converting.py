@@ -15,7 +15,7 @@ def size_of(folder):
 
 
 def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != '.'}
 
 
 def with_latents(number):

@@ -84,7 +84,7 @@ def make_published(items, folder, text_encoder=None, ranks=ALONE):
 
 
 def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != '.'}
 
 
 def same_records(folder, other):
