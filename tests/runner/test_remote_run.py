@@ -15,6 +15,7 @@ from lakonlab.storage.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_model_state,
+    read_state,
     require_checkpoint,
     step_of,
 )
@@ -159,14 +160,14 @@ def tiny(folder, where, **changes):
 
 
 def test_best_checkpoint(swift_bucket, tmp_path):
-    runner = tiny(tmp_path, swift_bucket)
+    def save():
+        runner.checkpoint_hook.save_best(runner, runner.iter, 'val_loss', 1.0)
+
+    runner = tiny(tmp_path, swift_bucket, hooks=[Interfere(7, save), Interfere(10, save)])
     runner.train()
-    for value in (2.0, 1.0):
-        runner.checkpoint_hook.save_best(runner, 20, 'val_loss', value)
-    runner.checkpoint_hook.finish()
-    assert (
-        load_model_state(f'{swift_bucket}/tiny/best_val_loss').keys() == load_model_state(runner.checkpoint_dir).keys()
-    )
+    best = load_model_state(f'{swift_bucket}/tiny/best_val_loss')
+    assert best.keys() == load_model_state(runner.checkpoint_dir).keys()
+    assert read_state(as_path(f'{swift_bucket}/tiny/best_val_loss'))['iteration'] == 10
     assert steps(runner.checkpoint_dir) == [15, 20]
     names = {info.name for info in files.list_files(f'{swift_bucket}/tiny/best_val_loss')}
     assert len({name.split('/')[0] for name in names}) == 2  # the manifest, and one folder
