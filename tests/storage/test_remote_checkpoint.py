@@ -33,8 +33,8 @@ BEST = 'best_loss'
 
 
 @pytest.fixture
-def store(swift, swift_bucket):
-    return Store(swift.client(), swift_bucket.removeprefix('s3://'))
+def store(s3_server, bucket):
+    return Store(s3_server.client(), bucket.removeprefix('s3://'))
 
 
 class Store:
