@@ -63,7 +63,10 @@ class Store:
         self.client.delete_object(Bucket=self.bucket, Key=f'some/run/{key}')
 
     def uploads(self):
-        return self.client.list_multipart_uploads(Bucket=self.bucket).get('Uploads') or []
+        try:
+            return self.client.list_multipart_uploads(Bucket=self.bucket).get('Uploads') or []
+        except self.client.exceptions.NoSuchUpload:  # what rclone says when there are none
+            return []
 
     def set(self, objects):
         """Make the run consist of these objects; the keys of others than manifests are never used again."""

@@ -97,7 +97,7 @@ def test_transient_failures_are_tried_again(operation, fault, faulty, caplog):
 
 
 @pytest.mark.parametrize(('status', 'code', 'message'), PERMANENT, ids=lambda value: str(value))
-@pytest.mark.parametrize('operation', OPERATIONS)
+@pytest.mark.parametrize('operation', ['read', 'size', 'list', 'write'])
 def test_permanent_failures_are_errors_at_once(operation, status, code, message, faulty):
     faulty.faults = [Fault('status', status=status, code=code, times=-1)]
     with pytest.raises(StorageError, match=rf'{faulty.bucket}.*{message}') as caught:
