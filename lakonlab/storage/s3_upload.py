@@ -224,7 +224,15 @@ def stale_uploads(path: str, bucket: str, prefix: str, older_than: float) -> Ite
     arguments = {'Bucket': bucket, 'Prefix': prefix}
     while True:
         call = partial(request, path, 'list_multipart_uploads', **arguments)
-        answer = persistently(call, f'listing unfinished uploads below {path}')
+        try:
+            answer = persistently(call, f'listing unfinished uploads below {path}')
+        except StorageError as error:
+            if code_of(error.__cause__) == 'NoSuchUpload':  # what rclone says when there are none
+                return
+            if code_of(error.__cause__) in ('NotImplemented', 'MethodNotAllowed'):
+                logger.warning('%s: the server does not tell which uploads are unfinished', path)
+                return
+            raise
         for entry in answer.get('Uploads') or ():
             if (datetime.now(timezone.utc) - entry['Initiated']).total_seconds() >= older_than:
                 yield entry['Key'], entry['UploadId'], entry['Initiated']

@@ -5,6 +5,7 @@ process. ``make test`` kills ten times; ``CRASH_KILLS=100 CRASH_SEED=1 pytest -m
 each run of two processes as often as that. For 200 kills in minutes see ``tests/runner/test_crash.py``.
 """
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from lakonlab.storage import files
 from lakonlab.storage.checkpoint import find_checkpoint
 from tests.tools.conftest import TOTAL_ITERS
 from tests.tools.training import (
@@ -121,8 +123,8 @@ def check_survivor(killed, whole, kills):
     assert 0 < steps[-1] < total_iters
     killed.run()
     assert_same_run(killed, whole)
-    names = {path.name for path in killed.checkpoints.iterdir()}
-    assert names == {path.name for path in whole.checkpoints.iterdir()}
+    names = {path.name for path in killed.checkpoints.iterdir()} - {'.lock'}
+    assert names == {path.name for path in whole.checkpoints.iterdir()} - {'.lock'}
     assert f'iter_{total_iters}' in names
 
 
@@ -138,6 +140,20 @@ def test_several_processes_many_times(new_training, strategy):
     whole, killed = (new_training(name, DATA_BASED, processes=2, **options) for name in ('whole', 'killed'))
     whole.run()
     check_survivor(killed, whole, MANY_KILLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
+def test_several_processes_that_save_to_a_server(new_training, swift_bucket, strategy):
+    kills = max(MANY_KILLS // 2, 2)
+    options = {'module_wrapper': strategy, 'total_iters': 4 * kills + 30}
+    whole, killed = (new_training(name, DATA_BASED, processes=2, **options) for name in ('whole', 'killed'))
+    killed.place = f'{swift_bucket}/checkpoints'
+    whole.run()
+    check_survivor(killed, whole, kills)
+    names = {info.name.split('/')[1] for info in files.list_files(str(killed.checkpoints))}
+    kept = {json.loads((path / 'manifest.json').read_text())['data'] for path in killed.checkpoints.iterdir()}
+    assert names == {'manifest.json', *kept}
 
 
 @pytest.mark.slow

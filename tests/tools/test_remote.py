@@ -58,7 +58,7 @@ def test_everything_on_a_server(new_training, swift_bucket):
     }
     teacher.rename(remote.folder / 'not_here')
     process = remote.start()
-    remote.wait_for(process, lambda: remote.newest_step >= 9, pause=0.1)
+    remote.wait_for(process, lambda: remote.newest_step >= 9)
     process.kill()
     process.wait()
     assert remote.newest_step >= 9, remote.output

@@ -144,8 +144,9 @@ class Training:
         """Completed iterations of the newest checkpoint, 0 if there is none."""
         return max(map(step_of, list_checkpoints(self.checkpoints)), default=0)
 
-    def wait_for(self, process: subprocess.Popen, condition, pause: float = 0.002) -> None:
+    def wait_for(self, process: subprocess.Popen, condition) -> None:
         """Wait until a condition holds or the process has ended."""
+        pause = 0.002 if self.place is None else 0.05  # a server has other things to do than to answer us
         while process.poll() is None and not condition():
             threading.Event().wait(pause)
 
