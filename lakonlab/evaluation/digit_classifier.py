@@ -67,7 +67,8 @@ class DigitClassifier(FeatureExtractor):
     """Features and class scores of 8x8 digits.
 
     Args:
-        weights: A safetensors file made by ``tools/train_digit_classifier.py``, of any scheme; None for the one that ships.
+        weights: A safetensors file made by ``tools/train_digit_classifier.py``, local or a URL; None for the one that
+            ships.
 
     Raises:
         OSError: There is no such file, or it cannot be downloaded.

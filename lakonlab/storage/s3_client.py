@@ -158,9 +158,7 @@ def _connection(settings: Settings) -> Connection:
     try:
         client = session.client('s3', config=Config(**options))
     except ValueError as error:
-        raise StorageError(
-            f'no connection to S3 can be made: {error}; check AWS_ENDPOINT_URL and AWS_REGION'
-        ) from error
+        raise StorageError(f'S3 cannot be used: {error}; check AWS_ENDPOINT_URL and AWS_REGION') from error
     if not _is_of_amazon(client.meta.endpoint_url) and not client.meta.config.s3:
         # names of buckets are no host names of other servers, unless the settings of AWS say so
         client = session.client('s3', config=Config(**options, s3={'addressing_style': 'path'}))

@@ -124,6 +124,12 @@ def test_bucket_is_no_host_of_another_server(place, swift, monkeypatch):
     assert url.startswith('https://bucket.s3.')
 
 
+def test_malformed_endpoint(place, monkeypatch):
+    monkeypatch.setenv('AWS_ENDPOINT_URL', 'storage.example')
+    with pytest.raises(StorageError, match=r'storage\.example.*check AWS_ENDPOINT_URL'):
+        files.read_text(place)
+
+
 def test_endpoint_for_s3_alone(place, swift, monkeypatch):
     monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9')
     monkeypatch.setenv('AWS_ENDPOINT_URL_S3', swift.url)

@@ -208,6 +208,24 @@ def test_an_upload_that_fails_leaves_nothing(step, faulty):
     assert unfinished(faulty) == []
 
 
+def test_an_interrupted_upload_does_not_go_on_trying(faulty, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '100')
+    monkeypatch.setattr(retry, 'FIRST_DELAY', 1.0)
+    faulty.faults = [Fault('status', 'PUT', 'partNumber', status=503, code='SlowDown', times=-1)]
+
+    def interrupt():
+        with files.open_write(f'{faulty.bucket}/large.bin') as stream:
+            stream.write(LARGE)
+            wait_until(lambda: faulty.count('PUT .*partNumber') >= 2)
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert time.monotonic() - began < 20
+    assert unfinished(faulty) == []
+
+
 UPLOAD = """
 import os, sys
 from lakonlab.storage import files, s3_upload
