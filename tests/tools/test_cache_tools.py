@@ -19,7 +19,7 @@ from lakonlab.datasets.latent_cache import LatentCache
 from lakonlab.datasets.prompt_cache import open_prompt_cache, read_embeds
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE
 from tests import tiny_components
-from tests.datasets.prompt_cache.caches import same_fields
+from tests.datasets.prompt_cache.caches import content_of, same_fields
 from tests.datasets.prompt_files import text_source
 
 ROOT = Path(__file__).parents[2]
@@ -100,10 +100,6 @@ def in_process(tool, arguments, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main()
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name[0] != '.'}
 
 
 @pytest.mark.parametrize('family', ['Flux', 'QwenImage'])

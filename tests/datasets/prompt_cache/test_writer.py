@@ -13,7 +13,7 @@ from lakonlab.datasets.prompt_cache.rows import text_tensor
 from lakonlab.datasets.prompt_cache.sharded import EMBEDS, PROMPT
 from lakonlab.datasets.prompt_cache.writer import CacheWriter
 from lakonlab.ranks import ALONE, Ranks
-from tests.datasets.prompt_cache.caches import normal
+from tests.datasets.prompt_cache.caches import content_of, normal
 from tests.processes import run_processes
 
 ROWS, ROWS_PER_SHARD = 23, 4
@@ -47,10 +47,6 @@ def make(folder, ranks=ALONE, made=None, stop_after=None, **options):
     writer.fill(EMBEDS, lambda rows: make_rows(rows, made, stop_after), 3, 'rows')
     writer.finish({'fact': 1})
     return True
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != '.'}
 
 
 @pytest.fixture(scope='module')
