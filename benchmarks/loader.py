@@ -1,6 +1,6 @@
 """How many cached latents a loader delivers, and how much memory it takes for that.
 
-    python benchmarks/loader.py [--samples N] [--rounds N] [--workers 0 2] [--batch N] [--s3] [--s3-samples N]
+    python benchmarks/loader.py [--samples N] [--rounds N] [--workers 0 2] [--batch N] [--where local s3]
 
 Latents of 256-pixel images, (4, 32, 32) in single precision, in batches in random order. What is compared with is a
 plain ``DataLoader`` of PyTorch over one file per sample: a pickled dict of tensors (``pickle.load``); the file that
@@ -14,8 +14,9 @@ it. Medians over the rounds with the lowest and highest value. Processor time is
 Memory is measured apart from time: the most that all processes of a case held at once beyond what they held before, as
 their own memory and memory shared among them, and the pages of files that are mapped, which the system can take back.
 
-With ``--s3`` the same files lie in a bucket of OpenStack Swift on loopback (package ``swift`` of the ``test`` extra);
-the first pass of ours then downloads the shards. The server runs on the same cores as the loaders.
+With ``--where s3`` the published files and the shards of a 32nd of the samples lie in a bucket of OpenStack Swift on
+loopback (package ``swift`` of the ``test`` extra); the first pass of ours then downloads the shards. The server runs on
+the same cores as the loaders.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import statistics
 import subprocess
 import sys
@@ -51,6 +53,8 @@ from tests.datasets.latent_files import write_latents  # noqa: E402
 SHAPE = (4, 32, 32)
 LATER_PASSES = 3
 POLL_SECONDS = 0.05
+REMOTE_SHARE = 32
+REMOTE_CASES = ('torch', 'ours')
 CASES = {
     'pickle': 'pickled tensors, a file each',
     'torch': 'torch.save, a file each (published)',
@@ -149,12 +153,12 @@ def tree(process: int) -> list[int]:
 
 def processor_seconds(process: int) -> float:
     """Processor time of a process and all that run below it."""
-    ticks = 0
+    nanoseconds = 0
     for each in tree(process):
         with contextlib.suppress(OSError):
-            fields = Path(f'/proc/{each}/stat').read_text().rpartition(')')[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf('SC_CLK_TCK')
+            for task in os.listdir(f'/proc/{each}/task'):
+                nanoseconds += int(Path(f'/proc/{each}/task/{task}/schedstat').read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 def held_bytes(process: int) -> tuple[int, int]:
@@ -210,14 +214,15 @@ def compare(folders: dict[str, str], count: int, arguments: argparse.Namespace, 
         arguments: Of the command line.
         prepare: Called before each measurement.
     """
+    batch = min(arguments.batch, count // 4)
     for workers in arguments.workers:
         found: dict[str, list[dict]] = {case: [] for case in folders}
         for _ in tqdm(range(arguments.rounds), desc=f'{workers} workers', unit='round'):
             for case, folder in folders.items():
                 prepare()
                 passes = 1 + LATER_PASSES
-                found[case].append(in_process('measure', folder, case, count, arguments.batch, workers, passes))
-        read = count // arguments.batch * arguments.batch
+                found[case].append(in_process('measure', folder, case, count, batch, workers, passes))
+        read = count // batch * batch
         rates = {
             case: [
                 (read / one['seconds'][0], LATER_PASSES * read / sum(one['seconds'][1:]), one['processor'])
@@ -225,18 +230,18 @@ def compare(folders: dict[str, str], count: int, arguments: argparse.Namespace, 
             ]
             for case, measured in found.items()
         }
-        print(f'\n{workers} worker(s), batches of {arguments.batch}: samples per second')
+        print(f'\n{workers} worker(s), batches of {batch}: samples per second')
         for case, rows in rates.items():
             first, later = ([row[column] for row in rows] for column in range(2))
             spent = [sum(row[2][1:]) / (LATER_PASSES * read) * 1e6 for row in rows]
             prepare()
-            memory = in_process('measure_memory', folders[case], case, count, arguments.batch, workers)
+            memory = in_process('measure_memory', folders[case], case, count, batch, workers)
             print(
                 f'  {CASES[case]:36} first pass {described(first)}; later {described(later)}; '
                 f'{described(spent, ".0f")} us of processor time each; '
                 f'{memory["own"] / 1e6:.0f} MB, and {memory["mapped"] / 1e6:.0f} MB of mapped files'
             )
-        for case in BASELINES:
+        for case in filter(folders.get, BASELINES):
             ratios = [
                 [ours[column] / its[column] for ours, its in zip(rates['ours'], rates[case])] for column in (0, 1)
             ]
@@ -266,13 +271,14 @@ def remote(folder: Path, latents: torch.Tensor, arguments: argparse.Namespace) -
     """The same over S3; downloads of a measurement are thrown away before the next."""
     from tests.s3_server import run_swift
 
+    latents = latents[: len(latents) // REMOTE_SHARE]
     (folder / 'server').mkdir()
     with run_swift(folder / 'server') as server:
         os.environ.update(server.environment())
         client = server.client()
         client.create_bucket(Bucket='benchmark')
-        folders = {case: f's3://benchmark/{case}' for case in CASES}
-        for case in BASELINES:
+        folders = {case: f's3://benchmark/{case}' for case in REMOTE_CASES}
+        for case in filter(folders.get, BASELINES):
             for number, value in enumerate(tqdm(latents, desc=case)):
                 body = dump(case, value, number % 1000)
                 client.put_object(Bucket='benchmark', Key=f'{case}/{number}', Body=body)
@@ -286,31 +292,34 @@ def remote(folder: Path, latents: torch.Tensor, arguments: argparse.Namespace) -
         compare(folders, len(latents), arguments, prepare)
 
 
+PLACES = {'local': local, 's3': remote}
+
+
 def main() -> None:
     """Parse arguments and run."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('--samples', type=int, default=8192, help='samples on the local disk')
+    parser.add_argument('--samples', type=int, default=8192, help='samples')
     parser.add_argument('--rounds', type=int, default=5, help='how often every case is measured')
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 2], help='worker processes of a loader')
     parser.add_argument('--batch', type=int, default=256, help='batch size')
-    parser.add_argument('--s3', action='store_true', help='measure over S3 too')
-    parser.add_argument('--s3-samples', type=int, default=1024, help='samples in the bucket')
+    parser.add_argument('--where', nargs='+', choices=list(PLACES), default=['local'], help='where the files lie')
     parser.add_argument('--call', help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.call:
         name, *values = json.loads(arguments.call)
         print(json.dumps({'measure': measure, 'measure_memory': measure_memory}[name](*values)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers are stopped on the way out
     latents = torch.randn(arguments.samples, *SHAPE, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory(prefix='loader-benchmark-') as name:
         folder = Path(name)
         os.environ['LABEL_NAMES'] = str(folder / 'names.txt')
         (folder / 'names.txt').write_text('\n'.join(f"{label}: 'class {label}'," for label in range(1000)))
-        local(folder, latents, arguments)
-        if arguments.s3:
-            remote(folder, latents[: arguments.s3_samples], arguments)
+        for place in arguments.where:
+            (folder / place).mkdir()
+            PLACES[place](folder / place, latents, arguments)
     print(f'load average at the end: {os.getloadavg()[0]:.1f}, cores: {os.cpu_count()}')
 
 

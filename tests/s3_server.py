@@ -6,9 +6,11 @@ They come from packages of the ``test`` extra. Where one is missing its tests ar
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -282,7 +284,13 @@ def _processes(
         for name, command in commands.items():
             with open(folder / f'{name}.log', 'wb') as log:
                 running[name] = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=folder
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    cwd=folder,
+                    preexec_fn=_end_with_parent,
                 )
         yield running
     finally:
@@ -294,6 +302,12 @@ def _processes(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, however that ended."""
+    set_signal_at_death_of_parent = 1
+    ctypes.CDLL(None).prctl(set_signal_at_death_of_parent, signal.SIGTERM)
 
 
 def _wait_for(ports: list[int], running: dict[str, subprocess.Popen], folder: Path) -> None:

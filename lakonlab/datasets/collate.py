@@ -59,6 +59,18 @@ def collate(items: Sequence | Mapping):
     return list(items)
 
 
+def items_of(batch: Sequence | Mapping) -> list:
+    """The items of which :func:`collate` makes a batch; views of it.
+
+    Args:
+        batch: A batch; or items, which are returned as they are.
+    """
+    if not isinstance(batch, Mapping):
+        return list(batch)
+    columns = {key: items_of(column) for key, column in batch.items()}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
 def empty_batch(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for a batch, to be filled.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from lakonlab.datasets.collate import items_of
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
 
@@ -81,6 +82,21 @@ class ConcatDataset(Dataset):
         """
         dataset, number = self._place_of(index)
         return {**dataset[number], 'ids': index}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict] | dict:
+        """The items of a batch, those of each data set read as it reads several; a whole batch, if it makes one."""
+        places: dict[int, list[int]] = {}  # which rows of the batch a data set gives
+        for row, index in enumerate(indices):
+            places.setdefault(id(self._place_of(index)[0]), []).append(row)
+        items: list[dict] = [{}] * len(indices)
+        for rows in places.values():
+            dataset = self._place_of(indices[rows[0]])[0]
+            found = read_several(dataset, [self._place_of(indices[row])[1] for row in rows])
+            if len(rows) == len(indices) and isinstance(found, Mapping):
+                return {**found, 'ids': list(indices)}
+            for row, item in zip(rows, items_of(found), strict=True):
+                items[row] = {**item, 'ids': indices[row]}
+        return items
 
     def _place_of(self, index: int) -> tuple[Dataset, int]:
         if not 0 <= index < len(self):
@@ -155,8 +171,7 @@ class Subset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """The items of a batch, read as the whole data set reads them."""
-        read = getattr(self.dataset, '__getitems__', None)
-        return [self[index] for index in indices] if read is None else read([self._number_of(i) for i in indices])
+        return read_several(self.dataset, [self._number_of(index) for index in indices])
 
     def _number_of(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -178,6 +193,12 @@ def item_of(dataset: Dataset, index: int, source: RandomSource) -> dict:
     """An item, with random numbers from a source where the data set takes some."""
     read = getattr(dataset, 'random_item', None)
     return dataset[index] if read is None else read(index, source)
+
+
+def read_several(dataset: Dataset, indices: Sequence[int]) -> Any:
+    """Items, or the batch that they make, as a loader would read them."""
+    read = getattr(dataset, '__getitems__', None)
+    return [dataset[index] for index in indices] if read is None else read(indices)
 
 
 def built(dataset: Mapping[str, Any] | Dataset) -> Dataset:

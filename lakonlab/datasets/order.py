@@ -121,6 +121,11 @@ class DataOrder:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._table: tuple[int, np.ndarray, np.ndarray] | None = None
 
+    @property
+    def bucket_sizes(self) -> list[int]:
+        """Number of items of each bucket."""
+        return self._sizes.tolist()
+
     @cached_property
     def buckets(self) -> str:
         """Which items share a bucket, as a digest; ``'one'`` if all do."""

@@ -60,6 +60,11 @@ class PromptItems:
         """The text."""
         return self._record(number).prompt
 
+    def key(self, number: int) -> list[Any]:
+        """What decides what an item is embedded as."""
+        record = self._record(number)
+        return [record.prompt, record.conditions['prompt_kwargs']]
+
     def image(self, number: int, name: str) -> Tensor:
         """An image in [-1, 1], (3, H, W).
 
@@ -183,7 +188,7 @@ def unique_prompts(items: PromptItems, show: bool = True) -> UniquePrompts:
     row = np.empty(len(items), dtype=np.int64)
     whole = hashlib.sha256()
     for number in tqdm(range(len(items)), desc='reading prompts', disable=not show, unit=''):
-        text = json.dumps([items.prompt(number), items.arguments(number)], sort_keys=True, default=str).encode()
+        text = json.dumps(items.key(number), sort_keys=True, default=str).encode()
         key = hashlib.blake2b(text, digest_size=16).digest()
         whole.update(key)
         row[number] = known.setdefault(key, len(first))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lakonlab.evaluation.extractor import FeatureExtractor, Features
 from lakonlab.registry import FEATURE_EXTRACTORS
+from lakonlab.storage.fetch import fetch
 
 SHIPPED_WEIGHTS = Path(__file__).parent / 'weights' / 'digit_classifier.safetensors'
 
@@ -66,10 +67,11 @@ class DigitClassifier(FeatureExtractor):
     """Features and class scores of 8x8 digits.
 
     Args:
-        weights: A safetensors file made by ``tools/train_digit_classifier.py``; None for the one that ships.
+        weights: A safetensors file made by ``tools/train_digit_classifier.py``, local or a URL; None for the one that
+            ships.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        OSError: There is no such file, or it cannot be downloaded.
         ValueError: The file holds the weights of another network.
     """
 
@@ -77,7 +79,7 @@ class DigitClassifier(FeatureExtractor):
         super().__init__()
         from safetensors.torch import load
 
-        path = SHIPPED_WEIGHTS if weights is None else Path(weights)
+        path = SHIPPED_WEIGHTS if weights is None else fetch(weights)
         if not path.is_file():
             raise FileNotFoundError(f'DigitClassifier.weights: there is no file {path}')
         content = path.read_bytes()

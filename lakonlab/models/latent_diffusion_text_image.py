@@ -47,7 +47,8 @@ class LatentDiffusionTextImage(LatentDiffusion):
     train_cfg_class = TextImageTrainConfig
     negative_hint = (
         'the batch must hold negative_prompt_embed_kwargs, or negative_prompt_kwargs for the text encoder; set '
-        'negative_prompt_embeds_path or negative_prompt_kwargs in the dataset'
+        'negative_prompt_embeds_path, a file that tools/cache_negative_prompt.py makes, or negative_prompt_kwargs in '
+        'the dataset'
     )
 
     def __init__(self, *args, text_encoder: dict | None = None, **kwargs):

@@ -23,7 +23,7 @@ from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.writer import num_threads
 from lakonlab.registry import MODULES
 from lakonlab.runner.cache_command import joined, positive, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, _console, _impossible_values
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -46,7 +46,7 @@ def cache_latents(args: Namespace) -> int:
         ConfigError: An option is out of range.
         CacheError: The folder holds another cache, or the latents are of no use.
     """
-    with _console(), _impossible_values():
+    with logged_to_console(), impossible_values():
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         positive(args.image_size, '--image-size')

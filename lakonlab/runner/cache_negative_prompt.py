@@ -14,7 +14,7 @@ from lakonlab.datasets.collate import collate
 from lakonlab.datasets.prompt_cache import read_embeds, write_embeds
 from lakonlab.datasets.prompt_making import rows_of
 from lakonlab.runner.cache_command import built_text_encoder, joined, prepared_config
-from lakonlab.runner.launch import _console, _impossible_values
+from lakonlab.runner.launch import impossible_values, logged_to_console
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -34,7 +34,7 @@ def cache_negative_prompt(args: Namespace) -> int:
         ConfigError: Neither the config nor an option says where to write, or two data sets want different prompts in
             one file.
     """
-    with _console(), _impossible_values():
+    with logged_to_console(), impossible_values():
         cfg = prepared_config(args)
         wanted = wanted_prompts(cfg, args.out, args.prompt)
         with joined(args, cfg.get('dist_params')) as (ranks, device):

@@ -16,7 +16,8 @@ from mmengine.config import Config
 from lakonlab.config.errors import ConfigError, describe_unknown
 from lakonlab.datasets.image_prompt import ImagePrompt
 from lakonlab.datasets.prompt_cache import open_prompt_cache
-from lakonlab.datasets.prompt_cache.index import INDEX_FILE
+from lakonlab.datasets.prompt_cache.index import INDEX_FILE, PLAN_FILE
+from lakonlab.datasets.prompt_cache.published import list_records
 from lakonlab.datasets.prompt_cache.sharded import RecordNames
 from lakonlab.datasets.prompt_making import (
     PromptEncoder,
@@ -28,7 +29,7 @@ from lakonlab.datasets.prompt_making import (
 from lakonlab.ranks import Ranks
 from lakonlab.registry import DATASETS, MODULES
 from lakonlab.runner.cache_command import built_text_encoder, joined, positive, prepared_config, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, _console, _impossible_values
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -78,7 +79,7 @@ def cache_prompts(args: Namespace) -> int:
         ConfigError: The config names no cache, or cannot be used.
         CacheError: A folder holds another cache, or what was made is of no use.
     """
-    with _console(), _impossible_values():
+    with logged_to_console(), impossible_values():
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         if args.max_size is not None:
@@ -160,6 +161,7 @@ def make(target: Target, cfg: Config, args: Namespace, ranks: Ranks, device: tor
     for path, setting in ((target.folder, 'cache_dir'), (target.datalist, 'cache_datalist_path')):
         if path is not None:
             files.require(path, 'read', 'write', setting=f'{target.key}.{setting}')
+    ranks.on_main(lambda: _refuse_other_layout(target, args.format))
     options = {key: value for key, value in target.dataset.items() if key not in LEFT_OUT}
     if args.max_size is not None:
         options['start_ind'] = -args.max_size
@@ -186,6 +188,17 @@ def make(target: Target, cfg: Config, args: Namespace, ranks: Ranks, device: tor
         names = RecordNames(len(items))
         ranks.on_main(lambda: write_datalist(target.datalist, names, items.bucket_ids))
     logger.info('%s: finished', target.key)
+
+
+def _refuse_other_layout(target: Target, layout: str) -> None:
+    is_ours = files.is_file(files.join(target.folder, PLAN_FILE))
+    if layout == 'published' and is_ours:
+        raise ConfigError(f'{target.key}.cache_dir: {target.folder} was begun with --format ours; go on with that')
+    if layout == 'ours' and not is_ours and list_records(target.folder):
+        raise ConfigError(
+            f'{target.key}.cache_dir: {target.folder} holds records of the published layout; go on with --format '
+            'published, name another folder, or convert them with tools/convert_prompt_cache.py'
+        )
 
 
 def _encoder(items: PromptItems, cfg: Config, args: Namespace, device: torch.device) -> PromptEncoder:

@@ -12,7 +12,7 @@ from lakonlab.datasets.prompt_cache.index import INDEX_FILE
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
 from lakonlab.datasets.prompt_converting import compare, convert_prompt_cache
 from lakonlab.runner.cache_command import positive, report_check
-from lakonlab.runner.launch import _console, _impossible_values
+from lakonlab.runner.launch import impossible_values, logged_to_console
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -31,7 +31,7 @@ def convert_cache(args: Namespace) -> int:
         ConfigError: The source is no published cache.
         CacheError: A record is damaged, or ``out`` holds another cache.
     """
-    with _console(), _impossible_values():
+    with logged_to_console(), impossible_values():
         positive(args.shard_size, '--shard-size')
         if files.is_file(files.join(args.source, INDEX_FILE)):
             raise ConfigError(f'{args.source} has an {INDEX_FILE}: it is of our layout already')

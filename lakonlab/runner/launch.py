@@ -64,14 +64,14 @@ def train(args: Namespace) -> int:
     Returns:
         The exit status.
     """
-    with _console() as console:
+    with logged_to_console() as console:
         _note_deprecated(args)
         cfg = _prepare(args, training=True)
         if args.dry_run:
             from lakonlab.runner.dry_run import dry_run
             from lakonlab.runner.memory_plan import parse_world_sizes
 
-            with _impossible_values():
+            with impossible_values():
                 world_sizes = parse_world_sizes(getattr(args, 'plan_world_size', None) or '1,8')
                 print(dry_run(cfg, cfg.work_dir, cfg.seed, args.resume_from, world_sizes))  # noqa: T201
             return 0
@@ -81,7 +81,7 @@ def train(args: Namespace) -> int:
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
 
-        with _impossible_values():
+        with impossible_values():
             # a process that fails ends without waiting for the others, which its launcher then ends
             ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
             if not ranks.is_main:
@@ -101,7 +101,7 @@ def train(args: Namespace) -> int:
                 device=device,
             )
     # later errors are not about values of the config: these were all in use for an iteration
-    with _impossible_values(lambda: runner.iter == runner.first_iter):
+    with impossible_values(lambda: runner.iter == runner.first_iter):
         try:
             runner.train()
         except SystemExit:  # stopped by a signal, and saved; the launcher ends the others when the first one leaves
@@ -122,7 +122,7 @@ def test(args: Namespace) -> int:
     Returns:
         The exit status.
     """
-    with _console():
+    with logged_to_console():
         _note_deprecated(args)
         if args.reuse_viz:
             raise ConfigError(
@@ -134,7 +134,7 @@ def test(args: Namespace) -> int:
         if args.dry_run:
             from lakonlab.runner.evaluation_plan import evaluation_plan
 
-            with _impossible_values():
+            with impossible_values():
                 print(evaluation_plan(cfg, args.ckpt, args.data))  # noqa: T201
             return 0
 
@@ -146,7 +146,7 @@ def test(args: Namespace) -> int:
     from lakonlab.runner.testing import evaluate_checkpoint
     from lakonlab.storage.mirror import Mirror
 
-    with _console(), _impossible_values():
+    with logged_to_console(), impossible_values():
         ranks, device = start_processes(args.launcher, cfg.get('dist_params'))
         strategy = build_strategy(cfg, ranks, device)
         ranks.on_main(lambda: require_writable_places(cfg, 'work_dir_mirror', *_viz_settings(cfg, args.data)))
@@ -157,7 +157,7 @@ def test(args: Namespace) -> int:
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
     try:
-        with _impossible_values(), mirroring(mirror):
+        with impossible_values(), mirroring(mirror):
             evaluate_checkpoint(
                 cfg,
                 checkpoint=args.ckpt,
@@ -225,7 +225,7 @@ def _note_deprecated(args: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _impossible_values(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def impossible_values(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Report a value that is refused as what it is, an error in the config; ``log_level='DEBUG'`` shows where."""
     try:
         yield
@@ -239,7 +239,7 @@ def _impossible_values(applies: Callable[[], bool] = lambda: True) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _console() -> Iterator[logging.Handler]:
+def logged_to_console() -> Iterator[logging.Handler]:
     """Send log messages to the console until the run has its own log."""
     package: Any = logging.getLogger('lakonlab')
     handler = logging.StreamHandler(sys.stderr)

@@ -545,6 +545,8 @@ class Runner:
         )
         mirror = self.cfg.get('work_dir_mirror')
         checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
+        sizes = self.order.bucket_sizes
+        buckets = f' in {len(sizes)} buckets of {min(sizes):,} to {max(sizes):,}' if len(sizes) > 1 else ''
         rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
         return '\n'.join(
             [
@@ -554,7 +556,7 @@ class Runner:
                 f'  device       {self.strategy.device}, {self.world_size} process(es), {self.strategy.name}, '
                 f'{torch.get_num_threads()} threads',
                 f'  trainable    {trainable:,} parameters',
-                f'  data         {len(self.dataset):,} samples, global batch {self.batch_size}',
+                f'  data         {len(self.dataset):,} samples{buckets}, global batch {self.batch_size}',
                 f'  length       {self.max_iters:,} iterations, {self.max_iters * self.batch_size:,} samples, '
                 f'{self.max_iters * self.batch_size / len(self.dataset):.1f} epochs',
                 f'  seed         {self.seed}',

@@ -21,7 +21,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def cached_file(backend: Backend, path: str, digest: str | None = None, bar: tqd
     folder = root / 'files' / _short(path, info.version or '', str(info.size), digest or '')
     target = folder / (name_of(path) or 'download')
     if not _is_complete(folder, target):
-        with exclusive(folder, path, folder / PART):
+        with exclusive(folder, path, lambda: _mark(folder / PART)):
             if not _is_complete(folder, target):
                 _remove_abandoned(root)
                 _download(backend, path, info, digest, folder, target, bar)
@@ -116,7 +116,7 @@ def cached_tree(backend: Backend, path: str, only: Collection[str] | None = None
     version = _short(path, *(f'{info.name} {info.size} {info.version}' for info in listing))
     target = _root() / 'trees' / version / (name_of(path) or 'download')
     if not target.is_dir():
-        with exclusive(target.parent, path, target.parent):
+        with exclusive(target.parent, path, _all_progress):
             if not target.is_dir():
                 _download_tree(backend, path, listing, target)
     _remember(remembered, target)
@@ -129,26 +129,26 @@ def is_offline() -> bool:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, path: str, growing: Path) -> Iterator[None]:
+def exclusive(folder: Path, path: str, progress: Callable[[], object]) -> Iterator[None]:
     """Keep other threads and processes away from a directory, waiting for one that makes progress.
 
     Args:
         folder: The directory.
         path: What is downloaded, for messages.
-        growing: What changes while the holder works.
+        progress: Its value changes while the holder works.
 
     Raises:
         StorageError: The holder has stopped working.
     """
     with _thread_locks.setdefault(str(folder), threading.Lock()):
-        last, since = _mark(growing), time.monotonic()
+        last, since = progress(), time.monotonic()
         while True:
             lock = directory_lock(folder, wait_seconds=min(10.0, STALLED_SECONDS))
             try:
                 lock.__enter__()
                 break
             except DirectoryInUseError as error:
-                now = _mark(growing)
+                now = progress()
                 if now != last:
                     last, since = now, time.monotonic()
                 elif time.monotonic() - since > STALLED_SECONDS:
@@ -319,6 +319,12 @@ def _mark(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return entry.st_size, entry.st_mtime_ns
+
+
+def _all_progress() -> object:
+    """What changes while anything is downloaded."""
+    parts = sorted((_root() / 'files').glob(f'*/{PART}'))
+    return [_mark(_root() / 'blobs'), *((str(part), _mark(part)) for part in parts)]
 
 
 def _root() -> Path:

@@ -12,8 +12,8 @@ from pathlib import Path
 from lakonlab.storage.download import cached_file, cached_tree
 from lakonlab.storage.errors import MissingFileError, StorageError
 from lakonlab.storage.local import sha256_of
-from lakonlab.storage.paths import as_local, is_remote, normal, scheme_of, split_digest
-from lakonlab.storage.schemes import LIST, READ, SCHEMES, backend_of, require
+from lakonlab.storage.paths import as_local, is_remote, normal, split_digest
+from lakonlab.storage.schemes import LIST, READ, backend_of, can, has_own_cache, require
 
 
 class FetchError(StorageError):
@@ -64,7 +64,7 @@ def require_known_scheme(uri: str | Path) -> None:
 
 def _download(path: str, digest: str | None, only: Collection[str] | None) -> Path:
     require_known_scheme(path)
-    if scheme_of(path) == 'huggingface':
+    if has_own_cache(path):
         from lakonlab.storage.hub import fetch_from_hub
 
         found = fetch_from_hub(path)
@@ -76,7 +76,7 @@ def _download(path: str, digest: str | None, only: Collection[str] | None) -> Pa
     try:
         return cached_file(backend, path, digest)
     except MissingFileError:
-        if LIST not in SCHEMES[scheme_of(path)].abilities or digest is not None:
+        if not can(path, LIST) or digest is not None:
             raise
         return cached_tree(backend, path)
 

@@ -21,7 +21,7 @@ from lakonlab.storage.errors import MissingFileError, StorageError
 from lakonlab.storage.fetch import fetch
 from lakonlab.storage.local_files import copy_file
 from lakonlab.storage.paths import as_local, is_remote, join, name_of, normal, parent_of, scheme_of, sibling
-from lakonlab.storage.schemes import LIST, READ, WRITE, backend_of, require
+from lakonlab.storage.schemes import LIST, READ, WRITE, backend_of, can, require
 from lakonlab.storage.scratch import scratch_directory
 
 __all__ = [
@@ -77,8 +77,8 @@ def is_directory(path: str | Path) -> bool:
 
     Where a scheme cannot list (``http(s)://``) there are no directories.
     """
-    require(path, READ, setting='')
-    return scheme_of(path) not in ('http', 'https') and backend_of(path, LIST).is_directory(normal(path))
+    backend = backend_of(path, READ)
+    return can(path, LIST) and backend.is_directory(normal(path))
 
 
 def size_of(path: str | Path) -> int:

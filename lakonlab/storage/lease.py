@@ -77,6 +77,8 @@ def confirm_lease(directory: RemotePath, holder: str) -> None:
         DirectoryInUseError: It is not.
     """
     found = _read(directory / LOCK_FILE)
+    if found is None:
+        raise DirectoryInUseError(f'{directory / LOCK_FILE}, the lock of this run, was removed; nothing more is saved')
     if _token(found) != holder:
         raise DirectoryInUseError(
             f'{directory} is held by another run now ({_describe(found)}), which found no sign of life of this one for '
@@ -163,9 +165,7 @@ def _token(found: dict[str, Any] | None) -> str | None:
     return None if found is None else found.get('holder')
 
 
-def _describe(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return 'its lock was removed'
+def _describe(found: dict[str, Any]) -> str:
     return f'process {found.get("process")} on {found.get("host")}, last sign of life {found.get("renewed")}'
 
 

@@ -151,14 +151,17 @@ def remove_stale_temporaries(parent: Path) -> list[str]:
     What stepped aside for a directory that was never published is restored, not removed.
 
     Returns:
-        The names of the removed directories.
+        The names of what was removed.
     """
     restore_replaced(parent)
     removed = []
     if parent.is_dir():
         for path in sorted(parent.iterdir()):
-            if path.name.startswith('.') and TEMPORARY_MARK in path.name and path.is_dir():
-                shutil.rmtree(path)
+            if path.name.startswith('.') and TEMPORARY_MARK in path.name:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
                 removed.append(path.name)
     return removed
 

@@ -63,6 +63,16 @@ class LocalFiles(Backend):
             return False
         return True
 
+    def clean_uploads(self, path: str) -> list[str]:
+        """See the base class; files that killed writers left under temporary names."""
+        ended = []
+        for folder, _, names in os.walk(path):
+            for name in sorted(names):
+                if name.startswith('.') and TEMPORARY_MARK in name:
+                    os.remove(os.path.join(folder, name))
+                    ended.append(os.path.join(folder, name[1:].rpartition(TEMPORARY_MARK)[0]))
+        return ended
+
     def list_names(self, path: str) -> list[str]:
         """See the base class."""
         if not os.path.isdir(path):

@@ -68,8 +68,8 @@ class ObjectPublisher(Publisher):
     def discard(self, draft: RemotePath) -> None:
         """See the base class."""
         try:
-            files.clean_uploads(str(draft))
             files.remove_directory(str(draft))
+            files.clean_uploads(str(draft))
         except OSError as error:
             logger.warning('what was written to %s could not be removed (%s)', draft, error)
 

@@ -103,8 +103,8 @@ class S3Files(Backend):
             if code == 'NotImplemented':
                 persistently(put, f'creating {path}')
                 return True
-            if code in EXISTS:
-                return False
+            if code in EXISTS:  # it may be ours, if the answer to an earlier attempt was lost
+                return self.read_bytes(path) == content
             raise
         return True
 

@@ -155,17 +155,21 @@ def _connection(settings: Settings) -> Connection:
         profile_name=environment.get('AWS_PROFILE') or None, region_name=environment.get('AWS_REGION') or None
     )
     credentials = None if settings.anonymous else session.get_credentials()
-    client = session.client('s3', config=Config(**options))
+    try:
+        client = session.client('s3', config=Config(**options))
+    except ValueError as error:
+        raise StorageError(f'S3 cannot be used: {error}; check AWS_ENDPOINT_URL and AWS_REGION') from error
     if not _is_of_amazon(client.meta.endpoint_url) and not client.meta.config.s3:
         # names of buckets are no host names of other servers, unless the settings of AWS say so
         client = session.client('s3', config=Config(**options, s3={'addressing_style': 'path'}))
     made = Connection(client, credentials)
     logger.info('S3 at %s, credentials from %s', client.meta.endpoint_url, made.origin)
-    if getattr(credentials, 'method', None) == 'env' and environment.get('AWS_SHARED_CREDENTIALS_FILE'):
+    hidden = environment.get('AWS_SHARED_CREDENTIALS_FILE')
+    if getattr(credentials, 'method', None) == 'env' and hidden and Path(hidden).is_file():
         logger.warning(
             'AWS_ACCESS_KEY_ID wins over AWS_SHARED_CREDENTIALS_FILE=%s: credentials that are rotated there are not '
             'used. Unset the keys, or set AWS_PROFILE, which wins over them.',
-            environment['AWS_SHARED_CREDENTIALS_FILE'],
+            hidden,
         )
     return made
 

@@ -85,6 +85,7 @@ class _Upload(io.RawIOBase):
         self._waiting: deque[Future] = deque()
         self._parts: list[dict[str, Any]] = []
         self._sent = 0
+        self._is_aborted = False
         self._limit = part_size(1, size)
         self._mark = uuid.uuid4().hex
 
@@ -122,17 +123,15 @@ class _Upload(io.RawIOBase):
         self._limit = part_size(self._sent + 1, self._size)
 
     def _send_part(self, number: int, content: bytes) -> None:
-        call = partial(
-            request,
-            self.path,
-            'upload_part',
-            **self._where,
-            UploadId=self._id,
-            PartNumber=number,
-            Body=content,
-            ContentMD5=_checksum(content),
-        )
-        answer = persistently(call, f'uploading part {number} of {self.path}')
+        where = {**self._where, 'UploadId': self._id, 'PartNumber': number}
+        checksum = _checksum(content)
+
+        def send() -> dict[str, Any]:
+            if self._is_aborted:  # trying on would hold up whoever was interrupted
+                raise StorageError(f'the upload of {self.path!r} was aborted')
+            return request(self.path, 'upload_part', **where, Body=content, ContentMD5=checksum)
+
+        answer = persistently(send, f'uploading part {number} of {self.path}')
         self._parts.append({'PartNumber': number, 'ETag': answer['ETag']})
 
     def finish(self) -> None:
@@ -180,8 +179,7 @@ class _Upload(io.RawIOBase):
 
     def abort(self) -> None:
         """Have the server forget the parts; that this fails is only logged, for something else has failed before."""
-        for job in self._waiting:
-            job.cancel()
+        self._is_aborted = True
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
         if self._id is not None:
@@ -226,7 +224,15 @@ def stale_uploads(path: str, bucket: str, prefix: str, older_than: float) -> Ite
     arguments = {'Bucket': bucket, 'Prefix': prefix}
     while True:
         call = partial(request, path, 'list_multipart_uploads', **arguments)
-        answer = persistently(call, f'listing unfinished uploads below {path}')
+        try:
+            answer = persistently(call, f'listing unfinished uploads below {path}')
+        except StorageError as error:
+            if code_of(error.__cause__) == 'NoSuchUpload':  # what rclone says when there are none
+                return
+            if code_of(error.__cause__) in ('NotImplemented', 'MethodNotAllowed'):
+                logger.warning('%s: the server does not tell which uploads are unfinished', path)
+                return
+            raise
         for entry in answer.get('Uploads') or ():
             if (datetime.now(timezone.utc) - entry['Initiated']).total_seconds() >= older_than:
                 yield entry['Key'], entry['UploadId'], entry['Initiated']

@@ -20,10 +20,12 @@ class Scheme:
     Args:
         backend: Module and class that serve it.
         abilities: Of ``read``, ``write``, ``list``, and ``publish``: a file is seen whole or not at all.
+        has_own_cache: Whether a library keeps local copies, of directories too, which it finds again without a network.
     """
 
     backend: str
     abilities: frozenset[str]
+    has_own_cache: bool = False
 
     def make(self) -> Backend:
         """Import and make the backend; it holds no state."""
@@ -34,7 +36,7 @@ class Scheme:
 SCHEMES: dict[str, Scheme] = {
     LOCAL: Scheme('lakonlab.storage.local_files:LocalFiles', frozenset({READ, WRITE, LIST, PUBLISH})),
     's3': Scheme('lakonlab.storage.s3:S3Files', frozenset({READ, WRITE, LIST, PUBLISH})),
-    'huggingface': Scheme('lakonlab.storage.hub:HubFiles', frozenset({READ, LIST})),
+    'huggingface': Scheme('lakonlab.storage.hub:HubFiles', frozenset({READ, LIST}), has_own_cache=True),
     'http': Scheme('lakonlab.storage.web:WebFiles', frozenset({READ})),
     'https': Scheme('lakonlab.storage.web:WebFiles', frozenset({READ})),
 }
@@ -67,6 +69,18 @@ def require(path: str | Path, *abilities: str, setting: str) -> None:
         raise StorageError(
             f'{prefix}{str(path)!r}: {scheme}:// cannot be {" or ".join(missing)}; expected one of {named(fitting)}'
         )
+
+
+def can(path: str | Path, *abilities: str) -> bool:
+    """Whether the scheme of a path is known and has abilities."""
+    scheme = SCHEMES.get(scheme_of(path))
+    return scheme is not None and scheme.abilities.issuperset(abilities)
+
+
+def has_own_cache(path: str | Path) -> bool:
+    """Whether local copies of a path are kept by a library of its own."""
+    scheme = SCHEMES.get(scheme_of(path))
+    return scheme is not None and scheme.has_own_cache
 
 
 def backend_of(path: str | Path, ability: str = READ) -> Backend:

@@ -18,6 +18,7 @@ from lakonlab.models.architecture.diffusers.dit import DiTBackbone
 from lakonlab.models.architecture.loading import locate_weights
 from lakonlab.registry import MODULES
 from lakonlab.storage.checkpoint import find_checkpoint, read_manifest
+from lakonlab.storage.paths import is_remote
 from lakonlab.ui.static_policy_experiment import Subject
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -57,7 +58,7 @@ def class_subject(
         ConfigError: The checkpoint holds something else than such a teacher, or there is no such class.
         FileNotFoundError: There is nothing at ``teacher``.
     """
-    trained_here = teacher is not None and '://' not in teacher and not Path(teacher).is_file()
+    trained_here = teacher is not None and not is_remote(teacher) and not Path(teacher).is_file()
     values = _config_in(teacher) if trained_here else load_config(IMAGENET_CONFIG).to_dict()
     model = values['model']
     flow = {name: model['diffusion'][name] for name in OF_FLOW if name in model['diffusion']}

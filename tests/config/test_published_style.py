@@ -7,6 +7,7 @@ The files are written in the schema of October 2025: older key names, FSDP optio
 import collections
 import contextlib
 import dataclasses
+import importlib
 import io
 import logging
 import os
@@ -59,6 +60,7 @@ IMAGENET_REPORTS = [
 @pytest.fixture(autouse=True)
 def _in_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    importlib.import_module('diffusers.loaders.peft')  # which has looked for bitsandbytes by now, and would miss it
     monkeypatch.setitem(sys.modules, 'bitsandbytes', None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, 'bitsandbytes.optim', None)
     monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0')

@@ -2,8 +2,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import Dataset
 
+from lakonlab.datasets.collate import collate, items_of
 from lakonlab.datasets.combine import ConcatDataset, Subset
 from lakonlab.datasets.loader import build_dataloader
 from lakonlab.registry import DATASETS
@@ -88,3 +90,53 @@ def test_built_from_configs_and_pickled():
     assert (data[356]['latents'] == DATASETS.build(dict(type='Digits'))[8]['latents']).all()
     with pytest.raises(ValueError, match='expected at least one'):
         ConcatDataset([])
+
+
+class Gathered(Numbers):
+    """Makes whole batches, with tensors and dicts in them."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read = []
+
+    def __getitem__(self, index):
+        value = torch.tensor([float(index), float(ord(self.name))])
+        return {**super().__getitem__(index), 'x': value, 'more': {'y': value + 1}}
+
+    def __getitems__(self, indices):
+        self.read.append(list(indices))
+        return collate([self[index] for index in indices])
+
+
+@pytest.mark.parametrize('chosen', [[0, 1], [5, 0, 3, 4, 1, 0], [4, 3]])
+def test_batches_are_read_by_the_data_sets(chosen):
+    parts = [Gathered('a', 2), Gathered('b', 3), Numbers('c', 0)]
+    data = ConcatDataset(parts)
+    if 5 in chosen:  # a data set that knows nothing of batches
+        parts[2] = Gathered('c', 1)
+        data = ConcatDataset([*parts[:2], Subset(parts[2], [0])])
+    batch, items = collate(data.__getitems__(chosen)), collate([data[index] for index in chosen])
+    assert batch['ids'] == chosen
+    assert batch['name'] == items['name']
+    assert torch.equal(batch['x'], items['x'])
+    assert torch.equal(batch['more']['y'], items['more']['y'])
+    expected = [[i for i in chosen if i < 2], [i - 2 for i in chosen if 2 <= i < 5], [i - 5 for i in chosen if i == 5]]
+    assert [part.read for part in parts if isinstance(part, Gathered)] == [
+        [numbers] if numbers else [] for numbers in expected[: 3 if 5 in chosen else 2]
+    ]
+
+
+def test_data_sets_without_batches_are_read_item_by_item():
+    data = ConcatDataset([Gathered('a', 2), Gathered('b', 3)])
+    plain = ConcatDataset([Numbers('a', 2), Numbers('b', 3)])
+    assert [item['name'] for item in plain.__getitems__([4, 0])] == ['b2', 'a0']
+    assert [item['name'] for item in data.__getitems__([4, 0])] == ['b2', 'a0']
+
+
+def test_items_of_a_batch():
+    items = [{'ids': n, 'x': torch.tensor([n, 2.0]), 'more': {'y': torch.tensor(n), 'z': str(n)}} for n in range(3)]
+    for found, expected in zip(items_of(collate(items)), items, strict=True):
+        assert found.keys() == expected.keys()
+        assert torch.equal(found['x'], expected['x'])
+        assert (found['ids'], found['more']['z']) == (expected['ids'], expected['more']['z'])
+        assert torch.equal(found['more']['y'], expected['more']['y'])

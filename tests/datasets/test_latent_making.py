@@ -70,7 +70,7 @@ def make_published(out='published', flip='random', ranks=ALONE, vae=None, **opti
 
 
 def content_of(path):
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob('*') if file.is_file()}
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob('[!.]*.*')}
 
 
 def expected(number, mirrored=False, seed=7, **options):

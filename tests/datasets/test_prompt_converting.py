@@ -7,15 +7,18 @@ from lakonlab.datasets.prompt_cache.index import INDEX_FILE
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
 from lakonlab.datasets.prompt_cache.record import pad_tokens
 from lakonlab.datasets.prompt_converting import compare, convert_prompt_cache
-from tests.datasets.prompt_cache.caches import flux_record, normal, published_fp8, qwen_record, write_published
+from tests.datasets.prompt_cache.caches import (
+    content_of,
+    flux_record,
+    normal,
+    published_fp8,
+    qwen_record,
+    write_published,
+)
 
 
 def size_of(folder):
     return sum(path.stat().st_size for path in folder.iterdir())
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def with_latents(number):

@@ -21,7 +21,7 @@ from lakonlab.datasets.prompt_making import (
     write_datalist,
 )
 from lakonlab.ranks import ALONE
-from tests.datasets.prompt_cache.caches import same_fields
+from tests.datasets.prompt_cache.caches import content_of, same_fields
 from tests.datasets.prompt_files import json_source, text_source, write_images
 from tests.processes import run_processes
 
@@ -81,10 +81,6 @@ def make(items, folder, text_encoder=None, ranks=ALONE, **options):
 def make_published(items, folder, text_encoder=None, ranks=ALONE):
     encoder = PromptEncoder(items, Words() if text_encoder is None else text_encoder, Averages(), seed=3)
     return make_published_cache(encoder, str(folder), batch_size=2, ranks=ranks)
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def same_records(folder, other):

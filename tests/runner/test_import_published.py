@@ -1,15 +1,23 @@
 """What of a published checkpoint becomes the state of a run, and what is refused."""
 
 import logging
+from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
 
 from lakonlab.parallel.state import training_state
-from lakonlab.runner.import_published import fit_model, fit_optimizers, independent, split_optimizers
+from lakonlab.runner.import_published import (
+    fit_model,
+    fit_optimizers,
+    import_checkpoint,
+    independent,
+    split_optimizers,
+)
 from lakonlab.runner.optimizer import build_optimizers
-from lakonlab.storage.checkpoint import CheckpointError
+from lakonlab.storage import files
+from lakonlab.storage.checkpoint import CheckpointError, load_model_state
 from tests.runner.tiny import TinyModel
 
 ADAM = {'diffusion': {'type': 'AdamW', 'lr': 1e-2}}
@@ -235,3 +243,23 @@ def test_independent_tensors():
     assert torch.equal(tensors['c'], (base - 1).t())
     assert len({tensors[name].data_ptr() for name in 'abc'}) == 3
     assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+
+def test_from_a_server_to_a_server(swift_bucket, tmp_path):
+    saved = tensors_of(make_model())
+    torch.save({'meta': {'iter': 3}, 'state_dict': saved}, tmp_path / 'iter_3.pth')
+    files.upload(tmp_path / 'iter_3.pth', f'{swift_bucket}/published/iter_3.pth')
+    args = Namespace(
+        checkpoint=f'{swift_bucket}/published/iter_3.pth',
+        out=f'{swift_bucket}/ours',
+        config=None,
+        cfg_options=None,
+        no_optimizer=True,
+    )
+    assert import_checkpoint(args) == 0
+    found = load_model_state(f'{swift_bucket}/ours/latest')
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    with pytest.raises(CheckpointError, match=r'ours/iter_3 exists already'):
+        import_checkpoint(args)
+    assert not files.exists(f'{swift_bucket}/ours/.lock')

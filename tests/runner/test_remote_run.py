@@ -7,11 +7,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lakonlab.storage import files
-from lakonlab.storage.checkpoint import find_checkpoint, list_checkpoints, require_checkpoint, step_of
+from lakonlab.mmengine_parts import Hook
+from lakonlab.runner.hooks.checkpoint import CheckpointHook
+from lakonlab.storage import files, lease
+from lakonlab.storage.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    load_model_state,
+    read_state,
+    require_checkpoint,
+    step_of,
+)
+from lakonlab.storage.local import DirectoryInUseError
 from lakonlab.storage.remote_path import as_path
 from tests.processes import workers  # noqa: F401
 from tests.runner import small_run
+from tests.runner.tiny import make_runner
 
 EVALUATION = dict(
     type='GenerativeEvalHook',
@@ -126,7 +138,7 @@ def test_damage_is_passed_over_and_set_aside(workers, there, swift, tmp_path):  
     assert small_run.result(tmp_path, as_path(run_dir)) == small_run.result(tmp_path / 'disk')
 
 
-def test_export_best_and_weights_of_another_run(workers, there, tmp_path):  # noqa: F811
+def test_export_and_weights_of_another_run(workers, there, tmp_path):  # noqa: F811
     where, environment = there
     run_dir = f'{where}/{small_run.NAME}'
     options = dict(checkpoint_config__out_dir=where, checkpoint_config__must_save_interval=3)
@@ -140,3 +152,71 @@ def test_export_best_and_weights_of_another_run(workers, there, tmp_path):  # no
     assert workers.run(small_run.train, tmp_path / 'other', environment, **weights) == [0, 0]
     found = workers.run(attempt, tmp_path / 'other', environment, resume_from=f'{run_dir}/iter_5', total_iters=9)
     assert all("iter_5' does not exist (checkpoints in s3://" in error for error in found)
+
+
+def tiny(folder, where, **changes):
+    hook = CheckpointHook(5, out_dir=where, max_keep_ckpts=2, asynchronous=False)
+    return make_runner(folder, checkpoint=hook, **changes)
+
+
+def test_best_checkpoint(swift_bucket, tmp_path):
+    def save():
+        runner.checkpoint_hook.save_best(runner, runner.iter, 'val_loss', 1.0)
+
+    runner = tiny(tmp_path, swift_bucket, hooks=[Interfere(7, save), Interfere(10, save)])
+    runner.train()
+    best = load_model_state(f'{swift_bucket}/tiny/best_val_loss')
+    assert best.keys() == load_model_state(runner.checkpoint_dir).keys()
+    assert read_state(as_path(f'{swift_bucket}/tiny/best_val_loss'))['iteration'] == 10
+    assert steps(runner.checkpoint_dir) == [15, 20]
+    names = {info.name for info in files.list_files(f'{swift_bucket}/tiny/best_val_loss')}
+    assert len({name.split('/')[0] for name in names}) == 2  # the manifest, and one folder
+
+
+class Interfere(Hook):
+    """Does something before an iteration."""
+
+    def __init__(self, iteration, action):
+        self.iteration, self.action = iteration, action
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == self.iteration:
+            self.action()
+
+
+def test_a_directory_has_one_writer(swift_bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, 'WAIT_SECONDS', 0.2)
+    errors = []
+
+    def second_run():
+        with pytest.raises(DirectoryInUseError, match='is in use by another run') as error:
+            tiny(tmp_path / 'second', swift_bucket).train()
+        errors.append(error)
+
+    tiny(tmp_path / 'first', swift_bucket, hooks=[Interfere(7, second_run)]).train()
+    assert len(errors) == 1
+    assert steps(f'{swift_bucket}/tiny') == [15, 20]
+
+
+def test_a_run_that_was_taken_for_dead_publishes_nothing_more(swift_bucket, tmp_path):
+    def take_over():
+        files.write_json(f'{swift_bucket}/tiny/.lock', {'holder': 'another', 'process': 1, 'host': 'elsewhere'})
+
+    runner = tiny(tmp_path, swift_bucket, hooks=[Interfere(7, take_over)])
+    with pytest.raises(CheckpointError, match=r'iter_10 failed: DirectoryInUseError: .* held by another run now'):
+        runner.train()
+    assert steps(f'{swift_bucket}/tiny') == [5]
+
+
+def test_what_a_killed_save_left_is_removed_at_the_start(swift_bucket, tmp_path, caplog):
+    caplog.set_level('INFO', 'lakonlab')
+    tiny(tmp_path, swift_bucket, max_iters=10).train()
+    files.write_text(f'{swift_bucket}/tiny/iter_15/data-{"0" * 16}/model/x.safetensors', 'half')
+    files.write_text(f'{swift_bucket}/tiny/notes.txt', 'mine')
+    tiny(tmp_path, swift_bucket).train()
+    assert f'removed from an interrupted save: iter_15/data-{"0" * 16}' in caplog.text
+    assert {info.name.split('/')[0] for info in files.list_files(f'{swift_bucket}/tiny')} == {
+        'iter_15',
+        'iter_20',
+        'notes.txt',
+    }

@@ -101,6 +101,7 @@ def test_facts_tell_where_in_the_data_a_run_is(tmp_path):
     runner = make_runner(tmp_path, data=TinyData(bucket_ids=BUCKETS))
     assert [runner.facts(step)['data']['epoch'] for step in (6, 7, 13)] == [0, 1, 2]
     assert runner.facts(7)['data']['position'] == 28
+    assert '23 samples in 3 buckets of 3 to 11, global batch 4' in runner.describe()
     other = make_runner(tmp_path, data=TinyData(bucket_ids=BUCKETS[::-1]))
     assert other.facts(7)['data'] != runner.facts(7)['data']
 

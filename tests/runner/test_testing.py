@@ -10,7 +10,7 @@ from lakonlab.config.load import load_config
 from lakonlab.evaluation.results import RESULTS_FILE
 from lakonlab.ranks import ALONE
 from lakonlab.registry import MODELS, STRATEGIES
-from lakonlab.runner.hooks.checkpoint import run_directory
+from lakonlab.runner.paths import run_directory
 from lakonlab.runner.testing import evaluate_checkpoint
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 from tests.evaluation.thread_ranks import run_threads

@@ -283,3 +283,11 @@ def test_require():
         files.require('huggingface://o/r/a', 'read', 'write', 'publish', setting='viz_dir')
     with pytest.raises(StorageError, match=r'gs:// cannot be read; expected one of local paths, s3://'):
         files.require('gs://bucket/a', 'read', setting='data_root')
+
+
+def test_a_file_is_created_once(swift_bucket, tmp_path):
+    for place in (swift_bucket, str(tmp_path)):
+        path = files.join(place, 'new', 'file')
+        assert files.create(path, b'first')
+        assert not files.create(path, b'second')
+        assert files.read_bytes(path) == b'first'

@@ -44,10 +44,10 @@ FEW = [(1, None, 0, 'cut'), (0, None, 2, 'cut'), (0, None, 3, 'die'), (0, BEST, 
 @pytest.mark.parametrize(
     'case', [case if case in FEW else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_killed(workers, swift, store, monkeypatch, case):  # noqa: F811
+def test_killed(workers, s3_server, store, monkeypatch, case):  # noqa: F811
     monkeypatch.setattr(processes, 'GRACE_SECONDS', 30.0)  # the process that is left notices by itself
     rank, name, number, how = case
-    environment = swift.environment()
+    environment = s3_server.environment()
     for step, other in ((4, BEST), (4, None), (6, None)):
         workers.run(save, store.run, step, other, environment)
     before = whole(store.objects())

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from lakonlab.models.architecture.loading import PretrainedError, read_weights
 from lakonlab.storage import files
 from lakonlab.storage.checkpoint import (
     CheckpointError,
@@ -32,8 +33,8 @@ BEST = 'best_loss'
 
 
 @pytest.fixture
-def store(swift, swift_bucket):
-    return Store(swift.client(), swift_bucket.removeprefix('s3://'))
+def store(s3_server, bucket):
+    return Store(s3_server.client(), bucket.removeprefix('s3://'))
 
 
 class Store:
@@ -62,7 +63,10 @@ class Store:
         self.client.delete_object(Bucket=self.bucket, Key=f'some/run/{key}')
 
     def uploads(self):
-        return self.client.list_multipart_uploads(Bucket=self.bucket).get('Uploads') or []
+        try:
+            return self.client.list_multipart_uploads(Bucket=self.bucket).get('Uploads') or []
+        except self.client.exceptions.NoSuchUpload:  # what rclone says when there are none
+            return []
 
     def set(self, objects):
         """Make the run consist of these objects; the keys of others than manifests are never used again."""
@@ -228,7 +232,8 @@ def test_missing_manifest_is_no_checkpoint(store):
     assert {key.split('/')[0] for key in store.objects()} == {'iter_2'}
 
 
-def test_weights_for_inference(store):
+def test_weights_for_inference(store, tmp_path, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path))
     state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
     path = write_checkpoint(
         store.run, 4, {'model': state}, {}, extra=lambda folder: add_inference_weights(folder, 'diffusion_ema')
@@ -241,6 +246,16 @@ def test_weights_for_inference(store):
     assert_equal(load(content), MODEL)
     assert manifest['files'][name]['size'] == len(content)
     assert find_checkpoint(path) == path
+
+    # as named in a config: where it would be on a disk
+    assert_equal(read_weights(f'{path}/{name}'), MODEL)
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        read_weights(f'{path}/export/other.safetensors')
+    store.put(f'iter_4/{manifest["data"]}/{name}', content[:-1] + b'x')
+    assert_equal(read_weights(f'{path}/{name}'), MODEL)  # a copy of what it should be is at hand
+    monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'other'))
+    with pytest.raises(PretrainedError, match=name):
+        read_weights(f'{path}/{name}')
 
 
 @pytest.fixture

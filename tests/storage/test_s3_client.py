@@ -114,6 +114,22 @@ def test_keys_do_not_appear_in_logs_and_messages(place, monkeypatch, caplog):
     assert 'a-very-secret-key' not in caplog.text + str(caught.value)
 
 
+def test_bucket_is_no_host_of_another_server(place, swift, monkeypatch):
+    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://localhost:{swift.port}')
+    assert files.read_text(place) == 'content'
+    url = s3_client.connection('b').client.generate_presigned_url('get_object', Params={'Bucket': 'bucket', 'Key': 'k'})
+    assert url.startswith(f'http://localhost:{swift.port}/bucket/k?')
+    monkeypatch.delenv('AWS_ENDPOINT_URL')
+    url = s3_client.connection('b').client.generate_presigned_url('get_object', Params={'Bucket': 'bucket', 'Key': 'k'})
+    assert url.startswith('https://bucket.s3.')
+
+
+def test_malformed_endpoint(place, monkeypatch):
+    monkeypatch.setenv('AWS_ENDPOINT_URL', 'storage.example')
+    with pytest.raises(StorageError, match=r'storage\.example.*check AWS_ENDPOINT_URL'):
+        files.read_text(place)
+
+
 def test_endpoint_for_s3_alone(place, swift, monkeypatch):
     monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9')
     monkeypatch.setenv('AWS_ENDPOINT_URL_S3', swift.url)

@@ -19,7 +19,7 @@ from lakonlab.datasets.latent_cache import LatentCache
 from lakonlab.datasets.prompt_cache import open_prompt_cache, read_embeds
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE
 from tests import tiny_components
-from tests.datasets.prompt_cache.caches import same_fields
+from tests.datasets.prompt_cache.caches import content_of, same_fields
 from tests.datasets.prompt_files import text_source
 
 ROOT = Path(__file__).parents[2]
@@ -100,10 +100,6 @@ def in_process(tool, arguments, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main()
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize('family', ['Flux', 'QwenImage'])
@@ -198,6 +194,17 @@ def test_damage_is_found_by_the_check(config, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert 'embeds-000000.safetensors is damaged' in error
     assert '1 of 4 are damaged' in error
+
+
+def test_layouts_are_not_mixed_in_a_folder(config, tmp_path, monkeypatch, capsys):
+    for first, second in (('ours', 'published'), ('published', 'ours')):
+        given = config(cache_dir=first)
+        assert in_process('cache_image_prompt_data', [*given, '--format', first], monkeypatch) == 0
+        (tmp_path / f'{first}.jsonl.gz').unlink()
+        before = content_of(tmp_path / first)
+        assert in_process('cache_image_prompt_data', [*given, '--format', second], monkeypatch) == 1
+        assert f'--format {first}' in ' '.join(capsys.readouterr().err.split())
+        assert content_of(tmp_path / first) == before
 
 
 def test_negative_prompts(config, tmp_path, monkeypatch, capsys):
@@ -299,8 +306,8 @@ def test_killed_and_started_again(config, tmp_path):
     assert not (tmp_path / 'killed.jsonl.gz').exists()
     log = run('cache_image_prompt_data', *killed, *options)
     assert 'are there already and kept' in log
-    visible = {name: content for name, content in content_of(folder).items() if not name.startswith('.')}
-    assert visible == content_of(tmp_path / 'whole')
+    assert content_of(folder) == content_of(tmp_path / 'whole')
+    assert not [path for path in folder.iterdir() if '.tmp-' in path.name]
 
 
 @pytest.mark.slow
@@ -325,3 +332,21 @@ def test_latents_by_two_processes(folders, images):
     run('cache_imagenet_data_sdvae', *latents_arguments(folders, images, 'two'), processes=2)
     assert content_of(images / 'one') == content_of(images / 'two')
     assert json.loads((images / 'two' / INDEX_FILE).read_text())['records'] == 10
+
+
+def test_caches_on_s3(config, swift_bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'downloads'))
+    where, datalist = f'{swift_bucket}/data', f'{swift_bucket}/data/preproc.jsonl.gz'
+    options = [f'data.train.data_root={where}', f'data.train.cache_datalist_path={datalist}']
+    given = [*config(), '--data', 'train', '--cfg-options', *options]
+    assert in_process('cache_image_prompt_data', [*given, '--shard-size', 2], monkeypatch) == 0
+    assert in_process('cache_image_prompt_data', [*given, '--check'], monkeypatch) == 0
+    assert in_process('cache_image_prompt_data', [*config(), '--shard-size', 2], monkeypatch) == 0
+    remote = ImagePrompt(where, cache_dir='preproc', cache_datalist_path=datalist, pad_seq_len=32)
+    local = ImagePrompt(
+        str(tmp_path), cache_dir='preproc', cache_datalist_path=str(tmp_path / 'preproc.jsonl.gz'), pad_seq_len=32
+    )
+    for index in (0, 7, 19):
+        one, other = remote[index], local[index]
+        assert one['name'] == other['name'] == TEXTS[index]
+        assert same_fields(one['prompt_embed_kwargs'], other['prompt_embed_kwargs'])

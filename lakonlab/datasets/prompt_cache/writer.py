@@ -8,6 +8,7 @@ when all are there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from lakonlab.datasets.prompt_cache.rows import Row, encode
 from lakonlab.datasets.prompt_cache.shard import FORMAT, ShardInfo, read_info, write_shard
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.storage import files
+from lakonlab.storage.local import directory_lock
 
 logger = logging.getLogger('lakonlab.datasets')
 
@@ -71,6 +73,7 @@ class CacheWriter:
         self.digest = digest_of(self.plan)
         self._made: dict[str, dict[int, ShardInfo]] = {name: {} for name in tables}
         self._missing: dict[str, list[int]] = {}
+        self._lock = contextlib.ExitStack()
 
     def start(self) -> bool:
         """Write the plan, or compare it with that of a cache which was begun before, and find what is missing.
@@ -80,6 +83,7 @@ class CacheWriter:
 
         Raises:
             CacheError: The folder holds a cache of another plan.
+            DirectoryInUseError: Another run is making it; only noticed in a local folder.
         """
         is_finished, made = self.ranks.on_main(self._look)
         self._made = made
@@ -90,6 +94,8 @@ class CacheWriter:
         return not is_finished
 
     def _look(self) -> tuple[bool, dict[str, dict[int, ShardInfo]]]:
+        if files.scheme_of(self.folder) == 'file':
+            self._lock.enter_context(directory_lock(files.as_local(self.folder)))
         path = files.join(self.folder, PLAN_FILE)
         if files.is_file(path):
             self._compare(json.loads(files.read_bytes(path)), path)
@@ -99,7 +105,9 @@ class CacheWriter:
             files.write_text(path, json.dumps(self.plan, indent=1))
         if files.is_file(files.join(self.folder, INDEX_FILE)):
             read_index(self.folder, self.kind)
+            self._lock.close()
             return True, {name: {} for name in self.tables}
+        files.clean_uploads(self.folder)
         names = set(files.list_names(self.folder))
         made = {name: self._whole_shards(name, names) for name in self.tables}
         count = sum(len(shards) for shards in made.values())
@@ -216,6 +224,7 @@ class CacheWriter:
             Index(self.kind, self.records, tables, {**self.plan, **facts}, dict(columns or {})).write(self.folder)
 
         self.ranks.on_main(write)
+        self._lock.close()
 
 
 def _encoded(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lakonlab.storage import files
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.fetch import fetch, require_known_scheme
-from lakonlab.storage.paths import is_remote, normal, scheme_of, split_digest
+from lakonlab.storage.paths import is_remote, normal, split_digest
 from lakonlab.storage.remote_path import AnyPath
-from lakonlab.storage.schemes import LIST, SCHEMES
+from lakonlab.storage.schemes import LIST, can, has_own_cache
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ FOLDER_NAMES = tuple(
     for stem in ('diffusion_pytorch_model', 'model', 'pytorch_model')
     for index in (INDEX_SUFFIX, '')
 )
-HUB = 'huggingface'
 #: Where a training checkpoint holds the network, best first.
 CHECKPOINT_PREFIXES = ('diffusion_ema.denoising.', 'diffusion.denoising.')
 #: Keys under which published training checkpoints hold the tensors, best first.
@@ -133,11 +132,11 @@ def _obtain(path: str, key: str) -> tuple[AnyPath, str]:
     if isinstance(found, Path):
         return found, str(found)
     try:
-        if scheme_of(path) == HUB:  # of a folder all is downloaded, so the shards of an index are there
+        if has_own_cache(path):  # of a folder all is downloaded, so the shards of an index are there
             local = _locate_local(fetch(path), path, key)
             return local, path if _is_index(path) else str(local)
         place = normal(path)
-        if LIST in SCHEMES[scheme_of(path)].abilities and not files.is_file(place):
+        if can(path, LIST) and not files.is_file(place):
             return _in_remote_folder(place, path, key)
         local = fetch(path)
     except StorageError as error:

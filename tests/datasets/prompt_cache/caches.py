@@ -88,3 +88,8 @@ def raw(tensor: torch.Tensor) -> bytes:
 def same_fields(first: dict, second: dict) -> bool:
     """Whether two dicts of tensors agree bit for bit."""
     return first.keys() == second.keys() and all(raw(first[name]) == raw(second[name]) for name in first)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, but those whose names begin with a dot: locks."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name[0] != '.'}

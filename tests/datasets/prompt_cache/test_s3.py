@@ -13,7 +13,7 @@ from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
 from lakonlab.datasets.prompt_cache.writer import CacheWriter
 from lakonlab.datasets.prompt_converting import convert_prompt_cache
 from lakonlab.storage import files
-from tests.datasets.prompt_cache.caches import normal, qwen_record, same_fields, write_published
+from tests.datasets.prompt_cache.caches import content_of, normal, qwen_record, same_fields, write_published
 
 RECORDS = [qwen_record(number % 5, tokens=3 + number % 5) for number in range(9)]
 
@@ -34,7 +34,7 @@ def test_prompts(bucket, source, tmp_path, downloads):
     folder = f'{bucket}/data/ours'
     convert_prompt_cache(source, folder, 4)
     convert_prompt_cache(source, str(tmp_path / 'local'), 4)
-    local = {path.name: path.read_bytes() for path in (tmp_path / 'local').iterdir()}
+    local = content_of(tmp_path / 'local')
     assert {name: files.read_bytes(files.join(folder, name)) for name in files.list_names(folder)} == local
     cache = pickle.loads(pickle.dumps(open_prompt_cache(folder)))
     for name in source.names:

@@ -1,6 +1,8 @@
 """Making a cache: by any number of processes, in one go or in many, it is the same cache."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lakonlab.datasets.prompt_cache.rows import text_tensor
 from lakonlab.datasets.prompt_cache.sharded import EMBEDS, PROMPT
 from lakonlab.datasets.prompt_cache.writer import CacheWriter
 from lakonlab.ranks import ALONE, Ranks
-from tests.datasets.prompt_cache.caches import normal
+from tests.datasets.prompt_cache.caches import content_of, normal
 from tests.processes import run_processes
 
 ROWS, ROWS_PER_SHARD = 23, 4
@@ -45,10 +47,6 @@ def make(folder, ranks=ALONE, made=None, stop_after=None, **options):
     writer.fill(EMBEDS, lambda rows: make_rows(rows, made, stop_after), 3, 'rows')
     writer.finish({'fact': 1})
     return True
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture(scope='module')
@@ -93,7 +91,7 @@ def _make(ranks, folder):
     return make(folder, ranks)
 
 
-@pytest.mark.parametrize('world_size', [2, 3])
+@pytest.mark.parametrize('world_size', [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_make_the_same_cache(world_size, whole, tmp_path):
     folder = tmp_path / 'cache'
     assert run_processes(_make, world_size, folder) == [True] * world_size
@@ -169,6 +167,31 @@ def test_a_write_that_fails_is_raised(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space left'):
         make(tmp_path / 'cache')
     assert {path.name for path in (tmp_path / 'cache').iterdir() if path.suffix} == {PLAN_FILE}
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    folder = tmp_path / 'cache'
+    writer = new_writer(folder)
+    writer.start()
+    code = (
+        'from pathlib import Path; from lakonlab.storage.local import directory_lock\n'
+        f'with directory_lock(Path({str(folder)!r}), 0.2): pass'
+    )
+    assert (
+        'in use by another run' in subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
+    )
+    writer.fill(EMBEDS, make_rows, 3, 'rows')
+    writer.finish({})
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+
+def test_what_killed_writers_left_is_removed(whole, tmp_path):
+    folder = tmp_path / 'cache'
+    folder.mkdir()
+    (folder / '.embeds-000000.safetensors.tmp-1-abcdef').write_bytes(b'half')
+    assert make(folder)
+    assert not (folder / '.embeds-000000.safetensors.tmp-1-abcdef').exists()
+    assert content_of(folder) == content_of(whole)
 
 
 def test_facts_are_in_the_index(whole):

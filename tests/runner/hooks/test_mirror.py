@@ -1,0 +1,83 @@
+"""The copy of a run's logs while it trains."""
+
+import logging
+
+import pytest
+from mmengine.config import Config
+
+from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
+from lakonlab.storage import files
+from lakonlab.storage.errors import StorageError
+from lakonlab.storage.mirror import Mirror
+from tests.runner.tiny import make_runner
+
+
+@pytest.fixture
+def where(swift_bucket):
+    return f'{swift_bucket}/logs'
+
+
+def runner_of(folder, where, **changes):
+    return make_runner(folder, max_iters=10, cfg=Config(dict(work_dir_mirror=where)), **changes)
+
+
+def assert_same(folder, where):
+    local = {info.name: info.size for info in files.list_files(folder / 'work_dirs' / 'tiny')}
+    assert {info.name: info.size for info in files.list_files(where)} == local
+    for name in local:
+        assert files.read_bytes(f'{where}/{name}') == (folder / 'work_dirs' / 'tiny' / name).read_bytes()
+
+
+class Failing:
+    """In place of ``Mirror.update``: fails at some of its calls."""
+
+    def __init__(self, at):
+        self.at, self.calls, self.update = at, 0, Mirror.update
+
+    def __call__(self, mirror):
+        self.calls += 1
+        if self.at(self.calls):
+            raise StorageError('the server is on fire')
+        return self.update(mirror)
+
+
+def failing(monkeypatch, at):
+    failing = Failing(at)
+    monkeypatch.setattr(Mirror, 'update', lambda mirror: failing(mirror))
+    return failing
+
+
+def test_it_is_complete_at_the_end(tmp_path, where):
+    runner_of(tmp_path, where).train()
+    assert_same(tmp_path, where)
+
+
+def test_a_failure_is_reported_and_made_up_for(tmp_path, where, monkeypatch, caplog):
+    calls = failing(monkeypatch, lambda number: number == 1)
+    runner_of(tmp_path, where).train()
+    errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert 'the server is on fire' in errors[0]
+    assert f'{where} is not up to date' in errors[0]
+    assert calls.calls >= 2
+    assert_same(tmp_path, where)
+
+
+def test_a_failure_at_the_end_fails_the_run_which_is_saved(tmp_path, where, monkeypatch):
+    failing(monkeypatch, lambda number: True)
+    with pytest.raises(StorageError, match='on fire'):
+        runner_of(tmp_path, where).train()
+    assert (tmp_path / 'checkpoints' / 'tiny' / 'iter_10' / 'manifest.json').exists()
+
+
+def test_it_hides_no_other_failure(tmp_path, where, monkeypatch, caplog):
+    failing(monkeypatch, lambda number: True)
+    with pytest.raises(TrainingDivergedError):
+        runner_of(tmp_path, where, nan_at=range(3, 10), guard=SkipGuard(2)).train()
+    assert f'{where} is not complete: the server is on fire' in caplog.text
+
+
+def test_a_mirror_that_cannot_be_reached_ends_a_run_before_it_begins(tmp_path):
+    with pytest.raises(OSError, match='https:// cannot be listed'):
+        runner_of(tmp_path, 'https://host/logs').train()
+    assert not (tmp_path / 'checkpoints' / 'tiny' / 'iter_5').exists()
