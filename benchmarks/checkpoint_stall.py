@@ -67,11 +67,11 @@ class TimedCheckpoints(CheckpointHook):
         self.called: list[float] = []
         self.blocked: list[float] = []
 
-    def save(self, runner, step: int, wait: bool = False, name: str | None = None) -> None:
+    def save(self, runner, step: int, wait: bool = False, for_itself: bool = True) -> None:
         """See the base class."""
         self.called.append(time.time())
         start = time.perf_counter()
-        super().save(runner, step, wait, name)
+        super().save(runner, step, wait, for_itself)
         self.blocked.append(time.perf_counter() - start)
 
 
