@@ -111,6 +111,7 @@ METRICS = LazyRegistry(
             'ReferenceRMSE',
             'SamplingSpeed',
         ),
+        'lakonlab.evaluation.inception_metrics': ('InceptionMetrics',),
     },
     mmengine_registry.METRICS,
 )
@@ -119,6 +120,8 @@ FEATURE_EXTRACTORS = LazyRegistry(
     'feature extractor',
     {
         'lakonlab.evaluation.digit_classifier': ('DigitClassifier',),
+        'lakonlab.evaluation.inception': ('InceptionV3',),
+        'lakonlab.evaluation.mobilenet': ('MobileNetV2',),
     },
 )
 

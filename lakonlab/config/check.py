@@ -318,11 +318,13 @@ class _Checker(Walker):
         keys = [f'{path}.metrics']
         if isinstance(metrics, (list, tuple)):
             keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
-        classes = [self.classes.get(key) for key in keys]
-        if None in classes:  # which has been reported, or is not part of this version
+        found = [(self.classes.get(key), self.at(key)) for key in keys]
+        if any(kind is None for kind, _ in found):  # which has been reported, or is not part of this version
             return
         try:
-            number_that_decides(classes, entry.get('best_metric'), path)
+            number_that_decides(
+                [kind.better_of(arguments) for kind, arguments in found], entry.get('best_metric'), path
+            )
         except ValueError as error:
             self.problems.append(str(error))
 

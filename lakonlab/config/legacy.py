@@ -115,12 +115,16 @@ def _drop_by_type(cfg: Config) -> list[str]:
 
 
 def _entries(cfg: Config) -> Iterator[tuple[str, Any]]:
-    """Section name and entry of all hooks that are given as dicts."""
+    """Section name and entry of all hooks, and of the metrics in them, that are given as dicts."""
     for section in HOOK_SECTIONS:
         entries = cfg.get(section)
         for entry in entries if isinstance(entries, (list, tuple)) else ():
             if isinstance(entry, Mapping):
                 yield section, entry
+                metrics = entry.get('metrics')
+                for metric in metrics if isinstance(metrics, (list, tuple)) else (metrics,):
+                    if isinstance(metric, Mapping):
+                        yield f'{section}.metrics', metric
     hooks = (cfg.get('log_config') or {}).get('hooks')
     for entry in hooks if isinstance(hooks, (list, tuple)) else ():
         if isinstance(entry, Mapping):
@@ -128,7 +132,7 @@ def _entries(cfg: Config) -> Iterator[tuple[str, Any]]:
 
 
 def _drop_legacy_arguments(cfg: Config) -> list[str]:
-    """Remove arguments of hooks; every key is reported once, however many entries have it."""
+    """Remove arguments of hooks and metrics; every key is reported once, however many entries have it."""
     dropped = {}
     for section, entry in _entries(cfg):
         for key, reason in schema.LEGACY_ARGUMENTS.get(str(entry.get('type')), {}).items():

@@ -271,6 +271,12 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'metric_cpu_offload': 'networks of metrics are moved as needed',
         'dist': 'whether several processes evaluate follows from how many there are',
     },
+    'InceptionMetrics': {
+        'inception_args': 'the network is named by extractor; by default it is the same one',
+        'bgr2rgb': 'images are RGB',
+        'pr_row_batch_size': 'distances are computed in blocks anyway',
+        'pr_col_batch_size': 'distances are computed in blocks anyway',
+    },
     'TextLoggerHook': {
         'by_epoch': 'lines count iterations',
         'ignore_last': 'the last line is always written',
@@ -330,7 +336,6 @@ OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 
 LATER_TYPES: dict[str, tuple[str, ...]] = {
     'metric': (
-        'InceptionMetrics',
         'CLIPSimilarity',
         'HPSv2',
         'HPSv3',

@@ -7,16 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lakonlab.evaluation.metrics import Metric
-
 logger = logging.getLogger('lakonlab.evaluation')
 
 
-def number_that_decides(metrics: Sequence[Metric | type[Metric]], wanted: str | None, name: str) -> tuple[str, str]:
+def number_that_decides(choices: Sequence[Mapping[str, str]], wanted: str | None, name: str) -> tuple[str, str]:
     """Choose the number by which the best checkpoint is chosen.
 
     Args:
-        metrics: Metrics of an entry, or their classes.
+        choices: Of each metric of an entry, ``better``: number -> ``'lower'`` or ``'higher'``.
         wanted: Name of the number; None for the first that tells better weights from worse ones.
         name: Config key of the entry, for messages.
 
@@ -26,7 +24,7 @@ def number_that_decides(metrics: Sequence[Metric | type[Metric]], wanted: str | 
     Raises:
         ValueError: There is no such number, or none at all.
     """
-    rules = {number: better for metric in metrics for number, better in metric.better.items()}
+    rules = {number: better for choice in choices for number, better in choice.items()}
     if wanted is None and rules:
         return next(iter(rules.items()))
     if isinstance(wanted, str) and wanted in rules:

@@ -120,9 +120,7 @@ def evaluate(
         sampling_seed = seed if generate else None
         return dict(
             metrics=numbers,
-            protocol={
-                type(metric).__name__: {**metric.protocol(), 'sampling_seed': sampling_seed} for metric in metrics
-            },
+            protocol={metric.title: {**metric.protocol(), 'sampling_seed': sampling_seed} for metric in metrics},
             num_samples=count,
             nfe=nfe,
             seconds=time.perf_counter() - start,

@@ -25,7 +25,15 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """Base class; a new extractor implements :meth:`forward` and :meth:`protocol` and registers itself."""
+    """Base class; a new extractor implements :meth:`forward` and :meth:`protocol` and registers itself.
+
+    Attributes:
+        input_size: Side in pixels that metrics bring images to; None if images are taken as they are.
+        resizes_itself: Whether it also takes images of other sizes.
+    """
+
+    input_size: int | None = None
+    resizes_itself = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:

@@ -66,9 +66,10 @@ def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
 
     ``|mean_1 - mean_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))``. With ``C_i = F_i F_i^T`` the trace of the root is the
     sum of the singular values of ``F_1^T F_2``, which needs no matrix square root, no complex numbers and no
-    regularisation, and loses no digits to the squares of these values. An eigenvalue of a covariance that rounding
-    alone can make, at most D times the precision of float64 relative to the largest, counts as zero: its root would be
-    wrong by 1e-8. So singular covariances are no less exact than others.
+    regularisation, and loses no digits to the squares of these values. The factors are Cholesky's; where a covariance
+    is singular, or so close to it that rounding decides, its eigenvectors. An eigenvalue that rounding alone can make,
+    at most D times the precision of float64 relative to the largest, counts as zero: its root would be wrong by 1e-8.
+    So singular covariances are no less exact than others.
 
     Args:
         mean_1: Shape (D,).
@@ -78,7 +79,15 @@ def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
 
     Returns:
         The distance, at least 0 up to rounding, which is relative to the traces of the covariances.
+
+    Raises:
+        ValueError: The moments are of features of different dimensions.
     """
+    if covariance_1.shape != covariance_2.shape:
+        raise ValueError(
+            f'moments of {len(covariance_1)} and {len(covariance_2)} features cannot be compared: they are not of the '
+            'same extractor'
+        )
     mean_1, covariance_1, mean_2, covariance_2 = (
         tensor.double() for tensor in (mean_1, covariance_1, mean_2, covariance_2)
     )
@@ -89,7 +98,12 @@ def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
 
 def _factor(covariance: Tensor) -> Tensor:
     """``F`` (D, R) with ``F F^T`` a covariance (D, D) of rank R."""
+    rounding = len(covariance) * torch.finfo(covariance.dtype).eps
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        pivots = lower.diagonal().square()
+        if pivots.min() > rounding * covariance.diagonal().max():
+            return lower
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-    rounding = len(covariance) * torch.finfo(covariance.dtype).eps * eigenvalues[-1].clamp(min=0)
-    held = eigenvalues > rounding
+    held = eigenvalues > rounding * eigenvalues[-1].clamp(min=0)
     return eigenvectors[:, held] * eigenvalues[held].sqrt()

@@ -102,7 +102,9 @@ class GenerativeEvalHook(Hook):
                     f'evaluation {self.name}: save_best_ckpt=True, but interval=None never evaluates while training; '
                     'set interval, or save_best_ckpt=False'
                 )
-            number, better = number_that_decides(self.metrics, best_metric, f'evaluation {self.name}')
+            number, better = number_that_decides(
+                [metric.better for metric in self.metrics], best_metric, f'evaluation {self.name}'
+            )
             self.best = BestValue(f'{self.name}_{number}', better)
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()

@@ -28,9 +28,25 @@ class Metric(ABC):
 
     needs_reference = False
     better: Mapping[str, Literal['lower', 'higher']] = {}
+    prefix = ''
 
     def __init__(self):
         self.reset()
+
+    @classmethod
+    def better_of(cls, arguments: Mapping[str, Any]) -> Mapping[str, str]:
+        """What ``better`` of an object will be.
+
+        Args:
+            arguments: Those of its constructor.
+        """
+        return cls.better
+
+    @property
+    def title(self) -> str:
+        """Name of the metric among those of an evaluation."""
+        kind = type(self).__name__
+        return f'{kind} ({self.prefix})' if self.prefix else kind
 
     def bind(self, extractors: ExtractorPool) -> None:  # noqa: B027 (most metrics need no network)
         """Get the networks this metric needs from a pool that other metrics share.

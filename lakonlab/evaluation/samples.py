@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.evaluation.extractor import FeatureExtractor, Features
+from lakonlab.evaluation.preparation import AS_THEY_ARE, Preparation
 
 
 @dataclass
@@ -22,6 +23,7 @@ class SampleBatch:
         seconds: Wall time of generating the batch; None if it was not generated.
         feed_batch_size: Largest batch given to a feature extractor.
         warm_up: Whether ``seconds`` include what happens once, because the process made no samples before.
+        prompts: Text each sample was asked to show; None without texts.
     """
 
     images: Tensor
@@ -31,35 +33,41 @@ class SampleBatch:
     seconds: float | None = None
     feed_batch_size: int = 512
     warm_up: bool = False
-    _features: dict[int, Features] = field(default_factory=dict, repr=False)
+    prompts: list[str] | None = None
+    _features: dict[tuple[int, Preparation], Features] = field(default_factory=dict, repr=False)
 
-    def features(self, extractor: FeatureExtractor) -> Features:
+    def features(self, extractor: FeatureExtractor, preparation: Preparation = AS_THEY_ARE) -> Features:
         """Features of the images, computed once however many metrics ask.
 
         Args:
             extractor: The network, on the device of the images.
+            preparation: How images are brought to its size.
 
         Returns:
             Features of the batch.
         """
-        if id(extractor) not in self._features:
-            self._features[id(extractor)] = extract(extractor, self.images, self.feed_batch_size)
-        return self._features[id(extractor)]
+        key = id(extractor), preparation
+        if key not in self._features:
+            self._features[key] = extract(extractor, self.images, self.feed_batch_size, preparation)
+        return self._features[key]
 
 
 @torch.no_grad()
-def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Features:
+def extract(
+    extractor: FeatureExtractor, images: Tensor, batch_size: int, preparation: Preparation = AS_THEY_ARE
+) -> Features:
     """Run an extractor in parts of limited size.
 
     Args:
         extractor: The network; moved to the device of the images.
         images: Shape (B, C, H, W), float in [0, 1].
         batch_size: Largest part.
+        preparation: How images are brought to its size.
 
     Returns:
         Features of all images.
     """
-    parts = [extractor.to(images.device)(part) for part in images.split(batch_size)]
+    parts = [extractor.to(images.device)(preparation(part)) for part in images.split(batch_size)]
     logits = None if parts[0].logits is None else torch.cat([part.logits for part in parts])
     return Features(torch.cat([part.embedding for part in parts]), logits)
 

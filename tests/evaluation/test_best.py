@@ -10,7 +10,7 @@ def built(*names):
     features = dict(extractor=dict(type='DigitClassifier'))
     reference = dict(reference=dict(type='Digits', split='val'))
     arguments = dict(FrechetDistance={**features, **reference}, ClassAccuracy=features, FeatureDiversity=features)
-    return [METRICS.build(dict(arguments.get(name, {}), type=name)) for name in names]
+    return [METRICS.build(dict(arguments.get(name, {}), type=name)).better for name in names]
 
 
 @pytest.mark.parametrize(
