@@ -112,6 +112,7 @@ METRICS = LazyRegistry(
             'SamplingSpeed',
         ),
         'lakonlab.evaluation.inception_metrics': ('InceptionMetrics',),
+        'lakonlab.evaluation.exports': ('ADMExport', 'DPGBenchExport', 'GenEvalExport', 'HPSv3BenchmarkExport'),
     },
     mmengine_registry.METRICS,
 )

@@ -341,9 +341,6 @@ LATER_TYPES: dict[str, tuple[str, ...]] = {
         'HPSv3',
         'VQAScore',
         'ColorStats',
-        'DPGBenchExport',
-        'GenEvalExport',
-        'HPSv3BenchmarkExport',
     ),
 }
 """Registry -> published names that are known and that this version does not have.

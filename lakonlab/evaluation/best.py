@@ -10,12 +10,15 @@ from typing import Any
 logger = logging.getLogger('lakonlab.evaluation')
 
 
-def number_that_decides(choices: Sequence[Mapping[str, str]], wanted: str | None, name: str) -> tuple[str, str]:
+def number_that_decides(
+    choices: Sequence[Mapping[str, str]], wanted: str | Sequence[str] | None, name: str
+) -> tuple[str, str]:
     """Choose the number by which the best checkpoint is chosen.
 
     Args:
         choices: Of each metric of an entry, ``better``: number -> ``'lower'`` or ``'higher'``.
-        wanted: Name of the number; None for the first that tells better weights from worse ones.
+        wanted: Name of the number, or several of which the first one counts; None for the first that tells better
+            weights from worse ones.
         name: Config key of the entry, for messages.
 
     Returns:
@@ -27,8 +30,9 @@ def number_that_decides(choices: Sequence[Mapping[str, str]], wanted: str | None
     rules = {number: better for choice in choices for number, better in choice.items()}
     if wanted is None and rules:
         return next(iter(rules.items()))
-    if isinstance(wanted, str) and wanted in rules:
-        return wanted, rules[wanted]
+    first = wanted[0] if isinstance(wanted, (list, tuple)) and wanted else wanted
+    if isinstance(first, str) and first in rules:
+        return first, rules[first]
     found = f'{name}.best_metric: found {wanted!r}, '
     if not rules:
         raise ValueError(

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
-from lakonlab.evaluation.images import ImageFolder
+from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.metrics import Metric
+from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
-from lakonlab.evaluation.samples import SampleBatch, real_images
-from lakonlab.evaluation.sampling import sample
+from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
+from lakonlab.evaluation.sampling import device_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 
@@ -39,8 +40,10 @@ def evaluate(
     data: str = 'val',
     version: object = None,
     images: ImageFolder | None = None,
+    written: WrittenImages | None = None,
     feed_batch_size: int = 512,
     generate: bool = True,
+    quantize: str = 'float',
     seed: int = 0,
     name: str = 'evaluation',
     ranks: Ranks = ALONE,
@@ -63,7 +66,10 @@ def evaluate(
         data: Name of the split.
         version: What changes when the weights of the model do.
         images: Where to write samples; only that of the main process is used.
+        written: Images of these samples, made before, that need not be made again; metrics then see 8 bits per channel.
         feed_batch_size: Largest batch given to a feature extractor.
+        quantize: ``'float'``: metrics see samples as the model makes them; ``'uint8'``: rounded to 8 bits per channel,
+            as files have them.
         generate: If False, the real images of the split are measured.
         seed: Seed of what the sampler draws beyond the data set's noise.
         name: Title of the progress bar.
@@ -84,6 +90,8 @@ def evaluate(
     needs_reference = any(metric.needs_reference for metric in metrics)
     if needs_reference and reference_kwargs is None:
         raise ConfigError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
+    if written is not None and quantize != 'uint8':
+        raise ConfigError(f"{name}: images in files have 8 bits per channel: set quantize='uint8' to measure them")
     references = references if references is not None else ReferenceSamples()
     for metric in metrics:
         metric.reset()
@@ -92,22 +100,31 @@ def evaluate(
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe
         batch, seconds, reference = share.batch, None, None
-        if generate:
+        pixels = None if written is None else written.read(batch['ids'])
+        if is_divided and written is not None and not all(ranks.all_gather(pixels is not None)):
+            pixels = None  # a network that is divided makes the samples of all processes or of none
+        if pixels is not None:
+            pixels = pixels.to(device_of(model))
+        elif generate:
             pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
         else:
             pixels = real_images(batch)
         if needs_reference:
             reference = references.get(model, batch, data, reference_kwargs, version, make_reference)
-        made = SampleBatch(pixels, batch['ids'], batch.get('labels'), reference, seconds, warm_up=warm_up)
+        labels, prompts = batch.get('labels'), prompts_of(batch)
+        made = SampleBatch(pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts)
         return to_send(made, share.count), pixels.device
 
     def measure(parts: Sequence[SampleBatch], device: torch.device) -> None:
         nonlocal count
         for batch in in_order(parts, dataloader.batch_sampler.samples_per_gpu, device, feed_batch_size):
+            if images is not None:
+                images.add(batch.images, batch.ids, captions_of(batch))
+            batch.images = quantised(batch.images, quantize)
+            if batch.reference is not None:
+                batch.reference = quantised(batch.reference, quantize)
             for metric in metrics:
                 metric.feed(batch)
-            if images is not None:
-                images.add(batch.images, batch.ids)
             count += len(batch.ids)
             progress.update(len(batch.ids))
 
@@ -128,6 +145,7 @@ def evaluate(
             generated=generate,
             sample_kwargs=dict(sample_kwargs or {}),
             sampling_seed=sampling_seed,
+            quantize=quantize,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,
         )
 

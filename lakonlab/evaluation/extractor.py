@@ -74,3 +74,8 @@ class ExtractorPool:
         if key not in self._extractors:
             self._extractors[key] = FEATURE_EXTRACTORS.build(dict(config)).eval().requires_grad_(False)
         return self._extractors[key]
+
+    def offload(self) -> None:
+        """Move all extractors to the CPU; they go back where images are when they are needed."""
+        for extractor in self._extractors.values():
+            extractor.cpu()

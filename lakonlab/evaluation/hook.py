@@ -14,8 +14,10 @@ from torch import nn
 from lakonlab.evaluation.best import BestValue, number_that_decides
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.extractor import ExtractorPool
-from lakonlab.evaluation.images import ImageFolder
+from lakonlab.evaluation.images import ImageFolder, WrittenImages
+from lakonlab.evaluation.preparation import QUANTISATIONS
 from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
@@ -48,8 +50,12 @@ class GenerativeEvalHook(Hook):
         generate: If False, the real images of the split are measured instead of samples.
         save_best_ckpt: Whether to save the run whenever a number is better than at all evaluations before; it needs
             ``checkpoint_config``.
-        best_metric: Name of that number, such as ``'frechet_distance'``; None for the first one of ``metrics`` that
-            tells better weights from worse ones. Its metric says whether less is better or more.
+        best_metric: Name of that number, such as ``'fid'``, or several of which the first one counts; None for the
+            first one of ``metrics`` that tells better weights from worse ones. Its metric says whether less is better
+            or more.
+        quantize: ``'float'``: metrics see samples as the model makes them; ``'uint8'``: rounded to 8 bits per channel,
+            as files have them.
+        metric_cpu_offload: Move the networks of metrics to the CPU after each evaluation.
 
     Attributes:
         owed: Iteration whose evaluation was given up when the run was asked to stop; None if there is none.
@@ -73,7 +79,9 @@ class GenerativeEvalHook(Hook):
         feed_batch_size: int = 32,
         generate: bool = True,
         save_best_ckpt: bool = False,
-        best_metric: str | None = None,
+        best_metric: str | Sequence[str] | None = None,
+        quantize: str = 'float',
+        metric_cpu_offload: bool = False,
     ):
         self.data = data
         self.prefix = prefix
@@ -92,6 +100,12 @@ class GenerativeEvalHook(Hook):
         self.viz_num = viz_num
         self.feed_batch_size = feed_batch_size
         self.generate = generate
+        if quantize not in QUANTISATIONS:
+            raise ValueError(
+                f'evaluation {self.name}: quantize={quantize!r}: expected one of {", ".join(map(repr, QUANTISATIONS))}'
+            )
+        self.quantize = quantize
+        self.metric_cpu_offload = metric_cpu_offload
         if isinstance(metrics, Mapping):
             metrics = [metrics]
         self.metrics = [METRICS.build(dict(metric)) for metric in metrics or ()]
@@ -146,6 +160,8 @@ class GenerativeEvalHook(Hook):
         ranks: Ranks = ALONE,
         is_divided: bool = False,
         stop: Callable[[], bool] | None = None,
+        origin: Mapping[str, Any] | None = None,
+        reuse: bool = False,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
 
@@ -159,26 +175,37 @@ class GenerativeEvalHook(Hook):
             ranks: The processes.
             is_divided: Whether the networks of the model are divided among them.
             stop: Whether this process is asked to stop, see :func:`lakonlab.evaluation.evaluate.evaluate`.
+            origin: What the weights are, as plain data.
+            reuse: Measure the images that an evaluation of the same ``origin`` and arguments has written, instead of
+                making them again; then all samples are measured with 8 bits per channel.
 
         Returns:
             In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
-            ``prefix`` and ``images``, the folder of images; and in the main process the grid of samples, uint8
-            (H, W, 3), or None.
+            ``prefix``, ``images``, the folder of images, and ``page``, which shows them; and in the main process the
+            grid of samples, uint8 (H, W, 3), or None.
         """
         if self._loader is None:
             self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
         path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
+        page = None if path is None else str(path.parent / f'{path.name}.html')
+        origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
+        written = None
+        if reuse and path is not None and origin is not None and self.generate:
+            written = ranks.together(lambda: WrittenImages(path, origin))
         folder, grid = None, None
 
         def prepare() -> None:
             nonlocal folder
-            for metric in self.metrics:
-                metric.bind(self.extractors)
-            folder = None if path is None else ImageFolder(path, self.viz_num)
+            self.bind()
+            folder = None if path is None else ImageFolder(path, self.viz_num, origin=origin, reuse=written is not None)
 
         def finish() -> None:
             nonlocal grid
             grid = folder.finish() if folder else None
+            if folder and folder.captions:
+                gallery(f'{run_name} {self.name} {tag}', results, folder, page).write(page)
+            if self.metric_cpu_offload:
+                self.extractors.offload()
 
         ranks.on_main(prepare)
         results = evaluate(
@@ -191,6 +218,8 @@ class GenerativeEvalHook(Hook):
             data=self.data,
             version=tag,
             images=folder,
+            written=written,
+            quantize='uint8' if written is not None else self.quantize,
             feed_batch_size=self.feed_batch_size,
             generate=self.generate,
             seed=seed,
@@ -204,16 +233,30 @@ class GenerativeEvalHook(Hook):
             for metric, value in results['metrics'].items():
                 logger.info('%s_%s = %.4f', self.name, metric, value)
             logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
-        summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=None if path is None else str(path))
+        images = None if path is None else str(path)
+        summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=images, page=page)
         return {**summary, **results}, grid
+
+    def bind(self) -> None:
+        """Load the networks and references of the metrics, if they are not yet there."""
+        for metric in self.metrics:
+            metric.bind(self.extractors)
+
+    def _sampling(self) -> dict[str, Any]:
+        """What decides which samples are made, beside the weights."""
+        return dict(data_split=self.data, sample_kwargs=self.sample_kwargs, generate=self.generate)
 
     def before_train(self, runner) -> None:
         """Share networks with the other evaluations, and see that the best checkpoint has a place to go.
 
+        What the metrics need is loaded now, so that what is missing is found before anything is trained.
+
         Raises:
-            ValueError: It has none.
+            ValueError: It has none, or what metrics need does not fit.
         """
         self.share(runner.hooks)
+        if self.interval is not None:
+            runner.strategy.ranks.on_main(self.bind)
         if self.best is not None and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '

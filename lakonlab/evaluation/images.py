@@ -1,24 +1,31 @@
-"""Sampled images as files: one PNG per sample, and a grid to look at."""
+"""Sampled images as files: one PNG per sample, a grid to look at, and a page."""
 
 from __future__ import annotations
 
 import io
+import json
+import logging
 import math
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from lakonlab.storage import files
 from lakonlab.storage.remote_path import AnyPath, as_path
 
+logger = logging.getLogger('lakonlab.evaluation')
+
 GRID_FILE = 'grid.png'
-OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}')
+ORIGIN_FILE = 'samples.json'
+OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}|{re.escape(ORIGIN_FILE)}')
 UPLOADS = 8
 """Images that are sent to a remote folder at the same time."""
 GREY = 96
@@ -83,32 +90,51 @@ def in_one_size(images: Sequence[np.ndarray]) -> np.ndarray:
 class ImageFolder:
     """Writes samples of one evaluation as ``<id>.png`` and, at the end, ``grid.png``.
 
+    Files become visible whole. ``samples.json`` says of what samples the images are, so that they can be used again.
+
     Args:
         path: The folder, local or remote; images that an earlier evaluation left there are removed, other files are
             not.
         limit: Only samples with ids below it are written; None for all.
         grid_limit: At most so many samples are shown in the grid.
+        origin: What the samples depend on, as plain data: weights, seeds, sampling arguments. None if it is not known.
+        reuse: Keep the images that are there if they are of the same origin.
+
+    Attributes:
+        captions: Number of each sample that was written -> its caption.
     """
 
-    def __init__(self, path: str | AnyPath, limit: int | None = None, grid_limit: int = 100):
+    def __init__(
+        self,
+        path: str | AnyPath,
+        limit: int | None = None,
+        grid_limit: int = 100,
+        origin: Mapping[str, Any] | None = None,
+        reuse: bool = False,
+    ):
         self.path = as_path(path)
         self.limit = limit
         self.grid_limit = grid_limit
+        self.captions: dict[int, str] = {}
         self._shown: dict[int, np.ndarray] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._sent: deque[Future] = deque()
         if isinstance(self.path, Path):
             self.path.mkdir(parents=True, exist_ok=True)
-        for name in files.list_names(str(self.path)):
-            if OWN_FILE.fullmatch(name):
-                files.remove_file(str(self.path / name))
+        if not (reuse and is_of(self.path, origin)):
+            for name in files.list_names(str(self.path)):
+                if OWN_FILE.fullmatch(name):
+                    files.remove_file(str(self.path / name))
+            if origin is not None:
+                files.write_text(str(self.path / ORIGIN_FILE), _origin_text(origin))
 
-    def add(self, images: Tensor, ids: Sequence[int]) -> None:
+    def add(self, images: Tensor, ids: Sequence[int], captions: Sequence[str] | None = None) -> None:
         """Write samples.
 
         Args:
             images: Shape (B, C, H, W), float in [0, 1].
             ids: Number of each sample.
+            captions: What the page says about each; None for nothing.
 
         Raises:
             OSError: One of these or of those before could not be written.
@@ -117,7 +143,8 @@ class ImageFolder:
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
-            self._save(pixels, f'{ids[row]:09d}.png')
+            self._save(pixels if images.shape[1] > 1 else pixels[..., 0], image_name(ids[row]))
+            self.captions[ids[row]] = '' if captions is None else captions[row]
             if ids[row] < self.grid_limit:
                 self._shown[ids[row]] = pixels
 
@@ -142,14 +169,65 @@ class ImageFolder:
         return grid
 
     def _save(self, pixels: np.ndarray, name: str) -> None:
-        image = Image.fromarray(pixels)
-        if isinstance(self.path, Path):
-            image.save(self.path / name)
-            return
         content = io.BytesIO()
-        image.save(content, 'PNG')
+        Image.fromarray(pixels).save(content, 'PNG')
+        if isinstance(self.path, Path):
+            files.write_bytes(self.path / name, content.getvalue())
+            return
         if self._threads is None:
             self._threads = ThreadPoolExecutor(UPLOADS, thread_name_prefix='images')
         if len(self._sent) >= 2 * UPLOADS:
             self._sent.popleft().result()
         self._sent.append(self._threads.submit(files.write_bytes, str(self.path / name), content.getvalue()))
+
+
+class WrittenImages:
+    """Images of an earlier evaluation of the same samples, for the one that measures them again.
+
+    Args:
+        path: Their folder.
+        origin: What the samples depend on; images of other samples are not used.
+    """
+
+    def __init__(self, path: str | AnyPath, origin: Mapping[str, Any]):
+        self.path = as_path(path)
+        self._names = set(files.list_names(str(self.path))) if is_of(self.path, origin) else set()
+
+    def read(self, ids: Sequence[int]) -> Tensor | None:
+        """The images of some samples.
+
+        Args:
+            ids: Number of each sample.
+
+        Returns:
+            Shape (B, C, H, W), float in [0, 1]; None if one of them is missing or cannot be read.
+        """
+        if any(image_name(number) not in self._names for number in ids):
+            return None
+        try:
+            return torch.stack([_read(str(self.path / image_name(number))) for number in ids])
+        except (ValueError, RuntimeError, OSError, SyntaxError) as error:
+            logger.warning('images of samples %s are made again: %s', ', '.join(map(str, ids[:4])), error)
+            return None
+
+
+def _read(path: str) -> Tensor:
+    """An image (C, H, W) with the channels that it was written with."""
+    with Image.open(io.BytesIO(files.read_bytes(path))) as image:
+        pixels = np.array(image if image.mode == 'L' else image.convert('RGB'))
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 255
+
+
+def image_name(number: int) -> str:
+    """Name of the file of a sample."""
+    return f'{number:09d}.png'
+
+
+def is_of(path: str | AnyPath, origin: Mapping[str, Any] | None) -> bool:
+    """Whether the images in a folder are of the samples that an origin describes."""
+    file = str(as_path(path) / ORIGIN_FILE)
+    return origin is not None and files.is_file(file) and files.read_text(file) == _origin_text(origin)
+
+
+def _origin_text(origin: Mapping[str, Any]) -> str:
+    return json.dumps(origin, indent=1, sort_keys=True, default=str)

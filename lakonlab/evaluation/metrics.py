@@ -261,7 +261,7 @@ class SamplingSpeed(Metric):
 
     def feed(self, batch: SampleBatch) -> None:
         if batch.seconds is None:
-            raise ValueError('SamplingSpeed needs samples that were generated, not real images')
+            raise ValueError('SamplingSpeed needs samples that are generated now, not real images or images in files')
         count, seconds = self._warm_up if batch.warm_up else self._timed
         total = count + len(batch.ids), seconds + batch.seconds
         if batch.warm_up:

@@ -110,6 +110,7 @@ def to_send(samples: SampleBatch, count: int) -> SampleBatch:
         part(samples.reference),
         None if seconds is None else seconds * count / len(samples.ids),
         warm_up=samples.warm_up,
+        prompts=None if samples.prompts is None else list(samples.prompts[:count]),
     )
 
 
@@ -131,7 +132,7 @@ def in_order(
     rows = sorted((row, rank) for rank, part in enumerate(parts) for row in range(len(part.ids)))
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]
-        timed = parts[0].seconds is not None
+        timed = all(part.seconds is not None for part in parts if part.ids)
         reference = _take(parts, 'reference', chosen)
         yield SampleBatch(
             _take(parts, 'images', chosen).to(device),
@@ -141,6 +142,7 @@ def in_order(
             sum(parts[rank].seconds / len(parts[rank].ids) for _, rank in chosen) if timed else None,
             feed_batch_size,
             parts[0].warm_up,
+            None if parts[0].prompts is None else [parts[rank].prompts[row] for row, rank in chosen],
         )
 
 

@@ -91,3 +91,19 @@ def real_images(batch: dict) -> Tensor:
         found = {key: tuple(value.shape) for key, value in batch.items() if isinstance(value, Tensor)}
         raise ValueError(f'real images need a data set with images or pixels, not test_mode=True; found {found}')
     return latents / 2 + 0.5
+
+
+def prompts_of(batch: dict) -> list[str] | None:
+    """The prompts of a batch of a data set: ``name``, or ``prompt``; None if it has none."""
+    for key in ('name', 'prompt'):
+        texts = batch.get(key)
+        if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+            return list(texts)
+    return None
+
+
+def captions_of(batch: SampleBatch) -> list[str]:
+    """What a page of samples says about each: its prompt, or its class."""
+    if batch.prompts is not None:
+        return batch.prompts
+    return [''] * len(batch.ids) if batch.labels is None else [f'class {label}' for label in batch.labels.tolist()]

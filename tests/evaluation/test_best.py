@@ -32,9 +32,10 @@ def test_the_number_that_decides():
     assert number_that_decides(metrics, None, 'entry') == ('class_accuracy', 'higher')
     assert number_that_decides(metrics, 'frechet_distance', 'entry') == ('frechet_distance', 'lower')
     assert number_that_decides(metrics, 'reference_rmse', 'entry') == ('reference_rmse', 'lower')
+    assert number_that_decides(metrics, ['reference_rmse', 'fid'], 'entry') == ('reference_rmse', 'lower')
 
 
-@pytest.mark.parametrize('wanted', ['fid', 'feature_diversity', ['reference_rmse']])
+@pytest.mark.parametrize('wanted', ['fid', 'feature_diversity', ['fid', 'reference_rmse'], []])
 def test_a_number_that_cannot_decide(wanted):
     with pytest.raises(ValueError, match=r"entry\.best_metric: found .*, expected .*: 'reference_rmse'"):
         number_that_decides(built('FeatureDiversity', 'ReferenceRMSE'), wanted, 'entry')

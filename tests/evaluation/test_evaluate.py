@@ -111,7 +111,7 @@ def test_images_and_grid(tmp_path):
     files = sorted(path.name for path in Path(results['images']).iterdir())
     assert files == [f'{number:09d}.png' for number in range(12)] + ['grid.png', 'mine.png']
     assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 34 + 2, 3 * 34 + 2)
-    assert np.array(Image.open(tmp_path / 'default' / '000000003.png')).shape == (8, 8, 3)
+    assert np.array(Image.open(tmp_path / 'default' / '000000003.png')).shape == (8, 8)
 
 
 def test_quantisation_rounds_and_clips():

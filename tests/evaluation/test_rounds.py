@@ -179,6 +179,7 @@ def failing_part(name, ranks, folder):
     images = ImageFolder(folder) if ranks.is_main else None
     if images is not None:
         folder.rmdir()
+        folder.touch()
     return evaluate(Painter(), loader(9, ranks), [], images=images, ranks=ranks)
 
 
@@ -188,7 +189,7 @@ def failing_part(name, ranks, folder):
         ('data', ArithmeticError, 'item 5 cannot be read'),
         ('model', ArithmeticError, 'sample 5 cannot be painted'),
         ('metric', ArithmeticError, 'cannot be measured'),
-        ('images', FileNotFoundError, '000000000.png'),
+        ('images', FileExistsError, 'File exists'),
     ],
 )
 def test_an_error_in_one_process_ends_all(tmp_path, name, kind, message):

@@ -1,0 +1,205 @@
+"""A page to look at samples: one HTML file with its style and script in it, beside the images or with them inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import mimetypes
+import os
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+from urllib.parse import quote, unquote
+
+from lakonlab.storage import files
+
+PARTS = Path(__file__).parent / 'viewer_page'
+DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+@dataclass
+class Column:
+    """A run whose samples are shown.
+
+    Args:
+        name: What it is called above its images.
+        numbers: Name -> value of its metrics.
+        facts: What else a reader may want to know, as plain data: protocol, checkpoint, sampling arguments.
+    """
+
+    name: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Item:
+    """A sample, as each run made it.
+
+    Args:
+        id: Number of the sample in its data set.
+        caption: The prompt, or the class.
+        sources: For each column the URL of the image or video, relative to the page or absolute; None if there is none.
+    """
+
+    id: int
+    caption: str
+    sources: list[str | None]
+
+
+@dataclass
+class Gallery:
+    """What a page shows.
+
+    Args:
+        title: Its title.
+        columns: Runs side by side, at least one.
+        items: Samples in the order in which they are shown.
+    """
+
+    title: str
+    columns: list[Column]
+    items: list[Item]
+
+    def page(self) -> str:
+        """The page as HTML; no text in it can become markup or script."""
+        data = json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False, default=str)
+        for character in '<>&\u2028\u2029':
+            data = data.replace(character, f'\\u{ord(character):04x}')
+        # a lone half of a surrogate pair cannot be written in UTF-8
+        data = re.sub('[\ud800-\udfff]', lambda found: f'\\u{ord(found[0]):04x}', data)
+        title = html.escape(self.title).encode(errors='replace').decode()
+        parts = {name: (PARTS / file).read_text(encoding='utf-8') for name, file in _FILES.items()}
+        return Template(parts.pop('PAGE')).substitute(parts, TITLE=title, DATA=data)
+
+    def write(self, path: str | Path) -> None:
+        """Write the page, all or nothing.
+
+        Args:
+            path: The file, of any scheme.
+        """
+        files.write_text(path, self.page())
+
+
+_FILES = {'PAGE': 'page.html', 'STYLE': 'style.css', 'SCRIPT': 'viewer.js'}
+
+
+def _finite(value: Any) -> Any:
+    """Plain data in which numbers that JSON does not have are texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_page(path: str | Path) -> Gallery:
+    """What a page shows, read from the page.
+
+    Args:
+        path: A file that :meth:`Gallery.write` made, of any scheme.
+
+    Raises:
+        ValueError: It is another file.
+        OSError: There is no such file.
+    """
+    found = DATA.search(files.read_text(path))
+    if found is None:
+        raise ValueError(f'{path} is no page of samples')
+    data = json.loads(found[1])
+    columns = [Column(**column) for column in data['columns']]
+    return Gallery(data['title'], columns, [Item(**item) for item in data['items']])
+
+
+def url_from(page: str | Path, target: str | Path) -> str:
+    """URL of a file as a page refers to it: relative where both are in one place, so that they can be moved together.
+
+    Args:
+        page: The page.
+        target: The file, or a URL, which comes back as it is.
+    """
+    if str(target).startswith(('data:', 'http://', 'https://')):
+        return str(target)
+    if files.is_remote(page) != files.is_remote(target) or files.scheme_of(page) != files.scheme_of(target):
+        raise ValueError(f'{page} cannot show {target}: put the page where the images are, or the images into the page')
+    if files.is_remote(page):
+        here, there = str(files.parent_of(page)).split('/'), str(target).split('/')
+        if here[:3] != there[:3]:
+            raise ValueError(f'{page} cannot show {target}: they are in different buckets')
+    else:
+        here = list(Path(page).absolute().parent.parts)
+        there = list(Path(target).absolute().parts)
+    common = 0
+    while common < min(len(here), len(there) - 1) and here[common] == there[common]:
+        common += 1
+    return '/'.join(quote(part) for part in [*['..'] * (len(here) - common), *there[common:]])
+
+
+def side_by_side(
+    pages: Sequence[str | Path], output: str | Path, names: Sequence[str] | None = None, embed: bool = False
+) -> Gallery:
+    """Show several runs beside each other, whose samples have the same numbers and captions.
+
+    Args:
+        pages: Their pages.
+        output: Where the common page will be.
+        names: What the runs are called; None for the titles of their pages.
+        embed: Put the images into the page, so that it can be sent as one file.
+
+    Returns:
+        What the common page shows: every sample that any of them has, in order.
+
+    Raises:
+        ValueError: A sample has different captions: they are of different data, or the pages cannot be shown together.
+    """
+    if names is not None and len(names) != len(pages):
+        raise ValueError(f'{len(names)} names for {len(pages)} pages: expected one for each')
+    galleries = [read_page(path) for path in pages]
+    columns, captions, sources = [], {}, {}
+    total = sum(len(gallery.columns) for gallery in galleries)
+    for index, (path, gallery) in enumerate(zip(pages, galleries)):
+        offset = len(columns)
+        for column in gallery.columns:
+            name = names[index] if names is not None else gallery.title
+            if len(gallery.columns) > 1:
+                name = f'{name}: {column.name}'
+            columns.append(Column(name, column.numbers, column.facts))
+        for item in gallery.items:
+            if captions.setdefault(item.id, item.caption) != item.caption:
+                raise ValueError(
+                    f'{path}: sample {item.id} is {item.caption!r}, but {captions[item.id]!r} in a page before it: '
+                    'these are samples of different data'
+                )
+            row = sources.setdefault(item.id, [None] * total)
+            for number, source in enumerate(item.sources):
+                row[offset + number] = _moved(source, path, output, embed)
+    items = [Item(number, captions[number], sources[number]) for number in sorted(captions)]
+    return Gallery(' | '.join(column.name for column in columns), columns, items)
+
+
+def _moved(source: str | None, page: str | Path, output: str | Path, embed: bool) -> str | None:
+    """The URL by which another page refers to an image of a page."""
+    if source is None or source.startswith(('data:', 'http://', 'https://')):
+        return source
+    target = _target(page, source)
+    if not embed:
+        return url_from(output, target)
+    if not files.is_file(target):
+        return None
+    kind = mimetypes.guess_type(str(target))[0] or 'image/png'
+    return f'data:{kind};base64,{base64.b64encode(files.read_bytes(target)).decode()}'
+
+
+def _target(page: str | Path, source: str) -> str:
+    """The file that a page means by a relative URL."""
+    folder, relative = files.parent_of(page), unquote(source)
+    if not files.is_remote(page):
+        return os.path.normpath(Path(folder).absolute() / relative)
+    scheme, _, rest = folder.partition('://')
+    return f'{scheme}://{posixpath.normpath(posixpath.join(rest, relative))}'

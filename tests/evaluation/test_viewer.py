@@ -1,0 +1,150 @@
+import html.parser
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lakonlab.evaluation.viewer import Column, Gallery, Item, read_page, side_by_side, url_from
+from lakonlab.runner.compare_samples import compare_samples
+
+NASTY = (
+    '</script><script>window.harmed = 1</script><img src=x onerror="window.harmed = 1"> & "quotes" \u2028 $TITLE '
+    '\\u003c --> {{x}}'
+)
+RIGHT_TO_LEFT = 'قطة حمراء على كرسي (اثنان) 42 \u202eabc'
+
+
+def gallery(count=3, **changes):
+    items = [Item(number, f'prompt {number}', [f'img/{number:09d}.png']) for number in range(count)]
+    return Gallery(**{**dict(title='a run', columns=[Column('a run', dict(fid=1.5))], items=items), **changes})
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, and the text of its title and scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] in ('script', 'title'):
+            self.texts.append((self.tags[-1][0], data))
+
+
+def test_no_text_becomes_markup():
+    plain = Page(gallery().page())
+    items = [Item(0, NASTY, [f'img/{NASTY}.png']), Item(1, RIGHT_TO_LEFT, [None]), Item(2, '\ud83d half', ['a.png'])]
+    facts = {NASTY: [float('nan'), NASTY]}
+    nasty = gallery(title=NASTY, columns=[Column(NASTY, {NASTY: float('inf')}, facts)], items=items)
+    text = nasty.page()
+    assert text.encode()
+    found = Page(text)
+    assert [tag for tag, _ in found.tags] == [tag for tag, _ in plain.tags]
+    title = next(data for tag, data in found.texts if tag == 'title')
+    assert title == NASTY
+    data = json.loads(next(data for tag, data in found.texts if tag == 'script'))
+    assert [item['caption'] for item in data['items']] == [NASTY, RIGHT_TO_LEFT, '\ud83d half']
+    assert data['columns'][0]['facts'] == {NASTY: ['nan', NASTY]}
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    page = gallery().page()
+    found = Page(page)
+    assert not [attributes for _, attributes in found.tags if {'src', 'href'} & set(attributes)]
+    assert '@import' not in page
+    assert 'url(' not in page
+    assert len([tag for tag, _ in found.tags if tag == 'script']) == 2
+
+
+def test_a_page_is_read_back(tmp_path):
+    written = gallery()
+    written.write(tmp_path / 'a.html')
+    assert read_page(tmp_path / 'a.html') == written
+    (tmp_path / 'b.html').write_text('<html></html>')
+    with pytest.raises(ValueError, match='no page of samples'):
+        read_page(tmp_path / 'b.html')
+
+
+@pytest.mark.parametrize(
+    ('page', 'target', 'expected'),
+    [
+        ('viz/run/a.html', 'viz/run/a/1.png', 'a/1.png'),
+        ('viz/all.html', 'viz/ü #?%/1.png', '%C3%BC%20%23%3F%25/1.png'),
+        ('viz/x/all.html', 'viz/y/1.png', '../y/1.png'),
+        ('s3://bucket/viz/a.html', 's3://bucket/viz/a/1.png', 'a/1.png'),
+        ('s3://bucket/x/a.html', 's3://bucket/viz/a/1.png', '../viz/a/1.png'),
+        ('a.html', 'https://host/1.png', 'https://host/1.png'),
+    ],
+)
+def test_urls_are_relative(page, target, expected):
+    assert url_from(page, target) == expected
+
+
+@pytest.mark.parametrize(
+    ('page', 'target'), [('a.html', 's3://b/1.png'), ('s3://b/a.html', '1.png'), ('s3://b/a.html', 's3://c/1.png')]
+)
+def test_urls_that_lead_nowhere(page, target):
+    with pytest.raises(ValueError, match='cannot show'):
+        url_from(page, target)
+
+
+def written_run(folder, name, numbers, colour):
+    (folder / name).mkdir(parents=True)
+    items = []
+    for number in numbers:
+        Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(folder / name / f'{number}.png')
+        items.append(
+            Item(number, f'prompt {number}', [url_from(folder / f'{name}.html', folder / name / f'{number}.png')])
+        )
+    gallery(title=name, columns=[Column(name, dict(fid=colour))], items=items).write(folder / f'{name}.html')
+    return folder / f'{name}.html'
+
+
+def test_side_by_side(tmp_path):
+    pages = [written_run(tmp_path / 'one', 'a b', [0, 1, 2], 10), written_run(tmp_path / 'two', 'c', [1, 2, 3], 20)]
+    common = side_by_side(pages, tmp_path / 'both.html', names=['first', 'second'])
+    assert [column.name for column in common.columns] == ['first', 'second']
+    assert [column.numbers for column in common.columns] == [dict(fid=10), dict(fid=20)]
+    assert [item.sources for item in common.items] == [
+        ['one/a%20b/0.png', None],
+        ['one/a%20b/1.png', 'two/c/1.png'],
+        ['one/a%20b/2.png', 'two/c/2.png'],
+        [None, 'two/c/3.png'],
+    ]
+    common.write(tmp_path / 'both.html')
+    again = side_by_side([tmp_path / 'both.html', pages[0]], tmp_path / 'one' / 'all.html')
+    assert [column.name for column in again.columns] == ['first | second: first', 'first | second: second', 'a b']
+    assert again.items[1].sources == ['a%20b/1.png', '../two/c/1.png', 'a%20b/1.png']
+
+
+def test_a_page_with_its_images_in_it(tmp_path):
+    pages = [written_run(tmp_path, 'a', [0], 10), written_run(tmp_path, 'b', [0], 20)]
+    (tmp_path / 'b' / '0.png').unlink()
+    (item,) = side_by_side(pages, tmp_path / 'elsewhere' / 'both.html', embed=True).items
+    assert item.sources[0].startswith('data:image/png;base64,iVBOR')
+    assert item.sources[1] is None
+
+
+def test_samples_of_different_data_are_not_compared(tmp_path):
+    page = written_run(tmp_path, 'a', [0], 10)
+    other = gallery(items=[Item(0, 'another prompt', ['0.png'])])
+    other.write(tmp_path / 'b.html')
+    with pytest.raises(ValueError, match="sample 0 is 'another prompt', but 'prompt 0'"):
+        side_by_side([page, tmp_path / 'b.html'], tmp_path / 'both.html')
+    with pytest.raises(ValueError, match='1 names for 2 pages'):
+        side_by_side([page, page], tmp_path / 'both.html', names=['x'])
+
+
+def test_command(tmp_path):
+    pages = [str(written_run(tmp_path, 'a', [0], 10)), str(written_run(tmp_path, 'b', [0], 20))]
+    out = tmp_path / 'both.html'
+    assert compare_samples(Namespace(pages=pages, out=str(out), names=None, embed=False)) == 0
+    assert [column.name for column in read_page(out).columns] == ['a', 'b']
+    with pytest.raises(OSError, match=r'no\.html'):
+        compare_samples(Namespace(pages=[str(tmp_path / 'no.html')], out=str(out), names=None, embed=False))
