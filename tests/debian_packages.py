@@ -1,4 +1,4 @@
-"""Packages of the system that hold real data for tests."""
+"""Packages of the system that hold real data, and a browser, for tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 INSTALLED_AS = {
+    'chromium': '/usr/bin/chromium',
     'dataset-fashion-mnist': '/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz',
     'fonts-noto-color-emoji': '/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf',
     'unicode-data': '/usr/share/unicode/emoji/emoji-test.txt',

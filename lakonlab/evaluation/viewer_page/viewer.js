@@ -140,8 +140,14 @@
     remember();
   }
 
-  function close() { if ($('box').open) $('box').close(); }
-  $('box').addEventListener('close', () => { state.open = false; $('stage').replaceChildren(); remember(); });
+  function closed() {
+    if (!state.open) return;
+    state.open = false;
+    $('stage').replaceChildren();
+    remember();
+  }
+  function close() { if ($('box').open) $('box').close(); closed(); }
+  $('box').addEventListener('close', closed); // by the browser itself
 
   function search() {
     const words = $('search').value.toLowerCase().split(/\s+/).filter(Boolean);
