@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint with the evaluations of its config; the numbers go to <work_dir>/results.json.
+"""Evaluate a checkpoint with the evaluations of its config; the numbers go to <work_dir>/results.json and results.md.
 
 python tools/test.py configs/digits/dit_digits_teacher.py             the newest checkpoint of the run
 python tools/test.py CONFIG --ckpt checkpoints/NAME/iter_1000 --data val
@@ -21,7 +21,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--ckpt', help='checkpoint; it must exist (default: the newest of the run)')
     parser.add_argument('--data', nargs='+', metavar='SPLIT', help='only evaluations of these data splits')
     parser.add_argument('--skip-existing', action='store_true', help='keep finished results of the same checkpoint')
-    parser.add_argument('--reuse-viz', action='store_true', help='refused: images on disk are not the samples')
+    parser.add_argument(
+        '--reuse-viz', action='store_true', help='measure images of the same weights that are in viz_dir already'
+    )
     parser.add_argument('--timer', action='store_true', help='measure sampling speed in every evaluation')
     parser.add_argument('--dry-run', action='store_true', help='say what would be evaluated, and exit')
     return parser.parse_args()

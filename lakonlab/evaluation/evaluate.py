@@ -80,7 +80,7 @@ def evaluate(
     Returns:
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
         ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
-        arguments with ``sampling_seed``, which every protocol repeats; None for real images.
+        arguments with ``sampling_seed``, None for real images, and ``quantize``, which every protocol repeats.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -135,9 +135,10 @@ def evaluate(
         for metric in metrics:
             numbers.update(metric.compute())
         sampling_seed = seed if generate else None
+        common = dict(sampling_seed=sampling_seed, quantize=quantize)
         return dict(
             metrics=numbers,
-            protocol={metric.title: {**metric.protocol(), 'sampling_seed': sampling_seed} for metric in metrics},
+            protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
             num_samples=count,
             nfe=nfe,
             seconds=time.perf_counter() - start,

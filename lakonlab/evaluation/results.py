@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 from lakonlab.evaluation.hook import GenerativeEvalHook
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS
+from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.evaluation')
 RESULTS_FILE = 'results.json'
@@ -31,6 +31,8 @@ def run_evaluations(
     seed: int = 0,
     ranks: Ranks = ALONE,
     is_divided: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    reuse: bool = False,
 ) -> list[dict[str, Any]]:
     """Run every entry of the section ``evaluation`` once; several processes do so together.
 
@@ -42,6 +44,8 @@ def run_evaluations(
         seed: Seed of what the samplers draw beyond the data set's noise.
         ranks: The processes.
         is_divided: Whether the networks of the model are divided among them.
+        origin: What the weights are, as plain data; kept with the images.
+        reuse: Measure images that an evaluation of the same origin has written, instead of making them again.
 
     Returns:
         The results of each entry, in their order, in every process.
@@ -62,16 +66,18 @@ def run_evaluations(
             logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
         hook.share(hooks)
         name = cfg.get('name', 'run')
-        result, _ = hook.run(model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided)
+        result, _ = hook.run(
+            model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse
+        )
         results.append(result)
     return results
 
 
 def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
-    """Write results as JSON, all or nothing.
+    """Write results as JSON, all or nothing, and as a table beside it.
 
     Args:
-        path: The file.
+        path: The file; the table has the same name with the suffix ``.md``.
         evaluations: Results of :func:`run_evaluations`.
         **facts: What else a reader must know: name of the run, checkpoint, iteration, seed, config.
 
@@ -86,9 +92,27 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
         num_threads=torch.get_num_threads(),
         evaluations=list(evaluations),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(content, indent=1, default=str) + '\n', encoding='utf-8')
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(content, indent=1, default=str) + '\n')
+    files.write_text(Path(path).with_suffix('.md'), results_table(content))
     return content
+
+
+def results_table(content: Mapping[str, Any]) -> str:
+    """Results as a table in Markdown: a row for each evaluation, a column for each number.
+
+    Args:
+        content: What :func:`write_results` writes.
+    """
+    evaluations = content['evaluations']
+    numbers = list(dict.fromkeys(number for result in evaluations for number in result['metrics']))
+    rows = [['evaluation', 'NFE', 'samples', *numbers]]
+    for result in evaluations:
+        values = [result['metrics'].get(number) for number in numbers]
+        cells = [result['name'], result.get('nfe'), result['num_samples'], *values]
+        rows.append(['' if cell is None else f'{cell:.6g}' if isinstance(cell, float) else str(cell) for cell in cells])
+    rows = [[cell.replace('|', '\\|') for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ['| ' + ' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + ' |' for row in rows]
+    rule = '|' + '|'.join([':' + '-' * (widths[0] + 1), *('-' * (width + 1) + ':' for width in widths[1:])]) + '|'
+    facts = [f'{key}: {content[key]}' for key in ('checkpoint', 'iteration', 'seed') if content.get(key) is not None]
+    return '\n'.join([f'# {content.get("name", "results")}', '', *facts, '', lines[0], rule, *lines[1:]]) + '\n'

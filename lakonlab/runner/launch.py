@@ -124,10 +124,9 @@ def test(args: Namespace) -> int:
     """
     with logged_to_console():
         _note_deprecated(args)
-        if args.reuse_viz:
+        if args.reuse_viz and args.timer:
             raise ConfigError(
-                '--reuse-viz: images on disk have 8 bits per channel, so their metrics would differ from those of '
-                'the samples; run without it, or with --skip-existing to keep finished results'
+                '--reuse-viz with --timer: what is read from files takes no time to sample; leave one out'
             )
         cfg = _prepare(args, training=False)
         _check_splits(cfg, args.data)
@@ -166,6 +165,7 @@ def test(args: Namespace) -> int:
                 deterministic=args.deterministic,
                 skip_existing=args.skip_existing,
                 timer=args.timer,
+                reuse_viz=args.reuse_viz,
                 command=shlex.join([Path(sys.executable).name, *sys.argv]),
                 strategy=strategy,
             )

@@ -99,6 +99,7 @@ def evaluate_checkpoint(
     deterministic: bool = False,
     skip_existing: bool = False,
     timer: bool = False,
+    reuse_viz: bool = False,
     command: str = '',
     strategy: Any = None,
 ) -> dict[str, Any]:
@@ -116,6 +117,8 @@ def evaluate_checkpoint(
         deterministic: Whether to allow deterministic algorithms only.
         skip_existing: Keep results of the same entries, weights and seed from the present file.
         timer: Measure sampling speed in every entry.
+        reuse_viz: Measure images that an evaluation of the same weights has written, instead of making them again; all
+            samples are then measured with 8 bits per channel.
         command: Command line, for the file.
         strategy: Processes and devices; None for one process.
 
@@ -132,7 +135,7 @@ def evaluate_checkpoint(
     ranks = strategy.ranks
     if deterministic:
         make_deterministic()
-    entries = _entries(cfg, splits, timer)
+    entries = _entries(cfg, splits, timer, reuse_viz)
     if not entries:
         where = '' if splits is None else f' for data {", ".join(splits)}'
         raise ConfigError(f'evaluation has no entry{where}: nothing to evaluate; add a GenerativeEvalHook')
@@ -156,6 +159,8 @@ def evaluate_checkpoint(
             seed=seed,
             ranks=ranks,
             is_divided=strategy.is_sharded,
+            origin=origin,
+            reuse=reuse_viz,
         )
         for entry, result in zip(pending, results, strict=True):
             fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
@@ -163,7 +168,7 @@ def evaluate_checkpoint(
     kept = {_identity(entry): results_by_entry[_identity(entry)] for entry in entries}
     if splits is not None:
         kept.update({key: result for key, result in present.items() if result['data'] not in splits})
-    order = [_identity(entry) for entry in _entries(cfg, None, timer)]
+    order = [_identity(entry) for entry in _entries(cfg, None, timer, reuse_viz)]
     position = {key: number for number, key in enumerate(order)}
     ordered = [kept[key] for key in sorted(kept, key=lambda key: position.get(key, len(order)))]
     facts = dict(
@@ -223,16 +228,18 @@ def _build(cfg: Config, checkpoint: AnyPath | None, seed: int, strategy: Any) ->
     return model.eval()
 
 
-def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool) -> list[dict[str, Any]]:
+def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool, reuse_viz: bool) -> list[dict[str, Any]]:
     entries = [
         entry for entry in cfg.to_dict().get('evaluation') or () if splits is None or entry.get('data', 'val') in splits
     ]
-    if timer:
-        for entry in entries:
-            metrics = entry.get('metrics') or []
-            metrics = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-            if all(metric['type'] != 'SamplingSpeed' for metric in metrics):
-                entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
+    for entry in entries:
+        metrics = entry.get('metrics') or []
+        metrics = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+        if timer and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
+            entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
+        if reuse_viz:  # what is read from files has 8 bits per channel and takes no time to sample
+            entry['metrics'] = [metric for metric in metrics if metric['type'] != 'SamplingSpeed']
+            entry['quantize'] = 'uint8'
     return entries
 
 

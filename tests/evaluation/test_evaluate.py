@@ -298,4 +298,4 @@ def test_results_file(tmp_path):
     content = json.loads((tmp_path / 'run' / 'results.json').read_text())
     assert content['checkpoint'] == 'a/b'
     assert content['evaluations'][0]['metrics']['reference_rmse'] == pytest.approx(1.0)
-    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['results.json']
+    assert sorted(path.name for path in (tmp_path / 'run').iterdir()) == ['results.json', 'results.md']

@@ -139,7 +139,7 @@ def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
         ({'ckpt': 'checkpoints/absent/latest'}, 'checkpoints/absent/latest'),
         ({'ckpt': 'gs://bucket/run'}, "--ckpt: 'gs://bucket/run': gs:// cannot be read or listed"),
         ({'data': ['vla']}, "did you mean 'val'"),
-        ({'reuse_viz': True}, '--reuse-viz'),
+        ({'reuse_viz': True, 'timer': True}, '--reuse-viz with --timer'),
         ({}, 'checkpoints/dit_digits_teacher holds none'),
         ({'cfg_options': ['evaluation=[]']}, 'evaluation=[]: nothing to evaluate'),
         (

@@ -1,0 +1,110 @@
+"""Samples that were written are measured again without being made again, if they are the same samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lakonlab.evaluation.evaluate import evaluate
+from lakonlab.evaluation.images import WrittenImages
+from lakonlab.evaluation.results import results_table, run_evaluations
+from lakonlab.evaluation.viewer import read_page
+from tests.evaluation.test_evaluate import DIGIT_FEATURES, Model, config
+from tests.evaluation.thread_ranks import run_threads
+
+ORIGIN = dict(model_sha256='abc', seed=0)
+DISTANCE = dict(type='FrechetDistance', extractor=DIGIT_FEATURES, reference=dict(type='Digits', split='val'))
+
+
+class Noisy(Model):
+    """Paints every sample with noise of its own."""
+
+    def val_step(self, data, **arguments):
+        outputs = super().val_step(data, **arguments)
+        return {**outputs, 'pred_imgs': (outputs['pred_imgs'] * 0.4 + 0.2 * data['noise']).clamp(0, 1)}
+
+
+def run(folder, model=None, ranks=None, origin=ORIGIN, reuse=True, **entry):
+    entry = dict(dict(viz_dir=str(folder), viz_num=None, metrics=[DISTANCE]), **entry)
+    model, extra = model or Noisy(), {} if ranks is None else dict(ranks=ranks, is_divided=True)
+    (results,) = run_evaluations(model, config(**entry), origin=origin, reuse=reuse, **extra)
+    return results, sum(len(ids) for _, _, ids in model.calls)
+
+
+def test_images_are_measured_as_samples_of_8_bits(tmp_path):
+    written, made = run(tmp_path, reuse=False, quantize='uint8')
+    assert made == 25
+    again, made = run(tmp_path)
+    assert made == 0
+    assert again['metrics'] == written['metrics']
+    assert again['protocol'] == written['protocol']
+    assert again['protocol']['FrechetDistance']['quantize'] == 'uint8'
+    exact, _ = run(tmp_path / 'other', reuse=False)
+    assert exact['metrics']['frechet_distance'] == pytest.approx(written['metrics']['frechet_distance'], rel=0.02)
+    assert exact['metrics'] != written['metrics']
+
+
+def test_what_is_missing_or_damaged_is_made_again(tmp_path, caplog):
+    expected, _ = run(tmp_path, reuse=False, quantize='uint8')
+    (tmp_path / 'default' / '000000012.png').write_bytes(b'damaged')
+    (tmp_path / 'default' / '000000023.png').unlink()
+    again, made = run(tmp_path)
+    assert made == 15  # their batches, of 10 and of 5
+    assert again['metrics'] == expected['metrics']
+    assert 'are made again' in caplog.text
+    assert run(tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(origin=dict(model_sha256='other', seed=0)),
+        dict(sample_kwargs=dict(test_cfg_override=dict(num_timesteps=2))),
+    ],
+)
+def test_images_of_other_samples_are_not_used(tmp_path, changes):
+    run(tmp_path, reuse=False)
+    assert run(tmp_path, **changes)[1] == 25
+    assert run(tmp_path, **changes)[1] == 0
+
+
+def test_images_of_training_are_not_used(tmp_path):
+    run(tmp_path, reuse=False, origin=None)
+    assert run(tmp_path)[1] == 25
+
+
+def test_processes_that_share_a_network_use_it_together(tmp_path):
+    run(tmp_path, reuse=False)
+    (tmp_path / 'default' / '000000002.png').unlink()
+    outcomes = run_threads(lambda ranks: run(tmp_path, ranks=ranks), 2)
+    assert [made for _, made in outcomes] == [10, 10]  # the first of two rounds
+
+
+def test_files_cannot_be_measured_with_more_bits(tmp_path):
+    with pytest.raises(ValueError, match="set quantize='uint8'"):
+        evaluate(Model(), None, [], written=WrittenImages(tmp_path, ORIGIN))
+
+
+def test_the_page_shows_what_was_measured(tmp_path):
+    results, _ = run(tmp_path / 'viz', reuse=False, viz_num=7)
+    page = read_page(results['page'])
+    assert Path(results['page']) == tmp_path / 'viz' / 'default.html'
+    assert [(item.id, item.caption) for item in page.items] == [(number, str(number % 10)) for number in range(7)]
+    assert all((tmp_path / 'viz' / item.sources[0]).is_file() for item in page.items)
+    assert page.columns[0].numbers == results['metrics']
+    assert page.columns[0].facts['protocol'] == json.loads(json.dumps(results['protocol']))
+
+
+def test_table():
+    evaluations = [
+        dict(name='val_a|b', nfe=4, num_samples=100, metrics=dict(fid=1.23456789, recall=0.5)),
+        dict(name='val', nfe=None, num_samples=20, metrics=dict(speed=1e9)),
+    ]
+    lines = results_table(dict(name='run', checkpoint='c/iter_1', evaluations=evaluations)).splitlines()
+    assert lines[:3] == ['# run', '', 'checkpoint: c/iter_1']
+    cells = [[cell.strip() for cell in line.replace('\\|', '/').split('|')[1:-1]] for line in lines[-4:]]
+    assert cells[0] == ['evaluation', 'NFE', 'samples', 'fid', 'recall', 'speed']
+    assert all(cell.startswith(':') != cell.endswith(':') for cell in cells[1])
+    assert cells[2] == ['val_a/b', '4', '100', '1.23457', '0.5', '']
+    assert cells[3] == ['val', '', '20', '', '', '1e+09']
+    assert len({len(line) for line in lines[-4:]}) == 1
