@@ -112,6 +112,8 @@ METRICS = LazyRegistry(
             'SamplingSpeed',
         ),
         'lakonlab.evaluation.inception_metrics': ('InceptionMetrics',),
+        'lakonlab.evaluation.clip_scores': ('CLIPSimilarity', 'HPSv2'),
+        'lakonlab.evaluation.color_stats': ('ColorStats',),
         'lakonlab.evaluation.exports': ('ADMExport', 'DPGBenchExport', 'GenEvalExport', 'HPSv3BenchmarkExport'),
     },
     mmengine_registry.METRICS,
@@ -123,6 +125,13 @@ FEATURE_EXTRACTORS = LazyRegistry(
         'lakonlab.evaluation.digit_classifier': ('DigitClassifier',),
         'lakonlab.evaluation.inception': ('InceptionV3',),
         'lakonlab.evaluation.mobilenet': ('MobileNetV2',),
+    },
+)
+
+PROMPT_SCORERS = LazyRegistry(
+    'prompt scorer',
+    {
+        'lakonlab.evaluation.clip_scores': ('OpenClipScorer',),
     },
 )
 

@@ -336,11 +336,8 @@ OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 
 LATER_TYPES: dict[str, tuple[str, ...]] = {
     'metric': (
-        'CLIPSimilarity',
-        'HPSv2',
         'HPSv3',
         'VQAScore',
-        'ColorStats',
     ),
 }
 """Registry -> published names that are known and that this version does not have.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from mmengine.registry import Registry
 from torch import Tensor, nn
 
 from lakonlab.registry import FEATURE_EXTRACTORS
@@ -59,20 +60,21 @@ class ExtractorPool:
     """Builds extractors, each of them once, so that metrics share the network and its outputs."""
 
     def __init__(self):
-        self._extractors: dict[str, FeatureExtractor] = {}
+        self._extractors: dict[str, nn.Module] = {}
 
-    def build(self, config: Mapping) -> FeatureExtractor:
-        """Return the extractor of a config.
+    def build(self, config: Mapping, registry: Registry = FEATURE_EXTRACTORS) -> Any:
+        """Return the extractor of a config, or another network of a metric.
 
         Args:
-            config: ``type``, a name registered in ``FEATURE_EXTRACTORS``, and the arguments of that class.
+            config: ``type``, a name in the registry, and the arguments of that class.
+            registry: Where the name is registered.
 
         Returns:
-            A frozen extractor in evaluation mode; the same object for an equal config.
+            A frozen network in evaluation mode; the same object for an equal config.
         """
-        key = json.dumps(config, sort_keys=True, default=str)
+        key = f'{registry.name}: {json.dumps(config, sort_keys=True, default=str)}'
         if key not in self._extractors:
-            self._extractors[key] = FEATURE_EXTRACTORS.build(dict(config)).eval().requires_grad_(False)
+            self._extractors[key] = registry.build(dict(config)).eval().requires_grad_(False)
         return self._extractors[key]
 
     def offload(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from lakonlab.config import schema
 from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import load_config
@@ -377,7 +378,9 @@ def test_published_names_and_options_of_hooks(caplog):
         assert caplog.text.count(f'evaluation.{key} ') == 1
 
 
-def test_best_checkpoint_needs_a_place_and_a_number():
+def test_best_checkpoint_needs_a_place_and_a_number(monkeypatch):
+    monkeypatch.setitem(schema.LATER_TYPES, 'metric', ('FutureMetric',))
+
     def with_entry(**entry) -> Config:
         values = load_config(PUBLISHED_STYLE).to_dict()
         values['evaluation'] = [{**values['evaluation'][0], **entry}]
@@ -387,8 +390,10 @@ def test_best_checkpoint_needs_a_place_and_a_number():
     check_config(with_entry(save_best_ckpt=False, best_metric='fid'))  # as published files have it
     check_config(with_entry(**wanted))
     check_config(with_entry(**wanted, best_metric='reference_rmse'))
-    later = {'type': 'InceptionMetrics'}
+    later = {'type': 'FutureMetric'}
     check_config(with_entry(save_best_ckpt=True, metrics=[later], best_metric='fid'), planning=True)
+    distances = [{'type': 'InceptionMetrics', 'reference': 'a.npz', 'prefix': 'patch'}]
+    check_config(with_entry(save_best_ckpt=True, metrics=distances, best_metric='patch_fid'))
     for options, message in (
         ({'best_metric': 'fid'}, r"0\.best_metric: found 'fid', expected .* 'reference_rmse'"),
         ({'best_metric': 'samples_per_second'}, r"0\.best_metric: found 'samples_per_second', expected .*'reference"),
