@@ -114,6 +114,8 @@ METRICS = LazyRegistry(
         'lakonlab.evaluation.inception_metrics': ('InceptionMetrics',),
         'lakonlab.evaluation.clip_scores': ('CLIPSimilarity', 'HPSv2'),
         'lakonlab.evaluation.color_stats': ('ColorStats',),
+        'lakonlab.evaluation.diversity': ('CosineDiversity', 'LPIPSDiversity', 'ReferenceLPIPS', 'VendiScore'),
+        'lakonlab.evaluation.sampling_cost': ('SamplingCost',),
         'lakonlab.evaluation.exports': ('ADMExport', 'DPGBenchExport', 'GenEvalExport', 'HPSv3BenchmarkExport'),
     },
     mmengine_registry.METRICS,
@@ -123,6 +125,8 @@ FEATURE_EXTRACTORS = LazyRegistry(
     'feature extractor',
     {
         'lakonlab.evaluation.digit_classifier': ('DigitClassifier',),
+        'lakonlab.evaluation.dinov2': ('DINOv2',),
+        'lakonlab.evaluation.lpips_network': ('LPIPSNetwork',),
         'lakonlab.evaluation.inception': ('InceptionV3',),
         'lakonlab.evaluation.mobilenet': ('MobileNetV2',),
     },

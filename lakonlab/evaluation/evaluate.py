@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
@@ -88,6 +89,7 @@ def evaluate(
         Exception: What failed in any process, in all of them; where networks are divided, in that process alone.
     """
     needs_reference = any(metric.needs_reference for metric in metrics)
+    needs_flops = any(metric.needs_flops for metric in metrics)
     if needs_reference and reference_kwargs is None:
         raise ConfigError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
     if written is not None and quantize != 'uint8':
@@ -99,12 +101,16 @@ def evaluate(
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe
-        batch, seconds, reference = share.batch, None, None
+        batch, seconds, reference, flops = share.batch, None, None, None
         pixels = None if written is None else written.read(batch['ids'])
         if is_divided and written is not None and not all(ranks.all_gather(pixels is not None)):
             pixels = None  # a network that is divided makes the samples of all processes or of none
         if pixels is not None:
             pixels = pixels.to(device_of(model))
+        elif generate and warm_up and needs_flops:
+            with FlopCounterMode(display=False) as counter:
+                pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
+            flops = counter.get_total_flops() / len(batch['ids'])
         elif generate:
             pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
         else:
@@ -112,7 +118,9 @@ def evaluate(
         if needs_reference:
             reference = references.get(model, batch, data, reference_kwargs, version, make_reference)
         labels, prompts = batch.get('labels'), prompts_of(batch)
-        made = SampleBatch(pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts)
+        made = SampleBatch(
+            pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts, flops=flops
+        )
         return to_send(made, share.count), pixels.device
 
     def measure(parts: Sequence[SampleBatch], device: torch.device) -> None:

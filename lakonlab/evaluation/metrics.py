@@ -22,11 +22,13 @@ from lakonlab.registry import DATASETS, METRICS
 class Metric(ABC):
     """Base class of metrics.
 
-    Class attributes: ``needs_reference``, whether batches must come with images to compare with one by one; and
-    ``better``, the numbers that tell which of two sets of weights is the better one -> ``'lower'`` or ``'higher'``.
+    Class attributes: ``needs_reference``, whether batches must come with images to compare with one by one;
+    ``needs_flops``, whether the operations of the first batch of samples must be counted; and ``better``, the numbers
+    that tell which of two sets of weights is the better one -> ``'lower'`` or ``'higher'``.
     """
 
     needs_reference = False
+    needs_flops = False
     better: Mapping[str, Literal['lower', 'higher']] = {}
     prefix = ''
 

@@ -111,6 +111,7 @@ def to_send(samples: SampleBatch, count: int) -> SampleBatch:
         None if seconds is None else seconds * count / len(samples.ids),
         warm_up=samples.warm_up,
         prompts=None if samples.prompts is None else list(samples.prompts[:count]),
+        flops=samples.flops,
     )
 
 
@@ -143,6 +144,7 @@ def in_order(
             feed_batch_size,
             parts[0].warm_up,
             None if parts[0].prompts is None else [parts[rank].prompts[row] for row, rank in chosen],
+            parts[0].flops,
         )
 
 

@@ -24,6 +24,7 @@ class SampleBatch:
         feed_batch_size: Largest batch given to a feature extractor.
         warm_up: Whether ``seconds`` include what happens once, because the process made no samples before.
         prompts: Text each sample was asked to show; None without texts.
+        flops: Floating-point operations of one sample; None where they were not counted.
     """
 
     images: Tensor
@@ -34,6 +35,7 @@ class SampleBatch:
     feed_batch_size: int = 512
     warm_up: bool = False
     prompts: list[str] | None = None
+    flops: float | None = None
     _features: dict[tuple[int, Preparation], Features] = field(default_factory=dict, repr=False)
 
     def features(self, extractor: FeatureExtractor, preparation: Preparation = AS_THEY_ARE) -> Features:

@@ -15,7 +15,7 @@ from tests.debian_packages import needs
 
 COUNT = 2000
 pytestmark = [
-    pytest.mark.slow,  # 16,000 pictures through the network: half a minute on one core
+    pytest.mark.slow,  # 14,000 pictures through the network
     needs('dataset-fashion-mnist'),
     pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f'no weights of MobileNetV2: {INSTALL}'),
 ]
@@ -58,6 +58,6 @@ def test_order_of_distances():
     assert found['itself'] == pytest.approx(0, abs=1e-6)
     order = list(found.values())
     assert order == sorted(order)
-    assert found['other pictures'] < 10
+    assert found['other pictures'] < 0.1 * found['noise 0.1']  # most of it is the bias of 2,000 pictures
     assert found['half the classes'] / found['other pictures'] > 3
     assert found['noise 0.1'] > 2 * found['half the classes']

@@ -1,0 +1,70 @@
+"""Loading models of the transformers library for metrics: whole or not at all, and with a digest for the protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lakonlab.storage.local import sha256_of
+from lakonlab.storage.paths import as_local, is_remote, scheme_of
+
+WEIGHT_SUFFIXES = ('.safetensors', '.bin')
+
+
+def hub_name(path: str) -> str:
+    """The name by which transformers finds a model: a local folder, or a repository of the hub.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if not is_remote(path):
+        return str(as_local(path)) if as_local(path).exists() else path
+    if scheme_of(path) != 'huggingface':
+        raise ValueError(f'{path!r}: expected a local folder or huggingface://organisation/repository')
+    return path.partition('://')[2].strip('/')
+
+
+def loaded_whole(kind: type, name: str, argument: str, **options: Any) -> nn.Module:
+    """A pretrained model all of whose weights are in its files.
+
+    Args:
+        kind: Class of the model.
+        name: See :func:`hub_name`.
+        argument: Config key it comes from, for messages.
+        **options: Of ``from_pretrained``.
+
+    Raises:
+        ValueError: Weights are missing, or of other shapes.
+        OSError: There is no such model.
+    """
+    try:
+        model, found = kind.from_pretrained(name, output_loading_info=True, **options)
+    except RuntimeError as error:  # shapes that differ
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'{argument}={name!r} does not hold a {kind.__name__}: {reason}') from error
+    missing = sorted(found['missing_keys']) + sorted(str(key) for key in found.get('mismatched_keys', ()))
+    if missing:
+        some = ', '.join(missing[:4])
+        raise ValueError(
+            f'{argument}={name!r} does not hold a {kind.__name__}: it lacks {len(missing)} tensors ({some})'
+        )
+    return model
+
+
+def digest_of(name: str, model: nn.Module | None = None) -> str:
+    """What tells weights from others: SHA-256 over the files of a folder, or the commit of a repository.
+
+    Args:
+        name: See :func:`hub_name`.
+        model: What was loaded from it.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        found = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+        return hashlib.sha256(json.dumps([[path.name, sha256_of(path)] for path in found]).encode()).hexdigest()
+    commit = getattr(getattr(model, 'config', None), '_commit_hash', None)
+    return f'{name}@{commit or "unknown"}'
