@@ -116,6 +116,8 @@ METRICS = LazyRegistry(
         'lakonlab.evaluation.color_stats': ('ColorStats',),
         'lakonlab.evaluation.diversity': ('CosineDiversity', 'LPIPSDiversity', 'ReferenceLPIPS', 'VendiScore'),
         'lakonlab.evaluation.sampling_cost': ('SamplingCost',),
+        'lakonlab.evaluation.hpsv3': ('HPSv3',),
+        'lakonlab.evaluation.vqa_score': ('VQAScore',),
         'lakonlab.evaluation.exports': ('ADMExport', 'DPGBenchExport', 'GenEvalExport', 'HPSv3BenchmarkExport'),
     },
     mmengine_registry.METRICS,
@@ -136,6 +138,8 @@ PROMPT_SCORERS = LazyRegistry(
     'prompt scorer',
     {
         'lakonlab.evaluation.clip_scores': ('OpenClipScorer',),
+        'lakonlab.evaluation.hpsv3': ('Qwen2VLReward',),
+        'lakonlab.evaluation.vqa_score': ('ClipT5Scorer',),
     },
 )
 

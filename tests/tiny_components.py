@@ -37,7 +37,7 @@ def flux_folder(path: Path, seed: int = 0) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    clip, t5 = _clip_tokenizer(), t5_tokenizer()
     clip_config = CLIPTextConfig(
         vocab_size=len(clip),
         hidden_size=32,
@@ -86,7 +86,7 @@ def qwen_image_folder(path: Path, seed: int = 0) -> Path:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(seed)
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     rotary = dict(rope_type='default', rope_theta=1e6, mrope_section=[2, 3, 3])
     config = Qwen2_5_VLConfig(
         text_config=dict(
@@ -156,7 +156,8 @@ def _clip_tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=_pairs(model['merges']), model_max_length=77)
 
 
-def _t5_tokenizer():
+def t5_tokenizer():
+    """A tokenizer of T5 for a few words and all letters."""
     from tokenizers import Tokenizer, models, trainers
     from transformers import T5TokenizerFast
 
@@ -173,7 +174,7 @@ def _t5_tokenizer():
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
-def _qwen_tokenizer():
+def qwen_tokenizer():
     """Its template has 34 tokens before the prompt, which the pipeline drops: every word of it is one token here."""
     from diffusers import QwenImagePipeline
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers

@@ -334,12 +334,7 @@ OLDER_TRAIN_KEYS: dict[str, str] = {
 OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 """Keys of ``test_cfg`` that guide the teacher of files that have ``train_cfg.teacher_guidance_scale``."""
 
-LATER_TYPES: dict[str, tuple[str, ...]] = {
-    'metric': (
-        'HPSv3',
-        'VQAScore',
-    ),
-}
+LATER_TYPES: dict[str, tuple[str, ...]] = {}
 """Registry -> published names that are known and that this version does not have.
 
 A run that needs one is refused; a plan of a run (``--dry-run``) notes it and leaves its arguments unchecked.
