@@ -97,6 +97,22 @@ def test_two_processes(alone, pool, kind):
     assert kept['evaluations'] == results['evaluations']
 
 
+def test_images_are_measured_again(alone, monkeypatch):
+    folder, expected = alone
+
+    def not_again(*arguments, **options):
+        raise AssertionError('samples are made again')
+
+    monkeypatch.setattr('lakonlab.evaluation.evaluate.sample', not_again)
+    results = evaluated(ALONE, folder, 'single', reuse_viz=True)
+    for found, made in zip(results['evaluations'], expected['evaluations'], strict=True):
+        assert found['quantize'] == 'uint8'
+        assert 'samples_per_second' not in found['metrics']
+        for name, value in found['metrics'].items():
+            assert value == pytest.approx(made['metrics'][name], rel=0.05, abs=0.02)
+    assert 'samples_per_second' not in Path(config(folder).work_dir, 'results.md').read_text()
+
+
 def test_what_the_main_process_does_not_find_ends_all(alone, tmp_path):
     for error in run_threads(lambda ranks: evaluated(ranks, tmp_path, 'single'), 2):
         assert isinstance(error, CheckpointError)

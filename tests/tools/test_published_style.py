@@ -47,6 +47,7 @@ def test_it_evaluates_by_its_own_section(trainings):
     assert f'evaluating checkpoints/{PUBLISHED}/iter_12' in published.run(command)
     results = json.loads((published.folder / 'work_dirs' / PUBLISHED / 'results.json').read_text())
     assert 'val_step1' in json.dumps(results)
-    folders = (published.folder / 'viz' / PUBLISHED / 'step1').iterdir()
-    images = {folder.name: len(list(folder.glob('0*.png'))) for folder in folders}
+    places = list((published.folder / 'viz' / PUBLISHED / 'step1').iterdir())
+    images = {place.name: len(list(place.glob('0*.png'))) for place in places if place.is_dir()}
     assert images == {'5': 16, '10': 16, 'iter_12': 16}
+    assert {place.name for place in places if place.is_file()} == {f'{name}.html' for name in images}
