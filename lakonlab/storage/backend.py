@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -64,8 +65,13 @@ class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme ca
         """Make a small file unless there is one of this name; whether that was done."""
         raise _cannot(path, 'written')
 
-    def clean_uploads(self, path: str) -> list[str]:
-        """End unfinished uploads below a directory, which no listing shows; the paths that they would have had."""
+    def clean_uploads(self, path: str, names: re.Pattern[str] | None = None) -> list[str]:
+        """End unfinished uploads below a directory, which no listing shows; the paths that they would have had.
+
+        Args:
+            path: The directory.
+            names: Only of files whose whole name, relative to the directory, matches; None for all.
+        """
         return []
 
     def list_names(self, path: str) -> list[str]:

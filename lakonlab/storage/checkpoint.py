@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.storage.errors import StorageError
+from lakonlab.storage.errors import MissingFileError, StorageError
 from lakonlab.storage.pieces import Pieces
 from lakonlab.storage.publisher import DATA, MANIFEST, Publisher, publisher_of
 from lakonlab.storage.remote_path import AnyPath, as_path, files_below, open_path
@@ -215,6 +215,8 @@ def _newest_valid(run_dir: AnyPath) -> AnyPath | None:
         try:
             verify(path)
         except (CheckpointError, OSError) as error:
+            if isinstance(error, StorageError) and not isinstance(error, MissingFileError):
+                raise  # nothing is known of the checkpoint: an older one would be taken without need
             problems.append(str(error))
             continue
         for problem in problems:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -159,15 +160,19 @@ def create(path: str | Path, content: bytes) -> bool:
     return backend_of(path, WRITE).create(normal(path), content)
 
 
-def clean_uploads(path: str | Path) -> list[str]:
-    """End all unfinished uploads below a directory: killed processes leave them, invisible but not free of charge.
+def clean_uploads(path: str | Path, names: re.Pattern[str] | None = None) -> list[str]:
+    """End unfinished uploads below a directory: killed processes leave them, invisible but not free of charge.
 
     Only for who knows that no other process is writing there.
+
+    Args:
+        path: The directory.
+        names: Only of files whose whole name, relative to the directory, matches; None for all.
 
     Returns:
         Paths of the files that they would have become.
     """
-    return backend_of(path, WRITE).clean_uploads(normal(path))
+    return backend_of(path, WRITE).clean_uploads(normal(path), names)
 
 
 def list_names(path: str | Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import re
@@ -104,15 +105,17 @@ class S3Files(Backend):
                 persistently(put, f'creating {path}')
                 return True
             if code in EXISTS:  # it may be ours, if the answer to an earlier attempt was lost
-                return self.read_bytes(path) == content
+                with contextlib.suppress(MissingFileError):  # it has gone since
+                    return self.read_bytes(path) == content
+                return False
             raise
         return True
 
-    def clean_uploads(self, path: str) -> list[str]:
+    def clean_uploads(self, path: str, names: re.Pattern[str] | None = None) -> list[str]:
         """See the base class."""
         from lakonlab.storage.s3_upload import clean_uploads
 
-        return clean_uploads(path, older_than=float('-inf'))  # whatever the clock of the server says
+        return clean_uploads(path, older_than=float('-inf'), names=names)  # whatever the clock of the server says
 
     def list_names(self, path: str) -> list[str]:
         """See the base class."""
