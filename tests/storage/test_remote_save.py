@@ -124,9 +124,9 @@ def test_publishing_keeps_the_new_data_whatever_manifest_it_reads(store, before,
     """A store that still shows the manifest of before."""
     read = RemotePath.read_text
     stale = before['iter_6/manifest.json'].decode()
-    monkeypatch.setattr(RemotePath, 'read_text', lambda path: stale if path.name == 'manifest.json' else read(path))
-    write_checkpoint(store.run, 6, {'model': {'w': torch.ones(3)}}, STATE)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(RemotePath, 'read_text', lambda path: stale if path.name == 'manifest.json' else read(path))
+        write_checkpoint(store.run, 6, {'model': {'w': torch.ones(3)}}, STATE)
     assert torch.equal(load_model_state(store.run / 'iter_6')['w'], torch.ones(3))
 
 
