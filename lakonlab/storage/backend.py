@@ -23,6 +23,7 @@ class FileInfo:
         version: What changes with the content, where the server says so (an ETag).
         sha256: Checksum of the content, where the server states it.
         md5: The same.
+        is_md5_guessed: Whether what is given as the MD5 only looks like one, and may be something else.
     """
 
     name: str
@@ -30,6 +31,7 @@ class FileInfo:
     version: str | None = None
     sha256: str | None = None
     md5: str | None = None
+    is_md5_guessed: bool = False
 
 
 class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme cannot do it

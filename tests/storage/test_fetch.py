@@ -182,6 +182,27 @@ def test_a_new_version_is_downloaded(server):
     assert old.read_bytes() == CONTENT  # whoever reads it is not disturbed
 
 
+def test_a_copy_of_which_the_server_tells_only_the_size(server, caplog):
+    url = f'{server.url}/plain/a.bin'
+    path = fetch(url)
+    assert 'as many as the copy of' not in caplog.text
+    server.content = CONTENT[:-1]
+    assert fetch(url).read_bytes() == CONTENT[:-1]
+    server.content = CONTENT[::-1]
+    assert fetch(url) == path  # nothing tells the difference
+    assert 'plain/a.bin: the server tells neither a checksum nor when it was changed' in caplog.text
+    assert f'Delete {path.parent} to download it again' in caplog.text
+    shutil.rmtree(path.parent)
+    assert fetch(url).read_bytes() == CONTENT[::-1]
+
+
+def test_a_copy_of_which_the_server_tells_nothing_is_not_used_again(server):
+    url = f'{server.url}/bare/a.bin'
+    assert fetch(url).read_bytes() == CONTENT
+    server.content = CONTENT[::-1]
+    assert fetch(url).read_bytes() == CONTENT[::-1]
+
+
 def test_a_file_whose_checksum_is_another_is_refused(server, tmp_path):
     url = f'{server.url}/ranged/a.bin#sha256={"0" * 64}'
     with pytest.raises(FetchError, match=rf'SHA-256 is {hashlib.sha256(CONTENT).hexdigest()}, expected 0000'):
