@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,8 +91,12 @@ class LocalFiles(Backend):
             inner[:] = [name for name in inner if not _is_bookkeeping(name)]
             for name in names:
                 file = Path(folder, name)
-                if not _is_bookkeeping(name) and file.is_file():
-                    found.append(FileInfo(file.relative_to(path).as_posix(), file.stat().st_size))
+                if _is_bookkeeping(name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # removed since the directory was read
+                    entry = file.stat()
+                    if stat.S_ISREG(entry.st_mode):
+                        found.append(FileInfo(file.relative_to(path).as_posix(), entry.st_size))
         yield from sorted(found, key=lambda info: info.name)
 
     def remove_file(self, path: str) -> None:
