@@ -127,16 +127,7 @@ class ObjectPublisher(Publisher):
         Only those of files of checkpoints: other runs may lie in the same directory, or the copy of a ``work_dir``.
         """
         files.remove_file(str(parent / PROBE))
-        try:
-            removed = [f'{upload} (unfinished)' for upload in files.clean_uploads(str(parent), DATA_FILE)]
-        except files.StorageError as error:
-            logger.warning(
-                'unfinished uploads below %s stay, and take space (%s): give the run the right to list and abort '
-                'uploads, or have the bucket expire them',
-                parent,
-                error,
-            )
-            removed = []
+        removed = [f'{upload} (unfinished)' for upload in files.clean_uploads(str(parent), DATA_FILE)]
         by_directory: dict[str, list[str]] = {}
         for info in files.list_files(str(parent)):
             directory, slash, name = info.name.partition('/')

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lakonlab.models.architecture.loading import PretrainedError, read_weights
-from lakonlab.storage import files
+from lakonlab.storage import files, s3
 from lakonlab.storage.checkpoint import (
     CheckpointError,
     content_digest,
@@ -175,6 +175,28 @@ def test_missing_manifest_is_no_checkpoint(store):
     (folder,) = publisher_of(store.run).clean(store.run)
     assert folder.startswith('iter_4/data-')
     assert {key.split('/')[0] for key in store.objects()} == {'iter_2'}
+
+
+def test_weights_for_inference_are_made_of_what_is_needed(store, monkeypatch):
+    """Other networks are not read, and what was written is not read again for its checksum."""
+    monkeypatch.setattr('lakonlab.storage.ranged_safetensors.HEAD_BYTES', 1000)
+    state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
+    state['diffusion.denoising.large'] = torch.zeros(1 << 20)
+    received = []
+    read = s3._read
+
+    def counted(path, body, count):
+        content = read(path, body, count)
+        received.append(len(content))
+        return content
+
+    monkeypatch.setattr(s3, '_read', counted)
+    with failing(RequestFault(-1, 'deny', refused='GET .*/export/')):
+        path = write_checkpoint(
+            store.run, 4, {'model': state}, {}, extra=lambda folder: add_inference_weights(folder, 'diffusion_ema')
+        )
+    assert 0 < sum(received) < 1 << 20
+    find_checkpoint(path)  # which compares all checksums
 
 
 def test_weights_for_inference(store, tmp_path, monkeypatch):
