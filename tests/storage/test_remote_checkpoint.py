@@ -1,6 +1,8 @@
 """Checkpoints in an object store: what a plain client of the store sees, and damage."""
 
 import json
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -197,6 +199,26 @@ def test_weights_for_inference_are_made_of_what_is_needed(store, monkeypatch):
         )
     assert 0 < sum(received) < 1 << 20
     find_checkpoint(path)  # which compares all checksums
+
+
+def test_large_weights_for_inference_are_staged_on_a_disk(store, tmp_path, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_TMPDIR', str(tmp_path / 'scratch'))
+    state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
+
+    def save(step):
+        extra = partial(add_inference_weights, role='diffusion_ema')
+        return read_manifest(write_checkpoint(store.run, step, {'model': state}, {}, extra=extra))['files']
+
+    in_memory = save(2)
+    assert not (tmp_path / 'scratch').exists()
+    monkeypatch.setattr('lakonlab.storage.inference_weights.STAGED_BYTES', 0)
+    assert save(4) == in_memory
+    find_checkpoint(store.run / 'iter_4')
+    assert list((tmp_path / 'scratch').iterdir()) == []
+    monkeypatch.setattr('shutil.disk_usage', lambda path: shutil._ntuple_diskusage(100, 95, 5))
+    with pytest.raises(CheckpointError, match=r'needs \d+ bytes in .*, where 5 are free: .* with LAKONLAB_TMPDIR'):
+        save(6)
+    assert find_checkpoint(store.run).name == 'iter_4'
 
 
 def test_weights_for_inference(store, tmp_path, monkeypatch):
