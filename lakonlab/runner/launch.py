@@ -157,7 +157,7 @@ def test(args: Namespace) -> int:
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
     try:
-        with impossible_values(), mirroring(mirror):
+        with impossible_values(), mirroring(mirror, ranks):
             evaluate_checkpoint(
                 cfg,
                 checkpoint=args.ckpt,

@@ -441,15 +441,16 @@ class Runner:
         """Open what the run holds while it trains."""
         ranks = self.strategy.ranks
         ranks.together(lambda: require_writable(self.work_dir, 'work_dir'))
-        if self.cfg.get('work_dir_mirror') is not None:
-            ranks.on_main(lambda: self._enter_mirror(stack))
         level = self.cfg.get('log_level') or 'INFO'
         log_file = Path(self.work_dir) / f'{self.timestamp}.log'
         handlers = attach_log_handlers(log_file, level, rank=self.rank, all_ranks=self.settings.all_ranks)
         stack.callback(detach_log_handlers, handlers)
-        if self.checkpoint_hook is not None:
+        if self.checkpoint_hook is not None:  # first: a run that is refused changes nothing of the one that goes on
             ranks.on_main(lambda: self._hold_checkpoint_dir(stack))
             ranks.together(lambda: publisher_of(self.checkpoint_dir).require_shared(self.checkpoint_dir))
+        if self.cfg.get('work_dir_mirror') is not None:
+            ranks.on_main(lambda: self._enter_mirror(stack))
+        if self.checkpoint_hook is not None:
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)
         if self.gc_interval:

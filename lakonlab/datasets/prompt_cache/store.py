@@ -37,7 +37,7 @@ class ShardStore:
 
     def __init__(self, folder: str, table: Table):
         self.folder, self.table = folder, table
-        self.is_local = files.scheme_of(folder) == 'file'
+        self.is_local = not files.is_remote(folder)
         stored = sum(shard.bytes for shard in table.shards)
         self.whole = self.is_local or stored < SMALL_ROW_BYTES * table.rows
         self._open: OrderedDict[int, Shard] = OrderedDict()

@@ -94,7 +94,7 @@ class CacheWriter:
         return not is_finished
 
     def _look(self) -> tuple[bool, dict[str, dict[int, ShardInfo]]]:
-        if files.scheme_of(self.folder) == 'file':
+        if not files.is_remote(self.folder):
             self._lock.enter_context(directory_lock(files.as_local(self.folder)))
         path = files.join(self.folder, PLAN_FILE)
         if files.is_file(path):
