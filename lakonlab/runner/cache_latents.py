@@ -17,9 +17,10 @@ from lakonlab.datasets.latent_making import (
     LatentEncoder,
     make_latent_cache,
     make_published_latents,
-    read_published_latents,
+    published_names,
 )
 from lakonlab.datasets.prompt_cache.errors import CacheError
+from lakonlab.datasets.prompt_cache.torch_file import read_published_latents
 from lakonlab.datasets.prompt_cache.writer import num_threads
 from lakonlab.registry import MODULES
 from lakonlab.runner.cache_command import joined, positive, report_check
@@ -57,11 +58,15 @@ def cache_latents(args: Namespace) -> int:
         if flip == 'both' and not is_ours:
             raise ConfigError('--flip both: the published layout has one file per image; use --format ours')
         files.require(args.out_data_root, 'read', 'write', setting='--out-data-root')
+        if not is_ours:
+            files.require(args.out_datalist_path, 'read', 'write', setting='--out-datalist-path')
         with joined(args) as (ranks, device):
             if not is_ours and ranks.on_main(lambda: files.is_file(args.out_datalist_path)):
                 logger.info('%s is there, so %s is finished', args.out_datalist_path, args.out_data_root)
                 return 0
             images = ranks.together(lambda: LabelledImages(args.data_root, args.datalist_path, args.image_size))
+            if not is_ours:
+                ranks.together(lambda: published_names(images))
             section = {'type': 'PretrainedVAEEncoder', 'from_pretrained': args.vae, 'torch_dtype': args.dtype}
             vae = ranks.together(lambda: MODULES.build(dict(section)).to(device).eval())
             seed = DEFAULT_SEED if args.seed is None else args.seed
@@ -84,6 +89,7 @@ def cache_latents(args: Namespace) -> int:
                     args.out_datalist_path,
                     flip=flip,
                     batch_size=args.batch_size,
+                    plan={'vae': args.vae},
                     ranks=ranks,
                 )
                 logger.info('%d files were written, %d were there', count, len(images) - count)

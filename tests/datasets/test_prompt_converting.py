@@ -2,10 +2,10 @@
 
 import pytest
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
-from lakonlab.datasets.prompt_cache.record import pad_tokens
 from lakonlab.datasets.prompt_converting import compare, convert_prompt_cache
 from tests.datasets.prompt_cache.caches import (
     content_of,

@@ -8,9 +8,10 @@ import pytest
 import torch
 import zstandard
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache, read_embeds, write_embeds
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache, write_published_record
-from lakonlab.datasets.prompt_cache.record import pad_tokens, quantise, record_of
+from lakonlab.datasets.prompt_cache.record import quantise, record_of
 from tests.datasets.prompt_cache.caches import (
     compressed,
     flux_record,

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.prompt_cache import CacheError, is_prompt_cache, open_prompt_cache
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE, PLAN_FILE, RECORDS_FILE, digest_of, read_index
-from lakonlab.datasets.prompt_cache.record import pad_tokens, quantise, without_padding
+from lakonlab.datasets.prompt_cache.record import quantise, without_padding
 from lakonlab.datasets.prompt_cache.rows import ABSENT, RAW, TRANSPOSED, ZSTD, checksum, decode, encode
 from lakonlab.datasets.prompt_cache.shard import Shard, read_info
 from tests.datasets.prompt_cache.caches import normal, raw, same_fields, write_ours
