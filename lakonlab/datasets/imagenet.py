@@ -13,6 +13,7 @@ from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
 from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
 from lakonlab.datasets.noise import seeded_noise
 from lakonlab.datasets.prompt_cache.torch_file import read_published_latents
+from lakonlab.datasets.text_files import read_lines
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
@@ -254,4 +255,4 @@ def suffix_of(path: str) -> str:
 def _lines(path: str, argument: str) -> list[str]:
     if not files.is_file(path):
         raise FileNotFoundError(f'{argument}={path!r}: there is no such file')
-    return files.read_text(path).splitlines()
+    return read_lines(path)

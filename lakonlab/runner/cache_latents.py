@@ -24,7 +24,7 @@ from lakonlab.datasets.prompt_cache.torch_file import read_published_latents
 from lakonlab.datasets.prompt_cache.writer import num_threads
 from lakonlab.registry import MODULES
 from lakonlab.runner.cache_command import joined, positive, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console, note_deprecated
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -48,6 +48,7 @@ def cache_latents(args: Namespace) -> int:
         CacheError: The folder holds another cache, or the latents are of no use.
     """
     with logged_to_console(), impossible_values():
+        note_deprecated(args)
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         positive(args.image_size, '--image-size')

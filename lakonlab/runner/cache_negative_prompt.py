@@ -15,7 +15,7 @@ from lakonlab.datasets.prompt_cache import read_embeds, write_embeds
 from lakonlab.datasets.prompt_cache.embeds_file import require_embeds_suffix
 from lakonlab.datasets.prompt_making import rows_of
 from lakonlab.runner.cache_command import built_text_encoder, joined, prepared_config
-from lakonlab.runner.launch import impossible_values, logged_to_console
+from lakonlab.runner.launch import impossible_values, logged_to_console, note_deprecated
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -37,6 +37,7 @@ def cache_negative_prompt(args: Namespace) -> int:
             one file.
     """
     with logged_to_console(), impossible_values():
+        note_deprecated(args)
         cfg = prepared_config(args)
         wanted = wanted_prompts(cfg, args.out, args.prompt)
         for path in wanted:

@@ -26,7 +26,7 @@ from lakonlab.datasets.published_making import make_published_cache
 from lakonlab.ranks import Ranks
 from lakonlab.registry import DATASETS, MODULES
 from lakonlab.runner.cache_command import built_text_encoder, joined, positive, prepared_config, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console, note_deprecated
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -94,6 +94,7 @@ def cache_prompts(args: Namespace) -> int:
         CacheError: A folder holds another cache, or what was made is of no use.
     """
     with logged_to_console(), impossible_values():
+        note_deprecated(args)
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         if args.max_size is not None:

@@ -24,7 +24,9 @@ from lakonlab.datasets.prompt_cache.record import (
 from lakonlab.datasets.prompt_cache.torch_file import read_torch_file
 from lakonlab.storage import files
 
-COMMAND = 'python tools/cache_negative_prompt.py CONFIG'
+#: What the tools that embed prompts are called with; the option may be left out where the config has a text encoder.
+CACHE_ARGUMENTS = 'CONFIG [--text-encoder CONFIG]'
+COMMAND = f'python tools/cache_negative_prompt.py {CACHE_ARGUMENTS}'
 SAFETENSORS_SUFFIX = '.safetensors'
 TORCH_SUFFIXES = ('.pth', '.pt')
 #: What a dict has that is a record, and not the embeddings themselves.
@@ -87,7 +89,7 @@ def _require_one_prompt(embeds: Mapping[str, Tensor], where: str) -> None:
             )
         if name.endswith(MASK_SUFFIX) and states is not None and tuple(value.shape) != tuple(states.shape[:1]):
             raise CacheError(
-                f'{where}: {name} has the shape {tuple(value.shape)}, expected {tuple(states.shape[:1])}, as many as states'
+                f'{where}: {name} has the shape {tuple(value.shape)}, expected {tuple(states.shape[:1])} as the states'
             )
 
 

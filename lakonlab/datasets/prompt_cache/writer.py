@@ -22,7 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lakonlab.datasets.prompt_cache.errors import CacheError
-from lakonlab.datasets.prompt_cache.index import INDEX_FILE, PLAN_FILE, VERSION, Index, Table, digest_of, read_index
+from lakonlab.datasets.prompt_cache.index import (
+    INDEX_FILE,
+    PLAN_FILE,
+    PROMPTS,
+    VERSION,
+    Index,
+    Table,
+    digest_of,
+    read_index,
+)
 from lakonlab.datasets.prompt_cache.plan import plain, require_plan
 from lakonlab.datasets.prompt_cache.rows import Row, encode
 from lakonlab.datasets.prompt_cache.shard import FORMAT, ShardInfo, read_info, write_shard
@@ -185,7 +194,7 @@ class CacheWriter:
         """Write a shard."""
         name = self.name_of(table, shard)
         with files.open_write(files.join(self.folder, name)) as stream:
-            self._made[table][shard] = write_shard(stream, name, columns, self.digest)
+            self._made[table][shard] = write_shard(stream, name, columns, self.digest, by_row=self.kind == PROMPTS)
 
     def finish(self, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray] | None = None) -> None:
         """Wait for all processes, and write the index.

@@ -160,7 +160,7 @@ def test_rows_that_fail_to_be_made_are_raised(tmp_path):
 def test_a_write_that_fails_is_raised(tmp_path, monkeypatch):
     from lakonlab.datasets.prompt_cache import writer as module
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(module, 'write_shard', full)
