@@ -336,7 +336,7 @@ class ImagePrompt(Dataset):
             record: The prompt.
 
         Raises:
-            ValueError: The size in pixels is no multiple of ``vae_scale_factor``, or has frames and ``latent_size`` none.
+            ValueError: The size in pixels is no multiple of ``vae_scale_factor``, or has more dimensions than latents.
         """
         if record.latent_size is not None:
             return record.latent_size
@@ -347,8 +347,8 @@ class ImagePrompt(Dataset):
             return self.latent_size
         if len(pixels) > len(self.factors):
             raise ValueError(
-                f'prompt {position}: {" x ".join(map(str, pixels))} are {len(pixels)} sizes (frames, height, width), but '
-                f'latent_size={self.latent_size} has {len(self.factors)} after the channels; set a latent_size with '
+                f'prompt {position}: its size has {len(pixels)} dimensions (frames, height and width), but '
+                f'latent_size={self.latent_size} {len(self.factors)} after the channels: set a latent_size with '
                 'frames, or leave out the column frames'
             )
         factors = self.factors[-len(pixels) :]

@@ -221,7 +221,8 @@ def make_published_latents(
         Number of files written by all processes.
 
     Raises:
-        CacheError: The folder was begun with another plan, or a file that is there is of another label or dtype.
+        CacheError: The folder was begun with another plan, a file that is there is of another label or dtype, or the
+            list of another cache is there.
         ValueError: Two images would share a file.
     """
     images, names = encoder.images, published_names(encoder.images)
@@ -230,6 +231,8 @@ def make_published_latents(
             folder, {**encoder.plan, 'flip': flip, **plan}, lambda: bool(files.list_names(folder))
         )
     )
+    lines = ''.join(f'{name} {label}\n' for name, label in zip(names, images.labels)).encode()
+    has_list = ranks.on_main(lambda: _has_list(out_datalist_path, lines))
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     own = batches[ranks.rank :: ranks.world_size]
     count = 0
@@ -254,9 +257,20 @@ def make_published_latents(
                 count += len(missing)
             progress.update(len(batch))
     counts = ranks.all_gather(count)
-    lines = ''.join(f'{name} {label}\n' for name, label in zip(names, images.labels))
-    ranks.on_main(lambda: files.write_text(out_datalist_path, lines))
+    if not has_list:
+        ranks.on_main(lambda: files.write_bytes(out_datalist_path, lines))
     return sum(counts)
+
+
+def _has_list(path: str, lines: bytes) -> bool:
+    if not files.is_file(path):
+        return False
+    if files.read_bytes(path) != lines:
+        raise CacheError(
+            f'{path} is there and lists other files or labels than those that are to be made; nothing is overwritten: '
+            'name another list, or move that one away'
+        )
+    return True
 
 
 def _is_whole(path: str, label: int, dtype: torch.dtype) -> bool:

@@ -62,7 +62,7 @@ def cache_latents(args: Namespace) -> int:
         if not is_ours:
             files.require(args.out_datalist_path, 'read', 'write', setting='--out-datalist-path')
         with joined(args) as (ranks, device):
-            if not is_ours and ranks.on_main(lambda: files.is_file(args.out_datalist_path)):
+            if not is_ours and ranks.on_main(lambda: _is_finished(args.out_data_root, args.out_datalist_path)):
                 logger.info('%s is there, so %s is finished', args.out_datalist_path, args.out_data_root)
                 return 0
             images = ranks.together(lambda: LabelledImages(args.data_root, args.datalist_path, args.image_size))
@@ -95,6 +95,14 @@ def cache_latents(args: Namespace) -> int:
                 )
                 logger.info('%d files were written, %d were there', count, len(images) - count)
     return 0
+
+
+def _is_finished(folder: str, datalist_path: str) -> bool:
+    """Whether the list of a cache of the published layout is there, and all that it lists."""
+    if not files.is_file(datalist_path):
+        return False
+    paths, _ = read_datalist(datalist_path)
+    return set(paths) <= {info.name for info in files.list_files(folder)}
 
 
 def _check(args: Namespace) -> int:

@@ -135,6 +135,17 @@ def test_comparison_finds_what_differs(tmp_path):
     assert differing == ['000000000005']
 
 
+@pytest.mark.parametrize('first_has_latents', [True, False])
+def test_records_with_other_latents_than_the_first_are_named(first_has_latents, tmp_path):
+    plain = [flux_record(number) for number in range(3)]
+    records = [with_latents(0), *plain] if first_has_latents else [*plain, with_latents(0)]
+    source = PublishedPromptCache(str(write_published(tmp_path / 'published', records)))
+    differing = '000000000001' if first_has_latents else '000000000003'
+    with pytest.raises(CacheError, match=rf'{differing}\.zst has (no )?latents'):
+        convert_prompt_cache(source, str(tmp_path / 'ours'), 2)
+    assert not (tmp_path / 'ours' / INDEX_FILE).exists()
+
+
 def test_another_cache_is_not_overwritten(tmp_path):
     first = PublishedPromptCache(str(write_published(tmp_path / 'first', RECORDS['qwen'])))
     second = PublishedPromptCache(str(write_published(tmp_path / 'second', RECORDS['flux'])))
