@@ -100,21 +100,21 @@ def test_nothing_is_unpickled(files):
 
 def test_damaged_latents_are_named(files):
     """torch itself reads a flipped bit as another number."""
-    content = bytearray(files.joinpath('0.pth').read_bytes())
-    half = torch.load('0.pth', weights_only=True)['x'].numpy().tobytes()
+    content = bytearray(files.joinpath('1.pth').read_bytes())
+    half = torch.load('1.pth', weights_only=True)['x'].numpy().tobytes()
     content[content.index(half)] ^= 1
-    files.joinpath('0.pth').write_bytes(content)
-    assert torch.load('0.pth', weights_only=True)['x'].numpy().tobytes() != half
-    with pytest.raises(CacheError, match=r'0\.pth cannot be read: .*checksum'):
-        dataset('latents.txt')[0]
+    files.joinpath('1.pth').write_bytes(content)
+    assert torch.load('1.pth', weights_only=True)['x'].numpy().tobytes() != half
+    with pytest.raises(CacheError, match=r'1\.pth cannot be read: .*checksum'):
+        dataset('latents.txt')[1]
     for wrong in (b'', content[:-30], b'PK\x03\x04'):
-        files.joinpath('0.pth').write_bytes(wrong)
-        with pytest.raises(CacheError, match=r'0\.pth cannot be read'):
-            dataset('latents.txt')[0]
+        files.joinpath('1.pth').write_bytes(wrong)
+        with pytest.raises(CacheError, match=r'1\.pth cannot be read'):
+            dataset('latents.txt')[1]
     for wrong in ({'x': torch.ones(3)}, {'x': torch.ones(3, 4), 'y': 'cat'}, {'x': [1.0], 'y': 1}, [1]):
-        torch.save(wrong, '0.pth')
-        with pytest.raises(CacheError, match=r'0\.pth: '):
-            dataset('latents.txt')[0]
+        torch.save(wrong, '1.pth')
+        with pytest.raises(CacheError, match=r'1\.pth: '):
+            dataset('latents.txt')[1]
 
 
 def test_lists_that_are_no_text(files):
@@ -155,7 +155,7 @@ def test_wrong_arguments_and_files(files):
     with pytest.raises(ValueError, match='gives no label'):
         dataset('bare.txt')[0]
     torch.save({'z': torch.zeros(1)}, '0.pth')
-    with pytest.raises(ValueError, match="expected a dict with 'x'"):
+    with pytest.raises(CacheError, match="expected a dict with 'x'"):
         dataset('latents.txt')[0]
 
 

@@ -294,7 +294,7 @@ def test_labels_are_needed(folder):
 
 def test_names_that_differ_only_in_their_extension(folder):
     (folder / 'list.txt').write_text('n0/0.png 0\nn0/0.jpg 0\n')
-    with pytest.raises(CacheError, match='one name'):
+    with pytest.raises(ValueError, match='share a name'):
         make_published()
 
 
