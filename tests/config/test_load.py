@@ -221,8 +221,7 @@ def test_merging_keeps_what_the_child_says(base, child):
 def test_options_of_published_loaders(section, caplog):
     path = Path(__file__).parents[2] / 'configs' / 'digits' / 'dit_digits_teacher.py'
     with pytest.raises(ConfigError, match=rf"{section}\.sampler: found 'Mine'.*a function of the seed"):
-        load_config(path, {f'{section}.sampler': 'Mine'})
+        check_config(load_config(path, {f'{section}.sampler': 'Mine'}))
     with caplog.at_level('INFO', 'lakonlab'):
-        cfg = load_config(path, {f'{section}.sampler': None, f'{section}.drop_last': True})
-    check_config(cfg)
+        check_config(load_config(path, {f'{section}.sampler': None, f'{section}.drop_last': True}))
     assert f'{section}.drop_last (training has no incomplete batch' in caplog.text
