@@ -24,10 +24,10 @@ demo: $(STAMP)
 	$(BIN)/python demo/digits.py $(if $(filter-out 0 no false,$(ALL)),--all) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -rs -m "not slow" $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -rs $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -47,4 +47,4 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
