@@ -173,8 +173,8 @@ def test_killed_at_many_moments(crash, strategy):
 
 
 @pytest.mark.parametrize('kills', [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_while_saving_to_a_server(crash, swift, swift_bucket, kills):
-    run_dir = crash('fsdp2', kills, swift_bucket, swift.environment())
+def test_killed_while_saving_to_a_server(crash, s3_server, bucket, kills):
+    run_dir = crash('fsdp2', kills, bucket, s3_server.environment())
     folders = {f'{path.name}/{json.loads((path / "manifest.json").read_text())["data"]}' for path in run_dir.iterdir()}
     assert {'/'.join(info.name.split('/')[:2]) for info in files.list_files(str(run_dir))} == {
         *folders,

@@ -48,9 +48,9 @@ def write_digits(folder):
     (folder / 'names.txt').write_text(''.join(f"{label}: 'the digit {label}',\n" for label in range(10)))
 
 
-def test_everything_on_a_server(new_training, swift_bucket, monkeypatch, tmp_path):
+def test_everything_on_a_server(new_training, bucket, monkeypatch, tmp_path):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
-    where = f'{swift_bucket}/lab'
+    where = f'{bucket}/lab'
     write_digits(tmp_path / 'data')
     disk = new_training('disk', DATA_BASED, **OPTIONS, **{'data.train': cached_digits(tmp_path / 'data')})
     disk.validate = True
