@@ -31,15 +31,12 @@ class GivenLatents:
 
     Args:
         latents: (N, C, H, W).
-        labels: (N,); None for those of :class:`GivenImages`.
     """
 
     posterior, seed = 'sample', 0
 
-    def __init__(self, latents: torch.Tensor, labels: torch.Tensor | None = None):
+    def __init__(self, latents: torch.Tensor):
         self.latents, self.dtype, self.images = latents, latents.dtype, GivenImages(len(latents))
-        if labels is not None:
-            self.images.labels = labels.numpy()
 
     def rows(self, numbers, flip):
         """Rows of a cache."""
@@ -48,13 +45,7 @@ class GivenLatents:
             yield {**columns, MIRRORED: self.latents[number].flip(-1)} if flip == 'both' else columns
 
 
-def write_latents(
-    folder,
-    latents: torch.Tensor,
-    flip: str = 'none',
-    rows_per_shard: int = 4096,
-    labels: torch.Tensor | None = None,
-) -> None:
+def write_latents(folder, latents: torch.Tensor, flip: str = 'none', rows_per_shard: int = 4096) -> None:
     """Write a cache of given latents.
 
     Args:
@@ -62,8 +53,7 @@ def write_latents(
         latents: (N, C, H, W).
         flip: ``'both'`` or ``'none'``.
         rows_per_shard: Images of a shard.
-        labels: (N,); None for those of :class:`GivenImages`.
     """
     make_latent_cache(
-        GivenLatents(latents, labels), str(folder), flip=flip, batch_size=256, rows_per_shard=rows_per_shard, plan={}
+        GivenLatents(latents), str(folder), flip=flip, batch_size=256, rows_per_shard=rows_per_shard, plan={}
     )

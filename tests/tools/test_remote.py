@@ -7,9 +7,10 @@ import json
 import shutil
 
 from lakonlab.datasets.digits import load_split
+from lakonlab.datasets.latent_making import make_latent_cache
 from lakonlab.storage import files
 from lakonlab.storage.checkpoint import content_digest, list_checkpoints
-from tests.datasets.latent_files import write_latents
+from tests.datasets.latent_files import GivenLatents
 from tests.tools.training import DATA_BASED, TEACHER, assert_same_run
 
 OPTIONS = {
@@ -44,7 +45,9 @@ def cached_digits(place):
 def write_digits(folder):
     """A cache that holds the pixels of the digits as latents, in shards, and names of their labels."""
     latents, labels = load_split('train')
-    write_latents(folder / 'digits', latents, rows_per_shard=400, labels=labels)
+    digits = GivenLatents(latents)
+    digits.images.labels = labels.numpy()
+    make_latent_cache(digits, str(folder / 'digits'), flip='none', batch_size=256, rows_per_shard=400, plan={})
     (folder / 'names.txt').write_text(''.join(f"{label}: 'the digit {label}',\n" for label in range(10)))
 
 
