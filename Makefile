@@ -14,8 +14,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 # One stamp per choice of constraints, so that lifting them installs again. It is written last:
-# an interrupted installation is simply taken up again.
+# an interrupted installation is simply taken up again. What only tests need is a stamp of its own.
 STAMP := $(VENV)/.installed-$(if $(CONSTRAINTS),$(notdir $(CONSTRAINTS)),unconstrained)
+TEST_STAMP := $(STAMP)-test
 
 TEXT_ENCODER := $(VENV)/.installed-text-encoder
 
@@ -31,20 +32,24 @@ test: lint
 test-all: lint $(TEXT_ENCODER)
 	$(BIN)/python -m pytest -rs $(ARGS)
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-format: $(STAMP)
+format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-env: $(STAMP)
+env: $(TEST_STAMP)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "LakonLab needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another with PYTHON=...")'
 	@rm -f $(VENV)/.installed-*
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -e . $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -e '.[test]' $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	@touch $@
 
