@@ -23,7 +23,7 @@ from lakonlab.storage.errors import StorageError
 from lakonlab.storage.publisher import publisher_of
 from lakonlab.storage.retention import prune
 from tests.faulty_proxy import Fault
-from tests.storage.test_remote_checkpoint import Store, superfluous, whole
+from tests.object_store import Store, superfluous, whole
 from tests.storage.test_s3_faults import CONTENT, LARGE, again, faulty, running_proxy, unfinished  # noqa: F401
 
 FAULTS = {
