@@ -119,7 +119,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if how == 'stall':
             self.server.ended.wait(30)
             return False
-        if how == 'garble':
+        if how == 'garble' and body:
             body = bytes([body[0] ^ 1]) + body[1:]
         with socket.create_connection(('127.0.0.1', port)) as server:
             head = re.sub(rb'(?im)^connection: .*\r\n', b'', head)

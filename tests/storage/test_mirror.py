@@ -7,8 +7,8 @@ from lakonlab.storage.mirror import Mirror
 
 
 @pytest.fixture
-def mirror(tmp_path, swift_bucket):
-    return Mirror(tmp_path, f'{swift_bucket}/logs/run')
+def mirror(tmp_path, bucket):
+    return Mirror(tmp_path, f'{bucket}/logs/run')
 
 
 def remote(mirror):

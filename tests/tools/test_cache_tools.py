@@ -433,9 +433,9 @@ def test_latents_by_two_processes(folders, images):
     assert json.loads((images / 'two' / INDEX_FILE).read_text())['records'] == 10
 
 
-def test_caches_on_s3(config, swift_bucket, tmp_path, monkeypatch):
+def test_caches_on_s3(config, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'downloads'))
-    where, datalist = f'{swift_bucket}/data', f'{swift_bucket}/data/preproc.jsonl.gz'
+    where, datalist = f'{bucket}/data', f'{bucket}/data/preproc.jsonl.gz'
     options = [f'data.train.data_root={where}', f'data.train.cache_datalist_path={datalist}']
     given = [*config(), '--data', 'train', '--cfg-options', *options]
     assert in_process('cache_image_prompt_data', [*given, '--shard-size', 2], monkeypatch) == 0

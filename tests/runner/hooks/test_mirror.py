@@ -16,8 +16,8 @@ from tests.runner.tiny import make_runner
 
 
 @pytest.fixture
-def where(swift_bucket):
-    return f'{swift_bucket}/logs'
+def where(bucket):
+    return f'{bucket}/logs'
 
 
 def runner_of(folder, where, max_iters=10, **changes):
