@@ -130,13 +130,16 @@ def test_bucket_is_no_host_of_another_server(place, swift, monkeypatch):
 
 
 def test_malformed_endpoint(place, monkeypatch):
-    for url in ('storage.example', 'http://[bad', 'http://host:port', 'htp://host', 'http://'):
-        for name in ('AWS_ENDPOINT_URL', 'AWS_ENDPOINT_URL_S3'):
-            monkeypatch.setenv(name, url)
+    urls = {
+        'AWS_ENDPOINT_URL': ('storage.example', 'http://[bad'),
+        'AWS_ENDPOINT_URL_S3': ('http://host:port', 'htp://host'),
+    }
+    for name, url in ((name, url) for name, found in urls.items() for url in found):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, url)
             expected = rf'{name}={re.escape(repr(url))}.*expected AWS_ENDPOINT_URL=https://host'
             with pytest.raises(StorageError, match=expected):
                 files.read_text(place)
-            monkeypatch.delenv(name)
 
 
 def test_malformed_region(place, monkeypatch):
