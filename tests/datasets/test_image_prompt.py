@@ -200,7 +200,7 @@ def test_cached_latents_and_what_tells_the_size(tmp_path):
 
 def test_a_missing_cache_without_prompts_is_an_error(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"cache_dir='cache': there is no folder .*tools/cache_image_prompt_data"
+        FileNotFoundError, match=r"cache_dir='cache': there is no folder .*cache_image_prompt_data.*--text-encoder"
     ):
         len(cached(tmp_path))
     write_cache(tmp_path)
@@ -239,7 +239,7 @@ def test_negative_prompts(tmp_path, caplog):
     assert texts[2]['negative_prompt_kwargs'] == {'prompt': 'blurry'}
 
     missing = dict(negative_prompt_embeds_path=str(tmp_path / 'none.pth'))
-    with pytest.raises(FileNotFoundError, match=r'negative_prompt_embeds_path=.*tools/cache_negative_prompt\.py'):
+    with pytest.raises(FileNotFoundError, match=r'negative_prompt_embeds_path=.*cache_negative_prompt\.py.*--text-enc'):
         cached(tmp_path, **missing)[0]
     data = cached(tmp_path, negative_prompt_kwargs=dict(prompt=''), **missing)
     with caplog.at_level(logging.WARNING, 'lakonlab.datasets'):

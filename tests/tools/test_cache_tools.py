@@ -395,7 +395,7 @@ def kill_when(path_exists, tool, arguments):
 @pytest.mark.slow
 def test_killed_and_started_again(config, tmp_path):
     # so many that the kill, which follows the second of them at once, comes long before the last one
-    texts = [f'{text}, number {number}' for number in range(40) for text in TEXTS[:5]]
+    texts = [f'{text}, number {number}' for number in range(16) for text in TEXTS[:5]]
     whole, killed = config(cache_dir='whole', texts=texts), config(cache_dir='killed', texts=texts)
     options = ['--batch-size', 1, '--shard-size', 1]
     run('cache_image_prompt_data', *whole, *options)

@@ -84,6 +84,7 @@ def test_a_record_takes_a_request(bucket, source, downloads, requests, monkeypat
     cache.records(names)
     assert len(requests) == len(names)
     monkeypatch.setattr(store, 'MAX_OPEN_SHARDS', 1)
+    cache.embeds._open.clear()
     for name, count in ((names[0], 2), (names[1], 1), (names[4], 2), (names[3], 1), (names[0], 2)):
         requests.clear()
         cache.record(name)
@@ -105,7 +106,8 @@ def test_damage_is_found(bucket, source, downloads):
     convert_prompt_cache(source, folder, 4)
     path = f'{folder}/embeds-000001.safetensors'
     content = bytearray(files.read_bytes(path))
-    content[-9] ^= 1
+    shard = open_prompt_cache(folder).embeds.shard(1)
+    content[shard.begin_of('encoder_hidden_states') + int(shard.entry('encoder_hidden_states', 0)[0])] ^= 1
     files.write_bytes(path, bytes(content))
     for whole in (False, True):
         cache = open_prompt_cache(folder)
