@@ -65,7 +65,7 @@ def train(args: Namespace) -> int:
         The exit status.
     """
     with logged_to_console() as console:
-        _note_deprecated(args)
+        note_deprecated(args)
         cfg = _prepare(args, training=True)
         if args.dry_run:
             from lakonlab.runner.dry_run import dry_run
@@ -123,7 +123,7 @@ def test(args: Namespace) -> int:
         The exit status.
     """
     with logged_to_console():
-        _note_deprecated(args)
+        note_deprecated(args)
         if args.reuse_viz:
             raise ConfigError(
                 '--reuse-viz: images on disk have 8 bits per channel, so their metrics would differ from those of '
@@ -157,7 +157,7 @@ def test(args: Namespace) -> int:
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
     try:
-        with impossible_values(), mirroring(mirror):
+        with impossible_values(), mirroring(mirror, ranks):
             evaluate_checkpoint(
                 cfg,
                 checkpoint=args.ckpt,
@@ -215,7 +215,8 @@ def _check_splits(cfg: Config, splits: Sequence[str] | None) -> None:
             )
 
 
-def _note_deprecated(args: Namespace) -> None:
+def note_deprecated(args: Namespace) -> None:
+    """Say in the log which options of the command line have no effect."""
     given = [name for name in ('gpus', 'gpu_ids', 'gpu_id') if getattr(args, name, None) is not None]
     if given:
         options = ', '.join('--' + name.replace('_', '-') for name in given)

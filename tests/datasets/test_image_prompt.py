@@ -107,6 +107,13 @@ def test_rows_that_bring_sizes_and_all_arguments(tmp_path):
     assert set.union(*sizes) == {(4, 4, 8), (4, 8, 4)}
 
 
+def test_frames_need_a_latent_size_with_frames(tmp_path):
+    rows = [dict(prompt='x', frames=8, height=32, width=48)]
+    data = ImagePrompt(str(tmp_path), prompt_dataset_kwargs=json_source(tmp_path, rows), test_mode=True)
+    with pytest.raises(ValueError, match=r'has 3 dimensions .* 2 after the channels'):
+        data[0]
+
+
 def test_frames_are_the_first_dimension(tmp_path):
     rows = [dict(caption='x', frames=8, height=32, width=48)]
     data = ImagePrompt(

@@ -161,7 +161,7 @@ def tiny(folder, where, **changes):
 
 def test_best_checkpoint(bucket, tmp_path):
     def save():
-        runner.checkpoint_hook.save_best(runner, runner.iter, 'val_loss', 1.0)
+        runner.checkpoint_hook.save_best(runner.iter, 'val_loss', 1.0)
 
     runner = tiny(tmp_path, bucket, hooks=[Interfere(7, save), Interfere(10, save)])
     runner.train()

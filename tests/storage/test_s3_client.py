@@ -1,13 +1,18 @@
 """Which credentials are used, when clients are made anew, and who may be anonymous."""
 
+import json
 import logging
 import os
+import re
 import threading
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from botocore import exceptions
 
-from lakonlab.storage import files, s3_client
-from lakonlab.storage.errors import StorageError
+from lakonlab.storage import files, retry, s3_client
+from lakonlab.storage.errors import StorageError, TransientError
 from lakonlab.storage.s3_upload import clean_uploads
 from tests.faulty_proxy import Fault, run_proxy
 from tests.s3_server import use
@@ -125,9 +130,69 @@ def test_bucket_is_no_host_of_another_server(place, swift, monkeypatch):
 
 
 def test_malformed_endpoint(place, monkeypatch):
-    monkeypatch.setenv('AWS_ENDPOINT_URL', 'storage.example')
-    with pytest.raises(StorageError, match=r'storage\.example.*check AWS_ENDPOINT_URL'):
+    urls = {
+        'AWS_ENDPOINT_URL': ('storage.example', 'http://[bad'),
+        'AWS_ENDPOINT_URL_S3': ('http://host:port', 'htp://host'),
+    }
+    for name, url in ((name, url) for name, found in urls.items() for url in found):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, url)
+            expected = rf'{name}={re.escape(repr(url))}.*expected AWS_ENDPOINT_URL=https://host'
+            with pytest.raises(StorageError, match=expected):
+                files.read_text(place)
+
+
+def test_malformed_region(place, monkeypatch):
+    monkeypatch.setenv('AWS_REGION', 'eu west')
+    with pytest.raises(StorageError, match=r"AWS_REGION='eu west'.*a region such as"):
         files.read_text(place)
+
+
+@pytest.mark.parametrize(
+    ('error', 'is_transient'),
+    [
+        (exceptions.MetadataRetrievalError(error_msg='Received non 200 response 503 from container metadata'), True),
+        (exceptions.MetadataRetrievalError(error_msg='Received error: timed out'), True),
+        (exceptions.MetadataRetrievalError(error_msg='Received non 200 response 403 from container metadata'), False),
+        (exceptions.CredentialRetrievalError(provider='container-role', error_msg='timed out'), True),
+        (exceptions.CredentialRetrievalError(provider='iam-role', error_msg='Credential refresh failed'), True),
+        (exceptions.CredentialRetrievalError(provider='custom-process', error_msg='no such program'), False),
+    ],
+)
+def test_services_of_credentials(error, is_transient):
+    """What botocore raises when it cannot have them is tried again if that may help."""
+    found = s3_client.of_connection(error, 's3://bucket/a')
+    assert isinstance(found, TransientError) == is_transient
+    assert str(error) in str(found)
+
+
+def test_credentials_of_a_container_that_come_late(place, without_keys, swift, monkeypatch):
+    """Its service is busy at first, for longer than botocore itself asks again."""
+    later = (datetime.now(timezone.utc) + timedelta(hours=6)).strftime('%Y-%m-%dT%H:%M:%SZ')
+    credentials = {'AccessKeyId': swift.key, 'SecretAccessKey': swift.secret, 'Token': None, 'Expiration': later}
+    statuses = [503] * 4
+
+    class Service(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(statuses.pop() if statuses else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(credentials).encode())
+
+        def log_message(self, *args):
+            """Nothing is to be printed."""
+
+    monkeypatch.setattr('botocore.utils.ContainerMetadataFetcher.SLEEP_TIME', 0.01)
+    monkeypatch.setattr(retry, 'FIRST_DELAY', 0.01)
+    with HTTPServer(('127.0.0.1', 0), Service) as service:
+        thread = threading.Thread(target=service.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv('AWS_CONTAINER_CREDENTIALS_FULL_URI', f'http://127.0.0.1:{service.server_port}/')
+        try:
+            assert files.read_text(place) == 'content'
+        finally:
+            service.shutdown()
+            thread.join()
+    assert not statuses
 
 
 def test_endpoint_for_s3_alone(place, swift, monkeypatch):

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+from lakonlab.models.architecture.diffusers.pretrained import repository
 from lakonlab.models.architecture.loading import PretrainedError
 from lakonlab.ops.random_source import RecordedSource, SeededSource
 from lakonlab.registry import MODULES
@@ -190,6 +191,17 @@ class TestAutoencoders:
             parts('PretrainedVAE', **options)
         with pytest.raises(ValueError, match=r"sample_mode='mean': expected one of sample, argmax"):
             parts('PretrainedVAE').encode(self.pictures(), sample_mode='mean')
+
+
+def test_where_parts_are():
+    assert repository('org/model') == 'org/model'
+    assert repository('huggingface://org/model@v1/') == 'org/model@v1'
+    assert repository('HuggingFace://org/model') == 'org/model'
+    assert repository('s3://bucket/model/') == 's3://bucket/model'
+    with pytest.raises(PretrainedError, match='no repository of the hub'):
+        repository('huggingface://org/model/inner')
+    with pytest.raises(PretrainedError, match='https:// cannot be listed'):
+        repository('https://host/model')
 
 
 @pytest.mark.parametrize(
