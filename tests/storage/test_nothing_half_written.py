@@ -24,7 +24,7 @@ from lakonlab.storage.publisher import publisher_of
 from lakonlab.storage.retention import prune
 from tests.faulty_proxy import Fault
 from tests.object_store import Store, superfluous, whole
-from tests.storage.test_s3_faults import CONTENT, LARGE, again, faulty, running_proxy, unfinished  # noqa: F401
+from tests.storage.test_s3_faults import CONTENT, LARGE, again, faulty, running_proxy  # noqa: F401
 
 FAULTS = {
     'reset': Fault('reset'),
@@ -72,27 +72,29 @@ CONTENTS = {'one request': CONTENT, 'parts': LARGE}
 @pytest.mark.parametrize(('name', 'how'), [*cases(FAULTS, 'one request'), *cases(('lost', 'slow down'), 'parts')])
 def test_files(faulty, failing, name, how):  # noqa: F811
     content = CONTENTS[how]
-    store, bucket = faulty.server.client(), faulty.bucket.removeprefix('s3://')
+    bucket = faulty.bucket.removeprefix('s3://')
+    store = Store(faulty.server.client(), bucket)
     number = 0
     while True:
-        store.put_object(Bucket=bucket, Key='file', Body=OLD)
+        store.client.put_object(Bucket=bucket, Key='file', Body=OLD)
         fault = failing(name, number, 'PUT|POST')
         error = None
         try:
             files.write_bytes(f'{faulty.bucket}/file', content)
         except StorageError as caught:
             error = caught
-        found = store.get_object(Bucket=bucket, Key='file')['Body'].read()
+        found = store.client.get_object(Bucket=bucket, Key='file')['Body'].read()
         if error is None:
             assert found == content
             assert not happened(fault)
             break
         assert found in ((OLD, content) if name == 'lost' else (OLD,)), f'{name} at request {number}'
         assert f'{faulty.bucket}/file' in str(error)
-        keys = [entry['Key'] for entry in store.list_objects_v2(Bucket=bucket)['Contents']]
+        keys = [entry['Key'] for entry in store.client.list_objects_v2(Bucket=bucket)['Contents']]
         assert keys == ['a.bin', 'file']
         # the identifier of an upload that was begun got lost with the answer
-        assert set(unfinished(faulty)) == ({'file'} if (name, how, number) == ('lost', 'parts', 0) else set())
+        unfinished = {entry['Key'] for entry in store.uploads()}
+        assert unfinished == ({'file'} if (name, how, number) == ('lost', 'parts', 0) else set())
         faulty.faults = []
         s3_upload.clean_uploads(faulty.bucket, -60)
         number += 1

@@ -39,7 +39,8 @@ def write_data(folder):
     convert_prompt_cache(PublishedPromptCache(str(folder / 'published')), str(folder / 'ours'), 2)
     for layout in ('published', 'ours'):
         write_datalist(folder / f'{layout}.jsonl.gz', names)
-    write_embeds(str(folder / 'negative.pth'), {'encoder_hidden_states': torch.ones(1, WIDTH)}, 'bf16')
+    negative = dict(encoder_hidden_states=torch.ones(1, WIDTH), encoder_hidden_states_mask=torch.ones(1).long())
+    write_embeds(str(folder / 'negative.pth'), negative, 'bf16')
 
 
 def write_config(path, weights, where, layout):
