@@ -16,10 +16,10 @@ from lakonlab.storage.s3 import S3Files
 
 
 @pytest.fixture
-def directory(swift_bucket, monkeypatch):
+def directory(bucket, monkeypatch):
     for name, seconds in dict(RENEW=0.2, STALE=1.5, WAIT=0.5, SETTLE=0.3, POLL=0.05).items():
         monkeypatch.setattr(lease, f'{name}_SECONDS', seconds)
-    return as_path(f'{swift_bucket}/run')
+    return as_path(f'{bucket}/run')
 
 
 def lock_of(directory):
@@ -130,8 +130,10 @@ def test_a_lock_that_is_there_and_cannot_be_seen(directory, monkeypatch):
     assert 1 < len(attempts) <= 1 + lease.WAIT_SECONDS / lease.POLL_SECONDS + 1
 
 
-def test_a_lock_that_goes_while_it_is_made(directory, monkeypatch):
+def test_a_lock_that_goes_while_it_is_made(directory, s3_server, monkeypatch):
     """Its holder removes it between the refusal and the question whose it is."""
+    if s3_server.kind == 'rclone':
+        pytest.skip('rclone serve s3 creates a file whether it exists or not')
     write(directory, **ELSEWHERE)
     read = S3Files.read_bytes
 
