@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError, describe_unknown
-from lakonlab.config.load import dump_config, load_config
+from lakonlab.config.load import load_config
 from lakonlab.config.options import parse_options
 from lakonlab.runner.paths import check_places, require_writable_places, settle_work_dir
 
@@ -89,7 +89,6 @@ def train(args: Namespace) -> int:
             ranks.on_main(lambda: require_writable_places(cfg))
             ranks.together(lambda: build_on_meta(cfg))
             ranks.on_main(lambda: check_data(cfg, used_splits(cfg, training=True, evaluating=not args.no_validate)))
-            ranks.on_main(lambda: dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name))
             runner = Runner.from_cfg(
                 cfg,
                 work_dir=cfg.work_dir,

@@ -26,7 +26,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.optim import Optimizer
 
-from lakonlab.config.load import resolved_text
+from lakonlab.config.load import dump_config, resolved_text
 from lakonlab.datasets.order import data_order
 from lakonlab.mmengine_parts import (
     Hook,
@@ -442,6 +442,8 @@ class Runner:
             ranks.together(lambda: publisher_of(self.checkpoint_dir).require_shared(self.checkpoint_dir))
         if self.cfg.get('work_dir_mirror') is not None:
             ranks.on_main(lambda: self._enter_mirror(stack))
+        if self.cfg.filename is not None:
+            ranks.on_main(lambda: dump_config(self.cfg, Path(self.work_dir) / Path(self.cfg.filename).name))
         if self.checkpoint_hook is not None:
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)

@@ -236,6 +236,25 @@ def test_two_runs_in_one_directory(tmp_path):
     runner.train()
 
 
+def test_the_config_in_the_work_dir_is_that_of_the_run_that_has_it(tmp_path):
+    def run(value):
+        return make_runner(tmp_path, cfg=Config({'seed': value}, cfg_text='seed = 0', filename='configs/small.py'))
+
+    first = run(1)
+    first.train()
+    copy = Path(first.work_dir, 'small.py')
+    assert copy.read_text() == 'seed = 1\n'
+
+    def refuse(stack):
+        raise local.DirectoryInUseError('in use by another run')
+
+    second = run(2)
+    second._hold_checkpoint_dir = refuse
+    with pytest.raises(local.DirectoryInUseError):
+        second.train()
+    assert copy.read_text() == 'seed = 1\n'
+
+
 def test_skipped_iterations(tmp_path, caplog):
     guard = SkipGuard(max_skipped_iters=3)
     with caplog.at_level('WARNING'):
