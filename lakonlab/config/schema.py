@@ -241,6 +241,7 @@ LEGACY_OF_LOADER = {
     'num_threads': 'it is no argument of a data loader',
     'num_gpus': 'every process has a loader and a GPU of its own',
     'dist': 'data are always shared by all processes of a run',
+    'drop_last': 'training has no incomplete batch, and evaluation reads every item',
 }
 
 LEGACY_KEYS: dict[str, str] = {

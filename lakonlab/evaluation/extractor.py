@@ -30,11 +30,9 @@ class FeatureExtractor(nn.Module, ABC):
 
     Attributes:
         input_size: Side in pixels that metrics bring images to; None if images are taken as they are.
-        resizes_itself: Whether it also takes images of other sizes.
     """
 
     input_size: int | None = None
-    resizes_itself = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:

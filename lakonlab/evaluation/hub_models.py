@@ -9,23 +9,25 @@ from typing import Any
 
 from torch import nn
 
+from lakonlab.storage.fetch import fetch
 from lakonlab.storage.local import sha256_of
-from lakonlab.storage.paths import as_local, is_remote, scheme_of
+from lakonlab.storage.paths import as_local, is_remote, without_scheme
+from lakonlab.storage.schemes import has_own_cache
 
 WEIGHT_SUFFIXES = ('.safetensors', '.bin')
 
 
 def hub_name(path: str) -> str:
-    """The name by which transformers finds a model: a local folder, or a repository of the hub.
+    """The name by which transformers finds a model: a repository of the hub, or a local folder; others are downloaded.
 
-    Raises:
-        ValueError: It is neither.
+    Args:
+        path: A folder of any scheme, or ``organisation/repository``.
     """
-    if not is_remote(path):
-        return str(as_local(path)) if as_local(path).exists() else path
-    if scheme_of(path) != 'huggingface':
-        raise ValueError(f'{path!r}: expected a local folder or huggingface://organisation/repository')
-    return path.partition('://')[2].strip('/')
+    if has_own_cache(path):
+        return without_scheme(path).strip('/')
+    if is_remote(path):
+        return str(fetch(path))
+    return str(as_local(path)) if as_local(path).exists() else path
 
 
 def loaded_whole(kind: type, name: str, argument: str, **options: Any) -> nn.Module:

@@ -34,7 +34,6 @@ class InceptionV3(FeatureExtractor):
     """
 
     input_size = 299
-    resizes_itself = True
 
     def __init__(self, weights: str = WEIGHTS):
         super().__init__()

@@ -77,7 +77,7 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
     """Write results as JSON, all or nothing, and as a table beside it.
 
     Args:
-        path: The file; the table has the same name with the suffix ``.md``.
+        path: The file, of any scheme that can be written; the table has the same name with the suffix ``.md``.
         evaluations: Results of :func:`run_evaluations`.
         **facts: What else a reader must know: name of the run, checkpoint, iteration, seed, config.
 
@@ -93,7 +93,7 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
         evaluations=list(evaluations),
     )
     files.write_text(path, json.dumps(content, indent=1, default=str) + '\n')
-    files.write_text(Path(path).with_suffix('.md'), results_table(content))
+    files.write_text(files.sibling(path, f'{Path(files.name_of(path)).stem}.md'), results_table(content))
     return content
 
 

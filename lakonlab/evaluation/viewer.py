@@ -7,8 +7,6 @@ import html
 import json
 import math
 import mimetypes
-import os
-import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -124,21 +122,20 @@ def url_from(page: str | Path, target: str | Path) -> str:
         page: The page.
         target: The file, or a URL, which comes back as it is.
     """
-    if str(target).startswith(('data:', 'http://', 'https://')):
+    if _is_url(str(target)):
         return str(target)
-    if files.is_remote(page) != files.is_remote(target) or files.scheme_of(page) != files.scheme_of(target):
-        raise ValueError(f'{page} cannot show {target}: put the page where the images are, or the images into the page')
-    if files.is_remote(page):
-        here, there = str(files.parent_of(page)).split('/'), str(target).split('/')
-        if here[:3] != there[:3]:
-            raise ValueError(f'{page} cannot show {target}: they are in different buckets')
-    else:
-        here = list(Path(page).absolute().parent.parts)
-        there = list(Path(target).absolute().parts)
-    common = 0
-    while common < min(len(here), len(there) - 1) and here[common] == there[common]:
-        common += 1
-    return '/'.join(quote(part) for part in [*['..'] * (len(here) - common), *there[common:]])
+    try:
+        path = files.relative_to(target, files.parent_of(page))
+    except files.StorageError as error:
+        raise ValueError(
+            f'{page} cannot show {target}: put the page where the images are, or the images into the page'
+        ) from error
+    return quote(path)
+
+
+def _is_url(source: str) -> bool:
+    """Whether a browser finds an image by itself, from wherever the page is."""
+    return source.startswith('data:') or files.scheme_of(source) in ('http', 'https')
 
 
 def side_by_side(
@@ -185,21 +182,12 @@ def side_by_side(
 
 def _moved(source: str | None, page: str | Path, output: str | Path, embed: bool) -> str | None:
     """The URL by which another page refers to an image of a page."""
-    if source is None or source.startswith(('data:', 'http://', 'https://')):
+    if source is None or _is_url(source):
         return source
-    target = _target(page, source)
+    target = files.reached_from(files.parent_of(page), unquote(source))
     if not embed:
         return url_from(output, target)
     if not files.is_file(target):
         return None
     kind = mimetypes.guess_type(str(target))[0] or 'image/png'
     return f'data:{kind};base64,{base64.b64encode(files.read_bytes(target)).decode()}'
-
-
-def _target(page: str | Path, source: str) -> str:
-    """The file that a page means by a relative URL."""
-    folder, relative = files.parent_of(page), unquote(source)
-    if not files.is_remote(page):
-        return os.path.normpath(Path(folder).absolute() / relative)
-    scheme, _, rest = folder.partition('://')
-    return f'{scheme}://{posixpath.normpath(posixpath.join(rest, relative))}'

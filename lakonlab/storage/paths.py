@@ -7,6 +7,7 @@ checksum of the file, which downloads are verified against.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,11 @@ def scheme_of(path: str | Path) -> str:
 def is_remote(path: str | Path) -> bool:
     """Whether a path names a place that is not in the local file system, like ``s3://bucket/run``."""
     return scheme_of(path) != LOCAL
+
+
+def without_scheme(path: str | Path) -> str:
+    """What follows ``://`` in the normal spelling of a remote path: a bucket with a key, a repository."""
+    return normal(path).partition('://')[2]
 
 
 def split_digest(path: str | Path) -> tuple[str, str | None]:
@@ -100,6 +106,41 @@ def sibling(path: str | Path, name: str) -> str:
         StorageError: The name leads out of the directory.
     """
     return join(parent_of(path), name)
+
+
+def relative_to(path: str | Path, folder: str | Path) -> str:
+    """How a path is reached from a folder: names with slashes between them, ``..`` for each step up.
+
+    Args:
+        path: A file or directory.
+        folder: A directory in the same place: the same disk, or the same bucket or server.
+
+    Raises:
+        StorageError: They are in different places.
+    """
+    here, there = (_parts(folder), _parts(path))
+    if here[0] != there[0]:
+        raise StorageError(f'{str(path)!r} cannot be reached from {str(folder)!r}: they are in different places')
+    common = 0
+    while common < min(len(here), len(there)) and here[common] == there[common]:
+        common += 1
+    return '/'.join([*['..'] * (len(here) - common), *there[common:]])
+
+
+def reached_from(folder: str | Path, relative: str) -> str:
+    """The path that :func:`relative_to` has been asked about."""
+    if not is_remote(folder):
+        return os.path.normpath(as_local(folder).absolute() / relative)
+    scheme, _, rest = normal(folder).partition('://')
+    return f'{scheme}://{posixpath.normpath(posixpath.join(rest, relative))}'
+
+
+def _parts(path: str | Path) -> list[str]:
+    """Where a path is, and the names that lead to it."""
+    if not is_remote(path):
+        return ['', *as_local(path).absolute().parts]
+    server, *names = without_scheme(normal(path)).split('/')
+    return [f'{scheme_of(path)}://{server}', *names]
 
 
 def _without_query(text: str) -> tuple[str, str]:

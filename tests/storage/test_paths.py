@@ -5,7 +5,19 @@ from pathlib import Path
 import pytest
 
 from lakonlab.storage.errors import StorageError
-from lakonlab.storage.paths import is_remote, join, name_of, normal, parent_of, scheme_of, sibling, split_digest
+from lakonlab.storage.paths import (
+    is_remote,
+    join,
+    name_of,
+    normal,
+    parent_of,
+    reached_from,
+    relative_to,
+    scheme_of,
+    sibling,
+    split_digest,
+    without_scheme,
+)
 
 DIGEST = 'a' * 64
 
@@ -62,6 +74,12 @@ def test_parts():
     assert name_of('a/b') == 'b'
 
 
+def test_without_scheme():
+    assert without_scheme('s3://b/x/') == 'b/x'
+    assert without_scheme(Path('huggingface://o/r@v1')) == 'o/r@v1'  # which loses a slash
+    assert without_scheme('HuggingFace://o/r') == 'o/r'
+
+
 def test_siblings(tmp_path):
     assert sibling(tmp_path / 'a.index.json', 'b.bin') == str(tmp_path / 'b.bin')
     assert sibling('http://h/x/a.index.json?k=1', 'b.bin') == 'http://h/x/b.bin?k=1'
@@ -78,3 +96,26 @@ def test_names_that_lead_out(name, folder):
 def test_digests():
     assert split_digest(f'http://h/a#sha256={"A" * 64}') == ('http://h/a', DIGEST)
     assert split_digest('http://h/a#sha256=12') == ('http://h/a#sha256=12', None)
+
+
+@pytest.mark.parametrize(
+    ('path', 'folder', 'expected'),
+    [
+        ('a/b/c.png', 'a', 'b/c.png'),
+        ('a/b/c.png', 'a/d/e', '../../b/c.png'),
+        ('/x', '/y/z', '../../x'),
+        ('s3://bucket/a/b.png', 's3://bucket/a', 'b.png'),
+        ('s3://bucket/a/b.png', 's3://bucket', 'a/b.png'),
+        ('s3://bucket/a/b.png', 's3://bucket/c/', '../a/b.png'),
+    ],
+)
+def test_the_way_from_a_folder(path, folder, expected):
+    assert relative_to(path, folder) == expected
+    whole = path if path.startswith(('s3:', '/')) else str(Path(path).absolute())
+    assert reached_from(folder, expected) == whole
+
+
+@pytest.mark.parametrize('folder', ['s3://other/a', 'a', 'https://bucket/a'])
+def test_no_way_from_another_place(folder):
+    with pytest.raises(StorageError, match='different places'):
+        relative_to('s3://bucket/a/b.png', folder)
