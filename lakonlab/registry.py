@@ -128,9 +128,15 @@ FEATURE_EXTRACTORS = LazyRegistry(
     {
         'lakonlab.evaluation.digit_classifier': ('DigitClassifier',),
         'lakonlab.evaluation.dinov2': ('DINOv2',),
-        'lakonlab.evaluation.lpips_network': ('LPIPSNetwork',),
         'lakonlab.evaluation.inception': ('InceptionV3',),
         'lakonlab.evaluation.mobilenet': ('MobileNetV2',),
+    },
+)
+
+IMAGE_DISTANCES = LazyRegistry(
+    'distance of images',
+    {
+        'lakonlab.evaluation.lpips_network': ('LPIPSNetwork',),
     },
 )
 

@@ -14,7 +14,7 @@ from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import FeatureMetric, Metric
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch
-from lakonlab.registry import METRICS
+from lakonlab.registry import IMAGE_DISTANCES, METRICS
 
 PAIRS_AT_ONCE = 64
 
@@ -197,7 +197,7 @@ class LPIPSDiversity(PairwiseDistance):
         super().__init__(max_per_group, prefix)
 
     def bind(self, extractors: ExtractorPool) -> None:
-        self.network = extractors.build(self.network_config)
+        self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
 
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         self.network.to(batch.images.device)
@@ -233,7 +233,7 @@ class ReferenceLPIPS(Metric):
         super().__init__()
 
     def bind(self, extractors: ExtractorPool) -> None:
-        self.network = extractors.build(self.network_config)
+        self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
 
     def reset(self) -> None:
         self._distances: list[float] = []

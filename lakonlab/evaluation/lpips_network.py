@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.evaluation.preparation import as_rgb
-from lakonlab.registry import FEATURE_EXTRACTORS
+from lakonlab.registry import IMAGE_DISTANCES
 from lakonlab.storage.fetch import fetch
 
 BACKBONES = {
@@ -18,7 +18,7 @@ BACKBONES = {
 }
 
 
-@FEATURE_EXTRACTORS.register_module()
+@IMAGE_DISTANCES.register_module()
 class LPIPSNetwork(nn.Module):
     """Distances between images, by the package ``lpips``, whose own weights are in the package.
 

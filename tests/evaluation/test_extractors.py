@@ -81,8 +81,14 @@ def test_mobilenet_without_its_package(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f'no weights of MobileNetV2: {INSTALL}')
-def test_every_extractor_says_what_it_is(inception_weights):
-    arguments = dict(InceptionV3=dict(weights=str(inception_weights)))
+def test_every_extractor_says_what_it_is(inception_weights, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    Dinov2Model(Dinov2Config(**shape)).save_pretrained(tmp_path)
+    arguments = dict(
+        InceptionV3=dict(weights=str(inception_weights)), DINOv2=dict(weights=str(tmp_path), input_size=28)
+    )
     for name in FEATURE_EXTRACTORS.names():
         extractor = ExtractorPool().build(dict(type=name, **arguments.get(name, {})))
         size = extractor.input_size or 8
