@@ -161,16 +161,20 @@ def dry_run(
     return '\n'.join(parts)
 
 
-def cannot_start(what: str, weights: Sequence[str], problems: Sequence[str]) -> list[str]:
+def cannot_start(
+    what: str, weights: Sequence[str], problems: Sequence[str], references: Sequence[str] = ()
+) -> list[str]:
     """The last line of a plan, if something is missing.
 
     Args:
         what: What is planned.
         weights: Keys of the weights that are missing.
         problems: What data sets do not bring.
+        references: Files of reference statistics that are missing.
     """
     reasons = [f'the weights of {", ".join(weights)} are missing'] if weights else []
     reasons += ['data sets lack what is said above'] if problems else []
+    reasons += [f'there is no {", ".join(references)}'] if references else []
     return [f'\nThis {what} cannot start yet: {"; ".join(reasons)}.'] if reasons else []
 
 

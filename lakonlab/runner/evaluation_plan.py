@@ -14,6 +14,7 @@ from lakonlab.runner.dry_run import MISSING, build_on_meta, cannot_start, parame
 from lakonlab.runner.testing import find_weights
 from lakonlab.storage.checkpoint import CheckpointError
 from lakonlab.storage.errors import StorageError
+from lakonlab.storage.paths import as_local, is_remote
 
 
 def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence[str] | None = None) -> str:
@@ -48,9 +49,10 @@ def evaluation_plan(cfg: Config, checkpoint: str | None = None, splits: Sequence
         *(line for entry in entries for line in _describe(entry, cfg)),
         f'  results         {cfg.work_dir}/results.json{_copied(cfg)}',
     ]
+    references = list(dict.fromkeys(path for entry in entries for path in _missing_references(entry)))
     problems = planned_data_problems(cfg, splits or used_splits(cfg, training=False))
     lines += [f'  data            {MISSING}: {problem}' for problem in problems]
-    lines += cannot_start('evaluation', missing, problems)
+    lines += cannot_start('evaluation', missing, problems, references)
     return '\n'.join(lines)
 
 
@@ -70,4 +72,22 @@ def _describe(entry: Mapping[str, Any], cfg: Config) -> list[str]:
         f'    data          {cfg.data[split]["type"]}, split {split!r}',
         f'    sampling      {", ".join(f"{key}={value!r}" for key, value in settings.items()) or "defaults"}',
         f'    metrics       {names or "none"}',
+        *(f'    reference     {path}{_found(path)}' for path in _references(entry)),
     ]
+
+
+def _references(entry: Mapping[str, Any]) -> list[str]:
+    """Files of reference statistics that the metrics of an entry name."""
+    metrics = entry.get('metrics') or ()
+    metrics = [metrics] if isinstance(metrics, Mapping) else metrics
+    named = [metric.get(key) for metric in metrics for key in ('reference', 'reference_pkl')]
+    return list(dict.fromkeys(path for path in named if isinstance(path, str)))
+
+
+def _missing_references(entry: Mapping[str, Any]) -> list[str]:
+    """Those that are not there; remote ones are not looked for."""
+    return [path for path in _references(entry) if not is_remote(path) and not as_local(path).is_file()]
+
+
+def _found(path: str) -> str:
+    return '' if is_remote(path) or as_local(path).is_file() else f', {MISSING}'

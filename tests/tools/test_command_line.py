@@ -103,6 +103,21 @@ def test_dry_run_says_what_is_missing(in_tmp, capsys):
     assert list(in_tmp.iterdir()) == []
 
 
+def test_dry_run_says_which_references_are_missing(in_tmp, capsys):
+    (in_tmp / 'here.npz').touch()
+    metrics = [{'type': 'InceptionMetrics', 'reference': name} for name in ('here.npz', 'gone.npz', 's3://b/far.pkl')]
+    options = [f'evaluation.0.metrics={metrics}', 'model.inference_only=True']
+    planned = arguments(TEACHER, dry_run=True, ckpt=None, data=['val'], reuse_viz=False, cfg_options=options)
+    assert launch.run_command(launch.test, planned) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith('reference  ')] == [
+        'reference     here.npz',
+        'reference     gone.npz, MISSING',
+        'reference     s3://b/far.pkl',
+    ]
+    assert lines[-1] == 'This evaluation cannot start yet: there is no gone.npz.'
+
+
 def test_missing_weights_stop_a_run_before_it_writes(in_tmp, capsys):
     assert launch.run_command(launch.train, arguments(STUDENT)) == 1
     assert 'checkpoints/dit_digits_teacher' in capsys.readouterr().err
