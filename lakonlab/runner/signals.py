@@ -9,7 +9,7 @@ from types import FrameType
 
 
 def ignore_termination() -> None:
-    """From here on SIGTERM changes nothing: for a process that is leaving, and whose launcher ends those that are late."""
+    """From here on SIGTERM changes nothing: the process is leaving, and its launcher would end it meanwhile."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
