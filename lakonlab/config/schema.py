@@ -302,7 +302,6 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
 
 EMPTY_KEYS: dict[str, str] = {
-    'data.drop_last': 'training never ends, and evaluation reads every item',
     'data.sampler': 'the order of the data is a function of the seed',
     'runner.pass_training_status': 'the iteration is always passed to the model',
     'model.use_condition_latents': 'there are no condition images',
