@@ -269,7 +269,6 @@ LEGACY_KEYS: dict[str, str] = {
 LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
     'GenerativeEvalHook': {
         'clear_reals': 'features of real images are kept in files',
-        'metric_cpu_offload': 'networks of metrics are moved as needed',
         'dist': 'whether several processes evaluate follows from how many there are',
     },
     'InceptionMetrics': {

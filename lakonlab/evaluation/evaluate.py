@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
@@ -24,6 +24,14 @@ from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, re
 from lakonlab.evaluation.sampling import device_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
+
+
+def _attention_flops(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+#: What torch's counter does not know: operation -> its floating-point operations, of the shapes of its arguments.
+FURTHER_OPERATIONS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class EvaluationStoppedError(Exception):
@@ -108,7 +116,7 @@ def evaluate(
         if pixels is not None:
             pixels = pixels.to(device_of(model))
         elif generate and warm_up and needs_flops:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FURTHER_OPERATIONS) as counter:
                 pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
             flops = counter.get_total_flops() / len(batch['ids'])
         elif generate:

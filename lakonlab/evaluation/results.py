@@ -60,11 +60,18 @@ def run_evaluations(
     for entry in entries:
         entry.pop('priority', None)
         hooks.append(HOOKS.build(entry))
+    for hook in hooks:
+        hook.share(hooks)
+
+    def bind() -> None:  # of all, so that what is missing for the last one is found before the first one samples
+        for hook in hooks:
+            hook.bind()
+
+    ranks.on_main(bind)
     results = []
     for number, hook in enumerate(hooks, start=1):
         if ranks.is_main:
             logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
-        hook.share(hooks)
         name = cfg.get('name', 'run')
         result, _ = hook.run(
             model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse

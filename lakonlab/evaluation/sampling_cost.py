@@ -16,16 +16,17 @@ class SamplingCost(Metric):
     """``latency_seconds``, from the noise of a batch to its images, and ``gflops_per_sample``.
 
     Operations are those of matrix products, convolutions and attention, of the first batch, which is not timed unless
-    it is the only one. For the latency of a single image, evaluate with batches of one.
+    it is the only one. Only the largest of the batches that are timed count, so that the rest at the end of a data set
+    is not averaged with them; their size is ``batch_size`` of the protocol. For the latency of a single image, evaluate
+    with batches of one.
     """
 
     needs_flops = True
 
     def reset(self) -> None:
         self._flops: float | None = None
-        self._warm_up: list[float] = []
-        self._timed: list[float] = []
-        self._largest = 0
+        self._warm_up: list[tuple[int, float]] = []
+        self._timed: list[tuple[int, float]] = []
 
     def feed(self, batch: SampleBatch) -> None:
         """Take in a batch.
@@ -36,17 +37,26 @@ class SamplingCost(Metric):
         if batch.seconds is None:
             raise ValueError('SamplingCost needs samples that are generated now, not real images or images in files')
         self._flops = self._flops if batch.flops is None else batch.flops
-        self._largest = max(self._largest, len(batch.ids))
-        (self._warm_up if batch.warm_up else self._timed).append(batch.seconds)
+        (self._warm_up if batch.warm_up else self._timed).append((len(batch.ids), batch.seconds))
+
+    def _counted(self) -> tuple[int, list[float]]:
+        """Samples of the largest batches that are timed, and the seconds of each of them."""
+        batches = self._timed or self._warm_up
+        largest = max(count for count, _ in batches)
+        return largest, [seconds for count, seconds in batches if count == largest]
 
     def compute(self) -> dict[str, float]:
-        timed = self._timed or self._warm_up
-        numbers = dict(latency_seconds=sum(timed) / len(timed))
+        _, seconds = self._counted()
+        numbers = dict(latency_seconds=sum(seconds) / len(seconds))
         if self._flops is not None:
             numbers['gflops_per_sample'] = self._flops / 1e9
         return numbers
 
     def protocol(self) -> dict[str, Any]:
+        size, seconds = self._counted()
         return dict(
-            num_batches=len(self._timed or self._warm_up), batch_size=self._largest, num_threads=torch.get_num_threads()
+            num_batches=len(seconds),
+            batch_size=size,
+            includes_warm_up=not self._timed,
+            num_threads=torch.get_num_threads(),
         )

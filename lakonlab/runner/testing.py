@@ -36,6 +36,8 @@ from lakonlab.storage.remote_path import AnyPath, as_path
 
 logger = logging.getLogger('lakonlab.evaluation')
 
+TIMED_METRICS = ('SamplingSpeed', 'SamplingCost')
+"""Metrics of making samples, which images in files say nothing about."""
 VERSIONED_PACKAGES = ('torch', 'torchvision', 'numpy', 'mmengine', 'diffusers')
 
 
@@ -238,7 +240,7 @@ def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool, reuse_viz: 
         if timer and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
             entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
         if reuse_viz:  # what is read from files has 8 bits per channel and takes no time to sample
-            entry['metrics'] = [metric for metric in metrics if metric['type'] != 'SamplingSpeed']
+            entry['metrics'] = [metric for metric in metrics if metric['type'] not in TIMED_METRICS]
             entry['quantize'] = 'uint8'
     return entries
 

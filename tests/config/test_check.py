@@ -364,15 +364,16 @@ def test_older_places_of_the_teacher_guidance(caplog):
 
 
 def test_published_names_and_options_of_hooks(caplog):
-    options = {'clear_reals': False, 'metric_cpu_offload': True, 'dist': True}
+    options = {'clear_reals': False, 'dist': True}
     values = load_config(PUBLISHED_STYLE).to_dict()
     values['custom_hooks'][0]['type'] = 'ExponentialMovingAverageHookMod'
-    values['evaluation'] = [{**entry, **options} for entry in values['evaluation'] * 2]
+    values['evaluation'] = [{**entry, **options, 'metric_cpu_offload': True} for entry in values['evaluation'] * 2]
     cfg = Config(values)
     with caplog.at_level(logging.INFO, 'lakonlab.config'):
         check_config(cfg)
     assert cfg.custom_hooks[0].type == 'ExponentialMovingAverageHook'
     assert not set(options) & set(cfg.evaluation[1])
+    assert cfg.evaluation[1].metric_cpu_offload  # it has an effect
     assert caplog.text.count('ExponentialMovingAverageHookMod') == 1
     for key in options:
         assert caplog.text.count(f'evaluation.{key} ') == 1

@@ -155,15 +155,40 @@ class Multiplier(nn.Module):
         return dict(num_samples=len(images), pred_imgs=images, nfe=2)
 
 
+class Attention(nn.Module):
+    """Makes images by attention of 8 positions with 8 numbers among each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def val_step(self, data, source=None, **arguments):
+        noise = data['noise'].reshape(-1, 1, 8, 8) + self.weight
+        images = nn.functional.scaled_dot_product_attention(noise, noise, noise)
+        return dict(num_samples=len(images), pred_imgs=images, nfe=1)
+
+
+def test_operations_of_attention():
+    (results,) = run_evaluations(Attention(), config(metrics=[dict(type='SamplingCost')]))
+    assert results['metrics']['gflops_per_sample'] == pytest.approx(2 * 2 * 8**3 / 1e9)
+
+
 def test_cost_of_samples():
     (results,) = run_evaluations(Multiplier(), config(metrics=[dict(type='SamplingCost')]))
     assert results['metrics']['gflops_per_sample'] == pytest.approx(2 * 2 * 8**3 / 1e9)
     assert results['metrics']['latency_seconds'] > 0
     assert results['protocol']['SamplingCost']['batch_size'] == 10
-    assert results['protocol']['SamplingCost']['num_batches'] == 2
+    assert results['protocol']['SamplingCost']['num_batches'] == 1  # the first warms up, the last is of 5
     metric = built('SamplingCost')
     for seconds, warm_up in ((50.0, True), (1.0, False), (2.0, False)):
         metric.feed(SampleBatch(torch.zeros(1, 1, 2, 2), [0], seconds=seconds, warm_up=warm_up))
     assert metric.compute() == dict(latency_seconds=1.5)
+    metric = built('SamplingCost')
+    for count, seconds, warm_up in ((8, 50.0, True), (8, 4.0, False), (8, 6.0, False), (2, 1.0, False)):
+        ids = list(range(count))
+        metric.feed(SampleBatch(torch.zeros(count, 1, 2, 2), ids, seconds=seconds, warm_up=warm_up))
+    assert metric.compute() == dict(latency_seconds=5.0)
+    assert (metric.protocol()['batch_size'], metric.protocol()['num_batches']) == (8, 2)
+    assert not metric.protocol()['includes_warm_up']
     with pytest.raises(ValueError, match='generated now'):
         metric.feed(SampleBatch(torch.zeros(1, 1, 2, 2), [0]))

@@ -95,6 +95,16 @@ def test_reference_is_required():
         run_evaluations(Model(), config(metrics=dict(type='ReferenceRMSE')))
 
 
+def test_what_the_last_entry_lacks_is_found_before_anything_is_sampled(tmp_path):
+    cfg = config(**RMSE)
+    missing = dict(type='InceptionMetrics', reference=str(tmp_path / 'no.npz'), extractor=DIGIT_FEATURES)
+    cfg['evaluation'] += config(metrics=missing, prefix='q')['evaluation']
+    model = Model()
+    with pytest.raises(OSError, match=r'no\.npz'):
+        run_evaluations(model, cfg)
+    assert not model.calls
+
+
 def test_real_images_are_measured_without_a_model():
     distance = dict(type='FrechetDistance', extractor=DIGIT_FEATURES, reference=dict(type='Digits', split='val'))
     cfg = config(data='train', generate=False, metrics=distance)

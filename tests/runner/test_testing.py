@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lakonlab.config.check import check_config
 from lakonlab.config.load import load_config
+from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.results import RESULTS_FILE
 from lakonlab.ranks import ALONE
 from lakonlab.registry import MODELS, STRATEGIES
@@ -104,13 +106,27 @@ def test_images_are_measured_again(alone, monkeypatch):
         raise AssertionError('samples are made again')
 
     monkeypatch.setattr('lakonlab.evaluation.evaluate.sample', not_again)
-    results = evaluated(ALONE, folder, 'single', reuse_viz=True)
+    cfg = config(folder)
+    for entry in cfg.evaluation:
+        entry['metrics'] = [*entry['metrics'], {'type': 'SamplingCost'}]  # images in files say nothing about it
+    results = evaluate_checkpoint(cfg, seed=5, reuse_viz=True)
     for found, made in zip(results['evaluations'], expected['evaluations'], strict=True):
         assert found['quantize'] == 'uint8'
-        assert 'samples_per_second' not in found['metrics']
+        assert not {'samples_per_second', 'latency_seconds'} & set(found['metrics'])
         for name, value in found['metrics'].items():
             assert value == pytest.approx(made['metrics'][name], rel=0.05, abs=0.02)
     assert 'samples_per_second' not in Path(config(folder).work_dir, 'results.md').read_text()
+
+
+def test_networks_of_metrics_are_moved_to_the_cpu(alone, monkeypatch):
+    folder, _ = alone
+    moved = []
+    monkeypatch.setattr(ExtractorPool, 'offload', lambda pool: moved.append(len(pool._extractors)))
+    cfg = config(folder)
+    cfg.evaluation = [{**cfg.evaluation[0], 'metric_cpu_offload': True}, cfg.evaluation[1]]
+    check_config(cfg)
+    evaluate_checkpoint(cfg, seed=5)
+    assert moved == [1]
 
 
 def test_what_the_main_process_does_not_find_ends_all(alone, tmp_path):
