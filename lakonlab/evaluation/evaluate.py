@@ -89,7 +89,8 @@ def evaluate(
     Returns:
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
         ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
-        arguments with ``sampling_seed``, None for real images, and ``quantize``, which every protocol repeats.
+        arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and width of
+        the images, which every protocol repeats.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -106,6 +107,7 @@ def evaluate(
     for metric in metrics:
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
+    sizes: set[tuple[int, int]] = set()
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe
@@ -136,6 +138,7 @@ def evaluate(
         for batch in in_order(parts, dataloader.batch_sampler.samples_per_gpu, device, feed_batch_size):
             if images is not None:
                 images.add(batch.images, batch.ids, captions_of(batch))
+            sizes.add(tuple(batch.images.shape[-2:]))
             batch.images = quantised(batch.images, quantize)
             if batch.reference is not None:
                 batch.reference = quantised(batch.reference, quantize)
@@ -151,7 +154,8 @@ def evaluate(
         for metric in metrics:
             numbers.update(metric.compute())
         sampling_seed = seed if generate else None
-        common = dict(sampling_seed=sampling_seed, quantize=quantize)
+        image_sizes = [list(size) for size in sorted(sizes)]
+        common = dict(sampling_seed=sampling_seed, quantize=quantize, image_sizes=image_sizes)
         return dict(
             metrics=numbers,
             protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
@@ -163,6 +167,7 @@ def evaluate(
             sample_kwargs=dict(sample_kwargs or {}),
             sampling_seed=sampling_seed,
             quantize=quantize,
+            image_sizes=image_sizes,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,
         )
 

@@ -6,9 +6,12 @@ import csv
 import io
 import json
 import math
+import shutil
+import tempfile
+import zipfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -26,10 +29,10 @@ class PromptExport(Metric):
     The data set must repeat each prompt as often as there are samples of it (``repeat`` of ``ImagePrompt``).
 
     Args:
-        out_dir: Folder to write to, of any scheme.
+        out_dir: Folder of any scheme; samples go into a folder in it, which is named after the weights that made them.
         samples_per_prompt: Samples of each prompt.
         export_size: Side of the images in pixels; None for that of the samples.
-        clear_existing: Remove the whole folder first; otherwise it must be empty.
+        clear_existing: Remove the folder of these weights first; otherwise it must be empty.
         metadata: File of the benchmark that says which prompts there are, of any scheme; None to go without.
     """
 
@@ -38,14 +41,15 @@ class PromptExport(Metric):
         out_dir: str,
         samples_per_prompt: int = 4,
         export_size: int | None = 1024,
-        clear_existing: bool = False,
+        clear_existing: bool = True,
         metadata: str | None = None,
     ):
         for name, value in dict(samples_per_prompt=samples_per_prompt, export_size=export_size).items():
             if value is not None and value < 1:
                 raise ValueError(f'{type(self).__name__}.{name}={value!r}: expected a positive number')
         files.require(out_dir, 'write', 'list', setting=f'{type(self).__name__}.out_dir')
-        self.out_dir = out_dir
+        self.out_dir = self.folder = out_dir
+        self._is_ready = False
         self.samples_per_prompt = samples_per_prompt
         self.export_size = export_size
         self.clear_existing = clear_existing
@@ -53,24 +57,54 @@ class PromptExport(Metric):
         self._metadata: Any = None
         super().__init__()
 
+    @property
+    def title(self) -> str:
+        return f'{type(self).__name__} ({self.out_dir})'
+
     def reset(self) -> None:
         self.num_images = 0
-        self._pending: dict[int, dict[int, Image.Image]] = {}
+        self._pending: dict[int, tuple[str, dict[int, Image.Image]]] = {}
+
+    def prepare(self, tag: str) -> None:
+        """Make room for the samples of some weights.
+
+        Raises:
+            FileExistsError: There are files already.
+            ValueError: The file of the benchmark says something else.
+            OSError: It is missing.
+        """
+        self.folder = files.join(self.out_dir, tag) if tag else self.out_dir
+        if self.metadata_path is not None:
+            self._metadata = self.read_metadata(files.read_text(self.metadata_path))
+        if self.clear_existing:
+            files.remove_directory(self.folder)
+        elif files.list_names(self.folder):
+            raise FileExistsError(
+                f'{type(self).__name__}.out_dir: {self.folder} is not empty, and what is in it would be evaluated '
+                'too: name another out_dir, or set clear_existing=True, which removes all of it'
+            )
+        self._is_ready = True
 
     def feed(self, batch: SampleBatch) -> None:
         """Write the prompts of which all samples are there.
 
         Raises:
-            FileExistsError: The folder is not empty.
-            ValueError: The samples have no prompts, or other ones than the benchmark.
+            ValueError: The samples have no prompts, other ones than the benchmark, or not each prompt
+                ``samples_per_prompt`` times in a row.
         """
         if batch.prompts is None:
             raise ValueError(f'{type(self).__name__} needs samples with prompts')
-        if self.num_images == 0:
-            self._begin()
+        if not self._is_ready:
+            self.prepare('')
         for number, prompt, pixels in zip(batch.ids, batch.prompts, to_uint8(batch.images), strict=True):
             index, sample = divmod(number, self.samples_per_prompt)
-            group = self._pending.setdefault(index, {})
+            first, group = self._pending.setdefault(index, (prompt, {}))
+            if prompt != first:
+                raise ValueError(
+                    f'{type(self).__name__}: samples {index * self.samples_per_prompt} to '
+                    f'{(index + 1) * self.samples_per_prompt - 1} should be of one prompt, but are of {first!r} and '
+                    f'{prompt!r}; set repeat={self.samples_per_prompt} in the data set, or samples_per_prompt=1 here'
+                )
             group[sample] = self._resized(Image.fromarray(pixels))
             if len(group) == self.samples_per_prompt:
                 del self._pending[index]
@@ -83,8 +117,9 @@ class PromptExport(Metric):
         Raises:
             ValueError: A prompt has fewer samples than there should be.
         """
+        self._is_ready = False
         if self._pending:
-            index, group = next(iter(self._pending.items()))
+            index, (_, group) = next(iter(self._pending.items()))
             raise ValueError(
                 f'{type(self).__name__}: prompt {index} has {len(group)} of {self.samples_per_prompt} samples; set '
                 f'repeat={self.samples_per_prompt} in the data set'
@@ -94,7 +129,7 @@ class PromptExport(Metric):
     def protocol(self) -> dict[str, Any]:
         return dict(
             num_images=self.num_images,
-            out_dir=self.out_dir,
+            folder=self.folder,
             samples_per_prompt=self.samples_per_prompt,
             export_size=self.export_size,
             metadata=self.metadata_path,
@@ -114,17 +149,6 @@ class PromptExport(Metric):
         """What the file of the benchmark says."""
         raise NotImplementedError
 
-    def _begin(self) -> None:
-        if self.clear_existing:
-            files.remove_directory(self.out_dir)
-        elif files.list_names(self.out_dir):
-            raise FileExistsError(
-                f'{type(self).__name__}.out_dir={self.out_dir!r} is not empty, and what is in it would be evaluated '
-                'too: name another one, or set clear_existing=True, which removes all of it'
-            )
-        if self.metadata_path is not None:
-            self._metadata = self.read_metadata(files.read_text(self.metadata_path))
-
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.export_size
         if size is None or image.size == (size, size):
@@ -135,7 +159,7 @@ class PromptExport(Metric):
         """Write an image below the folder."""
         content = io.BytesIO()
         image.save(content, 'PNG')
-        files.write_bytes(files.join(self.out_dir, *names), content.getvalue())
+        files.write_bytes(files.join(self.folder, *names), content.getvalue())
 
     def entry(self, index: int) -> Any:
         """What a list of the benchmark says about a prompt."""
@@ -203,7 +227,7 @@ class GenEvalExport(PromptExport):
         for number, image in enumerate(images):
             self.save(image, folder, 'samples', f'{number:04d}.png')
         self.save(tiled(images, len(images)), folder, 'grid.png')
-        files.write_text(files.join(self.out_dir, folder, 'metadata.jsonl'), json.dumps(facts) + '\n')
+        files.write_text(files.join(self.folder, folder, 'metadata.jsonl'), json.dumps(facts) + '\n')
 
 
 @METRICS.register_module()
@@ -234,7 +258,7 @@ class HPSv3BenchmarkExport(PromptExport):
         for number, image in enumerate(images):
             name = f'{index:05d}_{number:02d}'
             self.save(image, category, f'{name}.png')
-            files.write_text(files.join(self.out_dir, category, f'{name}.txt'), prompt)
+            files.write_text(files.join(self.folder, category, f'{name}.txt'), prompt)
 
 
 @METRICS.register_module()
@@ -256,8 +280,13 @@ class ADMExport(Metric):
         self.limit = num_images
         super().__init__()
 
+    @property
+    def title(self) -> str:
+        return f'ADMExport ({self.path})'
+
     def reset(self) -> None:
-        self._images: list[np.ndarray] = []
+        self._images: BinaryIO | None = None  # on disk, because all samples may not fit into memory
+        self._shape: tuple[int, ...] = ()
         self._labels: list[np.ndarray] = []
         self.num_images = 0
 
@@ -265,7 +294,15 @@ class ADMExport(Metric):
         count = len(batch.ids) if self.limit is None else min(len(batch.ids), self.limit - self.num_images)
         if count <= 0:
             return
-        self._images.append(to_uint8(batch.images[:count]))
+        pixels = to_uint8(batch.images[:count])
+        if self._images is None:
+            self._images, self._shape = tempfile.TemporaryFile(), pixels.shape[1:]  # noqa: SIM115 - kept until compute
+        if pixels.shape[1:] != self._shape:
+            raise ValueError(
+                f'ADMExport.path={self.path!r} holds samples of one size, but found {pixels.shape[1:]} after '
+                f'{self._shape}'
+            )
+        self._images.write(pixels.tobytes())
         if batch.labels is not None:
             self._labels.append(batch.labels[:count].cpu().numpy())
         self.num_images += count
@@ -276,9 +313,18 @@ class ADMExport(Metric):
         Returns:
             No numbers.
         """
-        content = [np.concatenate(parts) for parts in (self._images, self._labels) if parts]
-        with files.open_write(self.path) as stream:
-            np.savez(stream, *content)
+        with files.open_write(self.path) as stream, zipfile.ZipFile(stream, 'w', allowZip64=True) as archive:
+            with archive.open('arr_0.npy', 'w', force_zip64=True) as member:
+                header = dict(descr='|u1', fortran_order=False, shape=(self.num_images, *self._shape))
+                np.lib.format.write_array_header_1_0(member, header)
+                if self._images is not None:
+                    self._images.seek(0)
+                    shutil.copyfileobj(self._images, member, 2**20)
+                    self._images.close()
+                    self._images = None
+            if self._labels:
+                with archive.open('arr_1.npy', 'w', force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.concatenate(self._labels))
         return {}
 
     def protocol(self) -> dict[str, Any]:

@@ -109,6 +109,13 @@ class GenerativeEvalHook(Hook):
         if isinstance(metrics, Mapping):
             metrics = [metrics]
         self.metrics = [METRICS.build(dict(metric)) for metric in metrics or ()]
+        titles = [metric.title for metric in self.metrics]
+        repeated = sorted({title for title in titles if titles.count(title) > 1})
+        if repeated:
+            raise ValueError(
+                f'evaluation {self.name}: metrics has {", ".join(repeated)} more than once, whose numbers would have '
+                'the same names: give each a prefix of its own, or an entry of its own where it takes none'
+            )
         self.best: BestValue | None = None
         if save_best_ckpt:
             if interval is None:
@@ -197,6 +204,8 @@ class GenerativeEvalHook(Hook):
         def prepare() -> None:
             nonlocal folder
             self.bind()
+            for metric in self.metrics:
+                metric.prepare(tag)
             folder = None if path is None else ImageFolder(path, self.viz_num, origin=origin, reuse=written is not None)
 
         def finish() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lakonlab.evaluation.hub_models import hub_name
+from lakonlab.evaluation.hub_models import SETTING_SUFFIXES, digest_of, hub_name
 from lakonlab.evaluation.preparation import as_rgb, to_bytes
 from lakonlab.evaluation.prompt_scorer import PromptMetric, PromptScorer
 from lakonlab.registry import METRICS, PROMPT_SCORERS
@@ -112,6 +113,8 @@ class Qwen2VLReward(PromptScorer):
         self._compute_buffers()
         self.torch_dtype, self.pixels = torch_dtype, pixels
         self.weights_hash = sha256_of(path)
+        self.instruction_hash = hashlib.sha256(self.instruction.encode()).hexdigest()
+        self.base_hash = digest_of(hub_name(base), self.net, SETTING_SUFFIXES)
 
     def _compute_buffers(self) -> None:
         """Compute what no file holds: frequencies of positions."""
@@ -142,7 +145,12 @@ class Qwen2VLReward(PromptScorer):
 
     def protocol(self) -> dict[str, Any]:
         return dict(
-            name='Qwen2-VL reward', weights_sha256=self.weights_hash, dtype=self.torch_dtype, pixels=self.pixels
+            name='Qwen2-VL reward',
+            weights_sha256=self.weights_hash,
+            base_sha256=self.base_hash,
+            instruction_sha256=self.instruction_hash,
+            dtype=self.torch_dtype,
+            pixels=self.pixels,
         )
 
 

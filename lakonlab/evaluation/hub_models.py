@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lakonlab.storage.paths import as_local, is_remote, without_scheme
 from lakonlab.storage.schemes import has_own_cache
 
 WEIGHT_SUFFIXES = ('.safetensors', '.bin')
+SETTING_SUFFIXES = ('.json', '.jinja', '.model', '.txt')
+"""Of configurations, tokenizers and processors."""
 
 
 def hub_name(path: str) -> str:
@@ -57,16 +60,26 @@ def loaded_whole(kind: type, name: str, argument: str, **options: Any) -> nn.Mod
     return model
 
 
-def digest_of(name: str, model: nn.Module | None = None) -> str:
-    """What tells weights from others: SHA-256 over the files of a folder, or the commit of a repository.
+def digest_of(name: str, model: Any = None, suffixes: Sequence[str] = WEIGHT_SUFFIXES) -> str:
+    """What tells the files of a model from others: SHA-256 over their names and contents.
 
     Args:
-        name: See :func:`hub_name`.
-        model: What was loaded from it.
+        name: See :func:`hub_name`; what it names must have been loaded already.
+        model: What was loaded from it, which knows the commit of a repository.
+        suffixes: Of the files that count.
+
+    Raises:
+        FileNotFoundError: There are no such files.
     """
     folder = Path(name)
-    if folder.is_dir():
-        found = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
-        return hashlib.sha256(json.dumps([[path.name, sha256_of(path)] for path in found]).encode()).hexdigest()
-    commit = getattr(getattr(model, 'config', None), '_commit_hash', None)
-    return f'{name}@{commit or "unknown"}'
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        commit = getattr(getattr(model, 'config', None), '_commit_hash', None)
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.is_file()]
+    if suffixes == WEIGHT_SUFFIXES and any(path.suffix == '.safetensors' for path in found):
+        found = [path for path in found if path.suffix == '.safetensors']  # which are loaded, whatever else is there
+    if not found:
+        raise FileNotFoundError(f'{folder} has no files that end in {", ".join(suffixes)}')
+    return hashlib.sha256(json.dumps([[path.name, sha256_of(path)] for path in found]).encode()).hexdigest()

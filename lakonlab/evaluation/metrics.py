@@ -6,6 +6,7 @@ it saw, through which features, against which reference, so that two numbers can
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -55,6 +56,13 @@ class Metric(ABC):
 
         Args:
             extractors: Where to build them.
+        """
+
+    def prepare(self, tag: str) -> None:  # noqa: B027 (most metrics write nothing)
+        """Get ready for an evaluation, before anything is sampled.
+
+        Args:
+            tag: Name of the weights that are evaluated.
         """
 
     @abstractmethod
@@ -123,6 +131,7 @@ class FrechetDistance(FeatureMetric):
         super().__init__(extractor)
         self.reference_config = dict(reference)
         self._reference: Moments | None = None
+        self._reference_hash = ''
 
     def reset(self) -> None:
         super().reset()
@@ -139,10 +148,13 @@ class FrechetDistance(FeatureMetric):
             from lakonlab.datasets.loader import build_dataloader
 
             device = next((parameter.device for parameter in self.extractor.parameters()), torch.device('cpu'))
-            moments = Moments()
+            moments, digest = Moments(), hashlib.sha256()
             for batch in build_dataloader(DATASETS.build(dict(self.reference_config)), 256):
-                moments.update(extract(self.extractor, real_images(batch).to(device), 256).embedding)
-            self._reference = moments
+                images = real_images(batch)
+                digest.update(f'{tuple(images.shape[1:])}'.encode())
+                digest.update(images.float().contiguous().cpu().numpy().tobytes())
+                moments.update(extract(self.extractor, images.to(device), 256).embedding)
+            self._reference, self._reference_hash = moments, digest.hexdigest()
         return self._reference
 
     def compute(self) -> dict[str, float]:
@@ -150,7 +162,7 @@ class FrechetDistance(FeatureMetric):
         return dict(frechet_distance=frechet_distance(mine.mean(), mine.covariance(), real.mean(), real.covariance()))
 
     def protocol(self) -> dict[str, Any]:
-        reference = dict(**self.reference_config, num_images=self.reference.count)
+        reference = dict(**self.reference_config, num_images=self.reference.count, images_sha256=self._reference_hash)
         return dict(**super().protocol(), reference=reference)
 
 

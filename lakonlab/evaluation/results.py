@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lakonlab.evaluation.hook import GenerativeEvalHook
+from lakonlab.evaluation.plain import finite
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS
 from lakonlab.storage import files
@@ -89,7 +90,7 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
         **facts: What else a reader must know: name of the run, checkpoint, iteration, seed, config.
 
     Returns:
-        What was written.
+        What was written; numbers that are not finite, which JSON does not have, are texts in it.
     """
     content = dict(
         **facts,
@@ -99,7 +100,8 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
         num_threads=torch.get_num_threads(),
         evaluations=list(evaluations),
     )
-    files.write_text(path, json.dumps(content, indent=1, default=str) + '\n')
+    content = finite(content)
+    files.write_text(path, json.dumps(content, indent=1, allow_nan=False, default=str) + '\n')
     files.write_text(files.sibling(path, f'{Path(files.name_of(path)).stem}.md'), results_table(content))
     return content
 

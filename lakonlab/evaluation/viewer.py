@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import mimetypes
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote, unquote
 
+from lakonlab.evaluation.plain import finite
 from lakonlab.storage import files
 
 PARTS = Path(__file__).parent / 'viewer_page'
@@ -27,12 +27,12 @@ class Column:
 
     Args:
         name: What it is called above its images.
-        numbers: Name -> value of its metrics.
+        numbers: Name -> value of its metrics; a text where a page says that it is not finite.
         facts: What else a reader may want to know, as plain data: protocol, checkpoint, sampling arguments.
     """
 
     name: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, float | str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +67,7 @@ class Gallery:
 
     def page(self) -> str:
         """The page as HTML; no text in it can become markup or script."""
-        data = json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False, default=str)
+        data = json.dumps(finite(asdict(self)), ensure_ascii=False, allow_nan=False, default=str)
         for character in '<>&\u2028\u2029':
             data = data.replace(character, f'\\u{ord(character):04x}')
         # a lone half of a surrogate pair cannot be written in UTF-8
@@ -86,15 +86,6 @@ class Gallery:
 
 
 _FILES = {'PAGE': 'page.html', 'STYLE': 'style.css', 'SCRIPT': 'viewer.js'}
-
-
-def _finite(value: Any) -> Any:
-    """Plain data in which numbers that JSON does not have are texts."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_page(path: str | Path) -> Gallery:

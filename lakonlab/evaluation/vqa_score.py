@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
 from lakonlab.evaluation.clip_t5 import CLIP_MEAN, CLIP_STD, ClipT5
-from lakonlab.evaluation.hub_models import digest_of, hub_name, loaded_whole
+from lakonlab.evaluation.hub_models import SETTING_SUFFIXES, digest_of, hub_name, loaded_whole
 from lakonlab.evaluation.preparation import as_rgb
 from lakonlab.evaluation.prompt_scorer import PromptMetric, PromptScorer
 from lakonlab.registry import METRICS, PROMPT_SCORERS
@@ -64,6 +64,7 @@ class ClipT5Scorer(PromptScorer):
         self.question, self.answer, self.max_length, self.torch_dtype = question, answer, max_length, torch_dtype
         self.size = self.vision.config.image_size
         self.digests = [digest_of(hub_name(weights), self.net), digest_of(hub_name(vision), self.vision)]
+        self.tokenizer_hash = digest_of(hub_name(tokenizer), self.tokenizer, SETTING_SUFFIXES)
         self.register_buffer('mean', torch.tensor(CLIP_MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(CLIP_STD).reshape(3, 1, 1), persistent=False)
 
@@ -114,6 +115,7 @@ class ClipT5Scorer(PromptScorer):
         return dict(
             name='CLIP-T5',
             weights_sha256=self.digests,
+            tokenizer_sha256=self.tokenizer_hash,
             dtype=self.torch_dtype,
             question=self.question,
             answer=self.answer,

@@ -61,6 +61,7 @@ def test_results_of_a_model():
     assert results['num_samples'] == 25
     assert results['metrics']['reference_rmse'] == pytest.approx(1.0)
     assert results['protocol']['ClassAccuracy']['num_images'] == 25
+    assert results['protocol']['ClassAccuracy']['image_sizes'] == results['image_sizes'] == [[8, 8]]
     assert results['reference_kwargs'] == RMSE['reference_kwargs']
 
 
@@ -88,6 +89,14 @@ def test_references_are_made_once_per_split_and_version():
     for tag, expected in (('1', 3), ('1', 3), ('2', 6)):  # weights in training change, so do their references
         hook.run(model, cfg['data'], 'run', tag)
         assert [steps for _, steps, _ in model.calls].count(2) == expected
+
+
+def test_metrics_whose_numbers_have_the_same_names_are_refused():
+    vendi = dict(type='VendiScore', extractor=DIGIT_FEATURES)
+    with pytest.raises(ValueError, match='evaluation val_p: metrics has VendiScore more than once'):
+        run_evaluations(Model(), config(metrics=[vendi, dict(vendi, per_group=False)]))
+    (results,) = run_evaluations(Model(), config(metrics=[vendi, dict(vendi, per_group=False, prefix='all')]))
+    assert {'vendi', 'all_vendi'} <= set(results['metrics'])
 
 
 def test_reference_is_required():

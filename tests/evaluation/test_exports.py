@@ -5,13 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from lakonlab.evaluation.results import run_evaluations
 from lakonlab.evaluation.samples import SampleBatch
 from lakonlab.registry import METRICS
+from tests.evaluation.test_evaluate import Model, config
 
 PROMPTS = ['a cat', 'two dogs, "barking"', 'a red cube']
 
 
-def samples(repeat, sizes=(3, 3), side=4):
+def samples(repeat, side=4):
     """Every sample in a grey of its own, in two batches."""
     count = len(PROMPTS) * repeat
     images = (torch.arange(count) / 255).reshape(-1, 1, 1, 1).expand(-1, 3, side, side)
@@ -81,14 +83,56 @@ def test_folders_that_are_not_empty(tmp_path):
     (tmp_path / 'mine.txt').touch()
     arguments = dict(out_dir=str(tmp_path), export_size=None)
     with pytest.raises(FileExistsError, match='is not empty'):
-        exported('DPGBenchExport', **arguments)
-    exported('DPGBenchExport', **arguments, clear_existing=True)
+        exported('DPGBenchExport', **arguments, clear_existing=False)
+    exported('DPGBenchExport', **arguments)
     assert names(tmp_path) == ['0.png', '1.png', '2.png']
 
 
+@pytest.mark.parametrize('clear_existing', [True, False])
+def test_several_evaluations(tmp_path, clear_existing):
+    metric = METRICS.build(
+        dict(type='DPGBenchExport', out_dir=str(tmp_path), export_size=None, clear_existing=clear_existing)
+    )
+    for tag in ('1000', '2000'):
+        metric.prepare(tag)
+        metric.reset()
+        for batch in samples(4):
+            metric.feed(batch)
+        metric.compute()
+        assert metric.protocol()['folder'] == str(tmp_path / tag)
+    assert names(tmp_path) == [f'{tag}/{number}.png' for tag in ('1000', '2000') for number in range(3)]
+    if clear_existing:
+        metric.prepare('1000')
+        assert names(tmp_path) == [f'2000/{number}.png' for number in range(3)]
+    else:
+        with pytest.raises(FileExistsError, match='is not empty'):
+            metric.prepare('1000')
+
+
+def test_what_is_in_the_way_is_found_before_anything_is_sampled(tmp_path):
+    (tmp_path / 'default').mkdir()
+    (tmp_path / 'default' / 'mine.txt').touch()
+    export = dict(type='GenEvalExport', out_dir=str(tmp_path), clear_existing=False)
+    model = Model()
+    with pytest.raises(FileExistsError, match='is not empty'):
+        run_evaluations(model, config(metrics=export))
+    assert not model.calls
+
+
+def test_a_prompt_that_is_not_repeated(tmp_path):
+    export = dict(type='GenEvalExport', out_dir=str(tmp_path), export_size=None, samples_per_prompt=4)
+    metric = METRICS.build(export)
+    batch = SampleBatch(torch.zeros(3, 3, 4, 4), [0, 1, 2], prompts=PROMPTS)
+    with pytest.raises(ValueError, match=r"samples 0 to 3 should be of one prompt, but are of 'a cat' and .*repeat=4"):
+        metric.feed(batch)
+    assert not names(tmp_path)
+
+
 def test_samples_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match='prompt 2 has 2 of 5 samples'):
-        exported('GenEvalExport', out_dir=str(tmp_path / 'a'), samples_per_prompt=5, export_size=None)
+    metric = METRICS.build(dict(type='GenEvalExport', out_dir=str(tmp_path / 'a'), export_size=None))
+    metric.feed(SampleBatch(torch.zeros(3, 3, 4, 4), [0, 1, 2], prompts=['a cat'] * 3))
+    with pytest.raises(ValueError, match='prompt 0 has 3 of 4 samples'):
+        metric.compute()
     metric = METRICS.build(dict(type='GenEvalExport', out_dir=str(tmp_path / 'b')))
     with pytest.raises(ValueError, match='needs samples with prompts'):
         metric.feed(SampleBatch(torch.zeros(1, 3, 4, 4), [0]))
@@ -108,5 +152,9 @@ def test_adm(tmp_path, limit):
         assert archive.files == ['arr_0', 'arr_1']
         assert (archive['arr_0'].shape, archive['arr_0'].dtype) == ((count, 4, 4, 3), np.uint8)
         assert archive['arr_0'][:, 0, 0, 0].tolist() == archive['arr_1'].tolist() == list(range(count))
+    metric.reset()
+    metric.feed(next(samples(4, side=4)))
+    with pytest.raises(ValueError, match='samples of one size'):
+        metric.feed(next(samples(4, side=5)))
     with pytest.raises(ValueError, match=r'ends in \.npz'):
         METRICS.build(dict(type='ADMExport', path='samples.npy'))

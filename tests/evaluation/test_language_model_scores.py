@@ -1,5 +1,7 @@
 """VQAScore and HPSv3 at tiny size: the same classes and files as the published ones, with weights that are drawn."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.hpsv3 import REWARD_TOKEN, packaged_instruction, present_name, ranknet_head
+from lakonlab.evaluation.hub_models import SETTING_SUFFIXES, digest_of
 from lakonlab.evaluation.samples import SampleBatch
 from lakonlab.evaluation.vqa_score import ANSWER, QUESTION, SYSTEM
 from lakonlab.registry import METRICS
@@ -84,7 +87,8 @@ def test_vqa_score(clip_t5):
     assert len({round(value, 6) for value in expected}) == 3
     assert metric.compute()['vqascore'] == pytest.approx(sum(expected) / 3, rel=1e-4)
     assert scored('VQAScore', scorer, samples, size=1)._scores == pytest.approx(expected, rel=1e-4)
-    assert [len(digest) for digest in metric.protocol()['scorer']['weights_sha256']] == [64, 64]
+    protocol = metric.protocol()['scorer']
+    assert [len(digest) for digest in (*protocol['weights_sha256'], protocol['tokenizer_sha256'])] == [64] * 3
 
 
 def test_weights_of_vqa_score_that_do_not_fit(clip_t5):
@@ -167,7 +171,29 @@ def test_hpsv3(reward_model):
     assert len({round(value, 4) for value in expected}) == 3
     assert scored('HPSv3', scorer, samples, size=1)._scores == pytest.approx(expected, abs=1e-5)
     assert metric.compute()['hpsv3'] == pytest.approx(sum(expected) / 3, abs=1e-5)
-    assert metric.protocol()['scorer']['pixels'] == 56 * 56
+    protocol = metric.protocol()['scorer']
+    assert protocol['pixels'] == 56 * 56
+    assert protocol['instruction_sha256'] == hashlib.sha256(INSTRUCTION.encode()).hexdigest()
+    assert len(protocol['base_sha256']) == 64
+
+
+def test_digest_of_a_repository_is_that_of_its_files(tmp_path, monkeypatch):
+    repository = tmp_path / 'hub' / 'models--some--model'
+    snapshot, folder = repository / 'snapshots' / ('a' * 40), tmp_path / 'folder'
+    for place in (snapshot, folder):
+        place.mkdir(parents=True)
+        (place / 'model.safetensors').write_bytes(b'weights')
+        (place / 'config.json').write_text('{}')
+    (repository / 'refs').mkdir()
+    (repository / 'refs' / 'main').write_text('a' * 40)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
+    assert digest_of('some/model') == digest_of(str(folder))
+    assert digest_of('some/model', None, SETTING_SUFFIXES) == digest_of(str(folder), None, SETTING_SUFFIXES)
+    (folder / 'model.safetensors').write_bytes(b'others')
+    assert digest_of('some/model') != digest_of(str(folder))
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='no files that end in'):
+        digest_of(str(folder))
 
 
 def test_names_of_several_versions():

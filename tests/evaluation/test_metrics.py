@@ -112,6 +112,7 @@ def test_frechet_distance_of_real_digits():
         metric.feed(SampleBatch(part / 2 + 0.5, list(range(len(part)))))
     assert metric.compute()['frechet_distance'] == pytest.approx(0, abs=1e-4)
     protocol = metric.protocol()
+    assert len(protocol['reference'].pop('images_sha256')) == 64
     assert protocol['reference'] == dict(type='Digits', split='val', num_images=355)
     assert len(protocol['extractor']['weights_sha256']) == 64
 

@@ -7,7 +7,7 @@ import pytest
 
 from lakonlab.evaluation.evaluate import evaluate
 from lakonlab.evaluation.images import WrittenImages
-from lakonlab.evaluation.results import results_table, run_evaluations
+from lakonlab.evaluation.results import results_table, run_evaluations, write_results
 from lakonlab.evaluation.viewer import read_page
 from tests.evaluation.test_evaluate import DIGIT_FEATURES, Model, config
 from tests.evaluation.thread_ranks import run_threads
@@ -93,6 +93,19 @@ def test_the_page_shows_what_was_measured(tmp_path):
     assert all((tmp_path / 'viz' / item.sources[0]).is_file() for item in page.items)
     assert page.columns[0].numbers == results['metrics']
     assert page.columns[0].facts['protocol'] == json.loads(json.dumps(results['protocol']))
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    result = dict(name='val', num_samples=2, metrics=dict(fid=float('nan'), kid=float('-inf'), recall=0.5))
+    content = write_results(tmp_path / 'results.json', [result], name='run')
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} is no JSON')
+
+    read = json.loads((tmp_path / 'results.json').read_text(), parse_constant=refuse)
+    assert read == content
+    assert read['evaluations'][0]['metrics'] == dict(fid='nan', kid='-inf', recall=0.5)
+    assert '| nan' in (tmp_path / 'results.md').read_text().replace('  ', ' ')
 
 
 def test_table():

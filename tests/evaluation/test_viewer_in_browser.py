@@ -105,7 +105,10 @@ def large_gallery(folder):
         if number == 3:
             sources = [None, 'b/not_there.png']
         items.append(Item(number, captions.get(number, f'prompt {number}'), sources))
-    columns = [Column('four steps', dict(fid=2.5, recall=0.5)), Column(NASTY, dict(fid=3.25), dict(note=NASTY))]
+    columns = [
+        Column('four steps', dict(fid=2.5, recall=0.5, kid=float('nan'))),
+        Column(NASTY, dict(fid=3.25), dict(note=NASTY)),
+    ]
     return Gallery('a & b <i>', columns, items)
 
 
@@ -131,7 +134,7 @@ def test_it_opens_and_shows_the_first_page(report):
     assert len(set(report['widths'])) == 1  # whatever the runs are called
     assert report['overflow'] <= 0
     assert report['pixelated']
-    assert report['numbers'] == ['', 'four steps', NASTY, 'fid', '2.5', '3.25', 'recall', '0.5', '–']
+    assert report['numbers'] == ['', 'four steps', NASTY, 'fid', '2.5', '3.25', 'recall', '0.5', '–', 'kid', 'nan', '–']
 
 
 def test_no_prompt_does_harm(report):

@@ -163,11 +163,16 @@
       element('tr', {}, element('th', { scope: 'row' }, head), ...cells.map((cell) => element('td', {}, cell)))));
   }
 
+  function written(number) {
+    if (number === undefined) return '–';
+    return typeof number === 'number' ? String(Number(number.toPrecision(6))) : String(number); // 'nan', 'inf'
+  }
+
   function showFacts() {
     const names = [...new Set(data.columns.flatMap((column) => Object.keys(column.numbers)))];
     const rows = [['', ...data.columns.map((column) => column.name)]];
     for (const name of names) {
-      rows.push([name, ...data.columns.map((column) => name in column.numbers ? String(Number(column.numbers[name].toPrecision(6))) : '–')]);
+      rows.push([name, ...data.columns.map((column) => written(column.numbers[name]))]);
     }
     const blocks = names.length ? [table(rows)] : [];
     for (const column of data.columns) {
