@@ -22,11 +22,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('out', metavar='OUT', help='file to write, .safetensors')
     parser.add_argument('--data', default='val', metavar='SPLIT', help='data split of the config (default: val)')
     parser.add_argument(
-        '--extractor', default='InceptionV3', metavar='NAME', help='feature extractor, or its config in JSON'
+        '--extractor', metavar='NAME', help='feature extractor, or its config in JSON (default: InceptionV3)'
     )
     parser.add_argument('--no-resize', action='store_true', help='give images to the extractor in their own size')
     parser.add_argument('--center-crop', action='store_true', help='cut out the middle instead of resizing')
-    parser.add_argument('--resize-mode', choices=['bicubic', 'bilinear'], default='bicubic')
+    parser.add_argument('--resize-mode', choices=['bicubic', 'bilinear'], help='default: bicubic')
     parser.add_argument('--num-images', type=int, metavar='N', help='only the first N images')
     parser.add_argument('--batch-size', type=int, default=64, metavar='N')
     parser.add_argument('--no-features', action='store_true', help='keep only the moments, which FID needs')

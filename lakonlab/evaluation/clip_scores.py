@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from lakonlab.evaluation.hub_models import NO_WEIGHTS
 from lakonlab.evaluation.preparation import as_rgb
 from lakonlab.evaluation.prompt_scorer import PromptMetric, PromptScorer
 from lakonlab.registry import METRICS, PROMPT_SCORERS
 from lakonlab.storage.fetch import fetch
 from lakonlab.storage.local import sha256_of
 
-FITS = ('crop', 'pad')
+FITS = {'shortest': 'crop', 'longest': 'pad', 'squash': 'squash'}
+"""How open_clip says that images get the model's size -> ``fit``."""
 HPS_WEIGHTS = 'huggingface://xswu/HPSv2/HPS_{}_compressed.pt'
 HPS_VERSIONS = ('v2', 'v2.1')
 
@@ -30,7 +32,8 @@ class OpenClipScorer(PromptScorer):
         pretrained: A tag of open_clip, which downloads weights, or a file of weights, of any scheme.
         precision: ``'fp32'``, ``'fp16'`` or ``'bf16'``.
         fit: How images get the model's size: ``'crop'`` resizes the shorter side to it and cuts out the middle;
-            ``'pad'`` resizes the longer side to it and adds black.
+            ``'pad'`` resizes the longer side to it and adds black; ``'squash'`` resizes both. None for what open_clip
+            says about the tag, and ``'crop'`` where it says nothing.
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
@@ -38,10 +41,10 @@ class OpenClipScorer(PromptScorer):
         OSError: The weights cannot be had.
     """
 
-    def __init__(self, model: str, pretrained: str, precision: str = 'fp16', fit: str = 'crop'):
+    def __init__(self, model: str, pretrained: str, precision: str = 'fp16', fit: str | None = None):
         super().__init__()
-        if fit not in FITS:
-            raise ValueError(f'OpenClipScorer.fit={fit!r}: expected one of {", ".join(map(repr, FITS))}')
+        if fit is not None and fit not in FITS.values():
+            raise ValueError(f'OpenClipScorer.fit={fit!r}: expected one of {", ".join(map(repr, FITS.values()))}')
         try:
             import open_clip
         except ImportError as error:
@@ -50,20 +53,26 @@ class OpenClipScorer(PromptScorer):
             ) from error
         if model not in open_clip.list_models():
             raise ValueError(f'OpenClipScorer.model={model!r} is no model of open_clip')
-        path = _weights(model, pretrained)
+        path, told = _weights(model, pretrained)
+        fit, wanted = fit or FITS.get(told['resize_mode']), told['interpolation']
+        if fit is None or wanted != 'bicubic':
+            raise ValueError(
+                f'OpenClipScorer.pretrained={pretrained!r} wants images resized by {wanted}, {told["resize_mode"]}, '
+                f'which is not known here: expected bicubic, and one of {", ".join(map(repr, FITS))}'
+            )
         try:
             self.net = open_clip.create_model(model, pretrained=str(path), precision=precision)
-        except (RuntimeError, KeyError, TypeError) as error:
+        except NO_WEIGHTS as error:
             reason = str(error).partition('\n')[0]
-            raise ValueError(f'OpenClipScorer.pretrained={pretrained!r} does not hold {model}: {reason}') from error
+            raise ValueError(f'OpenClipScorer.pretrained={pretrained!r} does not hold {model}: {reason}') from None
         self.tokenizer = open_clip.get_tokenizer(model)
         self.model, self.precision, self.fit = model, precision, fit
         self.dtype = open_clip.get_input_dtype(precision) or torch.float32
         size = self.net.visual.image_size
         self.size = size if isinstance(size, int) else size[0]
         self.weights_hash = sha256_of(path)
-        for name, values in (('mean', self.net.visual.image_mean), ('std', self.net.visual.image_std)):
-            values = values or getattr(open_clip, f'OPENAI_DATASET_{name.upper()}')
+        self.normalisation = {name: list(told[name]) for name in ('mean', 'std')}
+        for name, values in self.normalisation.items():
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -76,7 +85,7 @@ class OpenClipScorer(PromptScorer):
             Shape (B, 3, size, size).
         """
         images = as_rgb(images).float()
-        fitted = crop_to(images, self.size) if self.fit == 'crop' else pad_to(images, self.size)
+        fitted = dict(crop=crop_to, pad=pad_to, squash=squash_to)[self.fit](images, self.size)
         return (fitted - self.mean) / self.std
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -91,16 +100,19 @@ class OpenClipScorer(PromptScorer):
             weights_sha256=self.weights_hash,
             precision=self.precision,
             images=f'{self.size} x {self.size}, {self.fit}, bicubic, antialiased',
+            **self.normalisation,
         )
 
 
-def _weights(model: str, pretrained: str) -> Path:
-    """The local file of weights that a tag or a path names."""
+def _weights(model: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
+    """The local file of weights that a tag or a path names, and how open_clip prepares images for them."""
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     config = get_pretrained_cfg(model, pretrained)
+    told = merge_preprocess_dict(PreprocessCfg(), config)
     if config:
-        return Path(download_pretrained(config))
+        return Path(download_pretrained(config)), told
     path = fetch(pretrained)
     if not path.is_file():
         tags = ', '.join(list_pretrained_tags_by_model(model)) or 'none'
@@ -108,7 +120,7 @@ def _weights(model: str, pretrained: str) -> Path:
             f'OpenClipScorer.pretrained={pretrained!r}: there is no such file, and no such tag of {model} (there are: '
             f'{tags})'
         )
-    return path
+    return path, told
 
 
 def crop_to(images: Tensor, size: int) -> Tensor:
@@ -150,6 +162,13 @@ def pad_to(images: Tensor, size: int) -> Tensor:
     return F.pad(images, (right // 2, right - right // 2, below // 2, below - below // 2))
 
 
+def squash_to(images: Tensor, size: int) -> Tensor:
+    """Resize images (B, C, H, W) to squares of a side."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode='bicubic', align_corners=False, antialias=True)
+
+
 @METRICS.register_module()
 class CLIPSimilarity(PromptMetric):
     """Cosine similarity of images and prompts by CLIP, in [-1, 1], not scaled.
@@ -170,7 +189,7 @@ class CLIPSimilarity(PromptMetric):
         precision: str = 'fp16',
         prefix: str = '',
     ):
-        scorer = dict(type='OpenClipScorer', model=model, pretrained=pretrained, precision=precision, fit='crop')
+        scorer = dict(type='OpenClipScorer', model=model, pretrained=pretrained, precision=precision)
         super().__init__(scorer, prefix)
 
 

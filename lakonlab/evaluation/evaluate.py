@@ -126,7 +126,7 @@ def evaluate(
         else:
             pixels = real_images(batch)
         if needs_reference:
-            reference = references.get(model, batch, data, reference_kwargs, version, make_reference)
+            reference = references.get(model, batch, data, reference_kwargs, version, make_reference, seed)
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
             pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts, flops=flops
@@ -182,7 +182,7 @@ def evaluate(
                     size = len(dataloader.dataset)
                     raise EvaluationStoppedError(f'{name} was stopped after {count} of {size} samples')
                 make_reference = needs_reference and any(
-                    ranks.all_gather(references.lacks(share.batch['ids'], data, reference_kwargs, version))
+                    ranks.all_gather(references.lacks(share.batch['ids'], data, reference_kwargs, version, seed))
                 )
                 made, device = ranks.together(
                     partial(make, share, number == 0, make_reference), exchanges=is_divided and generate

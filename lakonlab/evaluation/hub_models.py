@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from lakonlab.storage.local import sha256_of
 from lakonlab.storage.paths import as_local, is_remote, without_scheme
 from lakonlab.storage.schemes import has_own_cache
 
+NO_WEIGHTS = (RuntimeError, AttributeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
+"""What reading and loading a file raises that holds no weights, or others."""
 WEIGHT_SUFFIXES = ('.safetensors', '.bin')
 SETTING_SUFFIXES = ('.json', '.jinja', '.model', '.txt')
 """Of configurations, tokenizers and processors."""

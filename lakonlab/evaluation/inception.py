@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import pickle
 
 import torch
 from torch import Tensor
 
 from lakonlab.evaluation.extractor import FeatureExtractor, Features
+from lakonlab.evaluation.hub_models import NO_WEIGHTS
 from lakonlab.evaluation.preparation import as_rgb, to_bytes
 from lakonlab.registry import FEATURE_EXTRACTORS
 from lakonlab.storage.fetch import fetch
@@ -49,7 +49,7 @@ class InceptionV3(FeatureExtractor):
             torch.save({name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, checked)
             checked.seek(0)
             self.net = FeatureExtractorInceptionV3(NAME, ['2048', 'logits_unbiased'], checked)
-        except (RuntimeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except NO_WEIGHTS as error:
             reason = str(error).partition('\n')[0]
             raise ValueError(f'InceptionV3.weights: {weights} does not hold this network: {reason}') from None
         self.weights_hash = sha256_of(path)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor
 from lakonlab.evaluation.frechet import Moments, frechet_distance
 from lakonlab.evaluation.samples import SampleBatch, extract, real_images
@@ -225,7 +226,7 @@ class FeatureDiversity(FeatureMetric):
             torch.pdist(torch.stack(members).double()).mean() for members in self._by_class.values() if len(members) > 1
         ]
         if not distances:
-            raise ValueError('FeatureDiversity needs at least two samples of a class')
+            raise ConfigError('FeatureDiversity needs at least two samples of a class')
         return dict(feature_diversity=torch.stack(distances).mean().item())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.evaluation.extractor import FeatureExtractor, Features
+from lakonlab.evaluation.hub_models import NO_WEIGHTS
 from lakonlab.evaluation.preparation import as_rgb
 from lakonlab.registry import FEATURE_EXTRACTORS
 from lakonlab.storage.fetch import fetch
@@ -50,7 +51,7 @@ class MobileNetV2(FeatureExtractor):
         self.net = mobilenet_v2()
         try:
             self.net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
-        except RuntimeError as error:
+        except NO_WEIGHTS as error:
             reason = str(error).partition('\n')[0]
             raise ValueError(f'MobileNetV2.weights: {path} does not hold this network: {reason}') from None
         self.input_size = input_size

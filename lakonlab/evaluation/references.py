@@ -23,7 +23,7 @@ class ReferenceSamples:
         self._images: dict[str, dict[int, Tensor]] = {}
         self._version: object = None
 
-    def lacks(self, ids: Sequence[int], data: str, kwargs: Mapping[str, Any], version: object) -> bool:
+    def lacks(self, ids: Sequence[int], data: str, kwargs: Mapping[str, Any], version: object, seed: int = 0) -> bool:
         """Whether a batch has samples whose reference images are still to be made.
 
         Args:
@@ -31,8 +31,9 @@ class ReferenceSamples:
             data: Name of the split.
             kwargs: Arguments of ``val_step``.
             version: What changes when the weights do, e.g. the iteration.
+            seed: Seed of what the sampler draws beyond the data set's noise.
         """
-        known = self._known(data, kwargs, version)
+        known = self._known(data, kwargs, version, seed)
         return any(number not in known for number in ids)
 
     def get(
@@ -43,6 +44,7 @@ class ReferenceSamples:
         kwargs: Mapping[str, Any],
         version: object,
         make: bool | None = None,
+        seed: int = 0,
     ) -> Tensor:
         """Reference images of one batch.
 
@@ -54,19 +56,20 @@ class ReferenceSamples:
             version: What changes when the weights do, e.g. the iteration.
             make: Whether to generate the images; None to do so if :meth:`lacks`. Processes that share a network have to
                 decide it together.
+            seed: Seed of what the sampler draws beyond the data set's noise.
 
         Returns:
             Shape (B, C, H, W), in [0, 1], on the CPU.
         """
-        known = self._known(data, kwargs, version)
-        if self.lacks(batch['ids'], data, kwargs, version) if make is None else make:
-            known.update(zip(batch['ids'], sample(model, batch, kwargs).images.cpu(), strict=True))
+        known = self._known(data, kwargs, version, seed)
+        if self.lacks(batch['ids'], data, kwargs, version, seed) if make is None else make:
+            known.update(zip(batch['ids'], sample(model, batch, kwargs, seed).images.cpu(), strict=True))
         return torch.stack([known[number] for number in batch['ids']])
 
-    def _known(self, data: str, kwargs: Mapping[str, Any], version: object) -> dict[int, Tensor]:
+    def _known(self, data: str, kwargs: Mapping[str, Any], version: object, seed: int) -> dict[int, Tensor]:
         if version != self._version:
             self._images = {key: images for key, images in self._images.items() if key.startswith('frozen:')}
             self._version = version
         frozen = kwargs.get('role') == 'teacher'
-        key = f'{"frozen" if frozen else "training"}:{data}:{json.dumps(kwargs, sort_keys=True, default=str)}'
+        key = f'{"frozen" if frozen else "training"}:{data}:{seed}:{json.dumps(kwargs, sort_keys=True, default=str)}'
         return self._images.setdefault(key, {})

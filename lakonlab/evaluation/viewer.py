@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import logging
 import mimetypes
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from urllib.parse import quote, unquote
 
 from lakonlab.evaluation.plain import finite
 from lakonlab.storage import files
+from lakonlab.storage.paths import as_local
+
+logger = logging.getLogger('lakonlab.evaluation')
 
 PARTS = Path(__file__).parent / 'viewer_page'
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -144,11 +148,15 @@ def side_by_side(
         What the common page shows: every sample that any of them has, in order.
 
     Raises:
-        ValueError: A sample has different captions: they are of different data, or the pages cannot be shown together.
+        ValueError: A sample has different captions: they are of different data, or the pages cannot be shown together;
+            or a page names a file to embed that is no image below its folder.
     """
     if names is not None and len(names) != len(pages):
         raise ValueError(f'{len(names)} names for {len(pages)} pages: expected one for each')
     galleries = [read_page(path) for path in pages]
+    seeds = {column.facts.get('sampling_seed') for gallery in galleries for column in gallery.columns}
+    if len(seeds - {None}) > 1:
+        logger.warning('these samples are not of the same noise: sampling_seed is %s', ', '.join(map(str, seeds)))
     columns, captions, sources = [], {}, {}
     total = sum(len(gallery.columns) for gallery in galleries)
     for index, (path, gallery) in enumerate(zip(pages, galleries)):
@@ -171,6 +179,15 @@ def side_by_side(
     return Gallery(' | '.join(column.name for column in columns), columns, items)
 
 
+def _is_below(target: str | Path, folder: str | Path) -> bool:
+    """Whether a file is in a folder or one below it, wherever links lead."""
+    if files.scheme_of(target) != files.scheme_of(folder):
+        return False
+    if files.scheme_of(target) == 'file':
+        return as_local(target).resolve().is_relative_to(as_local(folder).resolve())
+    return '..' not in files.relative_to(target, folder).split('/')
+
+
 def _moved(source: str | None, page: str | Path, output: str | Path, embed: bool) -> str | None:
     """The URL by which another page refers to an image of a page."""
     if source is None or _is_url(source):
@@ -178,7 +195,12 @@ def _moved(source: str | None, page: str | Path, output: str | Path, embed: bool
     target = files.reached_from(files.parent_of(page), unquote(source))
     if not embed:
         return url_from(output, target)
+    kind = mimetypes.guess_type(str(target))[0] or ''
+    if not kind.startswith(('image/', 'video/')) or not _is_below(target, files.parent_of(page)):
+        raise ValueError(
+            f'{page} names {source!r}, which is not put into another page: only images and videos below the folder of '
+            'the page that shows them are'
+        )
     if not files.is_file(target):
         return None
-    kind = mimetypes.guess_type(str(target))[0] or 'image/png'
     return f'data:{kind};base64,{base64.b64encode(files.read_bytes(target)).decode()}'

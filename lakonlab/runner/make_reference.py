@@ -15,6 +15,9 @@ from lakonlab.evaluation.statistics import SUFFIX, ReferenceStatistics
 from lakonlab.runner.launch import impossible_values, logged_to_console
 from lakonlab.storage import files
 
+OF_IMAGES = ('extractor', 'no_resize', 'center_crop', 'resize_mode', 'num_images')
+"""Arguments that say how features are made of images."""
+
 logger = logging.getLogger('lakonlab.evaluation')
 
 
@@ -51,6 +54,13 @@ def _converted(args: Namespace) -> ReferenceStatistics | None:
         return None
     if not args.source.endswith(('.pkl', '.npz')):
         return None
+    given = [name for name in OF_IMAGES if getattr(args, name) not in (None, False)]
+    if given:
+        options = ', '.join('--' + name.replace('_', '-') for name in given)
+        raise ConfigError(
+            f'{options}: SOURCE={args.source!r} holds statistics already, and how their features were made of images '
+            'cannot be chosen any more; leave this out, or name the images'
+        )
     read = read_reference(args.source)
     provenance = {**read.provenance, 'source': dict(kind='statistics', path=args.source, sha256=read.sha256)}
     features = None if args.no_features else read.features
@@ -87,12 +97,12 @@ def _made(args: Namespace) -> ReferenceStatistics:
         batches, source = images_of_npz(args.source, args.batch_size)
     else:
         batches, source = images_of_folder(args.source, args.batch_size)
-    extractor = ExtractorPool().build(extractor_config(args.extractor))
+    extractor = ExtractorPool().build(extractor_config(args.extractor or 'InceptionV3'))
     size = extractor.input_size if args.center_crop or not args.no_resize else None
     return make_reference(
         batches,
         extractor,
-        Preparation(size, args.center_crop, args.resize_mode),
+        Preparation(size, args.center_crop, args.resize_mode or 'bicubic'),
         source,
         num_images=args.num_images,
         total=source['num_files'],

@@ -37,15 +37,36 @@ class _Kind:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _ArrayClass:
-    """Stands for ``numpy.ndarray`` where it is named."""
+class _StandIn:
+    """What a pickle gets for a name: it can be called, and nothing of it can be changed.
+
+    Args:
+        call: What is called; None if the name is only named.
+    """
+
+    __slots__ = ('_call',)
+
+    def __init__(self, call: Callable[..., Any] | None = None):
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._call is None:
+            raise UnsafeArrayError('an array is not a plain one')
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafeArrayError('it changes what it names; nothing was run')
+
+
+ARRAY_CLASS = _StandIn()
+"""Stands for ``numpy.ndarray`` where it is named."""
 
 
 class _Array:
     """Stands for an array."""
 
     def __init__(self, subtype: Any = None, *_: Any):
-        if subtype is not _ArrayClass:
+        if subtype is not ARRAY_CLASS:
             raise UnsafeArrayError('an array is not a plain one')
         self.value: np.ndarray | None = None
 
@@ -58,7 +79,7 @@ class _Array:
 
 def _buffer(content: Any, kind: Any, shape: Any, order: Any) -> _Array:
     """An array as protocol 5 has them."""
-    array = _Array(_ArrayClass)
+    array = _Array(ARRAY_CLASS)
     array.value = _array_of(content, kind, shape, order)
     return array
 
@@ -84,15 +105,15 @@ def _latin1(text: Any, encoding: Any) -> bytes:
     return text.encode('latin1')
 
 
-CALLS: dict[str, Callable[..., Any]] = {
-    'numpy.dtype': _Kind,
-    'numpy.ndarray': _ArrayClass,
-    '_codecs.encode': _latin1,
+CALLS: dict[str, _StandIn] = {
+    'numpy.dtype': _StandIn(_Kind),
+    'numpy.ndarray': ARRAY_CLASS,
+    '_codecs.encode': _StandIn(_latin1),
 }
 for _core in ('numpy.core', 'numpy._core'):
-    CALLS[f'{_core}.multiarray._reconstruct'] = _Array
-    CALLS[f'{_core}.multiarray.scalar'] = _number
-    CALLS[f'{_core}.numeric._frombuffer'] = _buffer
+    CALLS[f'{_core}.multiarray._reconstruct'] = _StandIn(_Array)
+    CALLS[f'{_core}.multiarray.scalar'] = _StandIn(_number)
+    CALLS[f'{_core}.numeric._frombuffer'] = _StandIn(_buffer)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,7 +1,10 @@
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from lakonlab.evaluation.clip_scores import crop_to, pad_to
@@ -116,6 +119,42 @@ def test_images_are_prepared_as_published():
         assert padded[..., :left].eq(0).all()
 
 
+PIL_TOLERANCE = 2.5 / 255
+"""Of pixels in [0, 1]: PIL rounds to 8 bits after each direction that it resizes in."""
+SQUASHED = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize_mode='squash')
+
+
+@pytest.mark.parametrize('tag', [{}, SQUASHED])
+@pytest.mark.parametrize('shape', [(300, 400), (64, 64), (25, 20), (331, 97)])
+def test_images_are_prepared_as_open_clip_prepares_pictures(tiny_weights, monkeypatch, tag, shape):
+    """The values of its own transform of PIL pictures, of weights that a tag names."""
+    import open_clip
+    from open_clip import pretrained
+
+    monkeypatch.setitem(pretrained._PRETRAINED, 'tiny-lakonlab', {'own': dict(tag, file=str(tiny_weights[0]))})
+    # of a middle range, because PIL clips what exceeds 8 bits after each direction, and tensors keep it
+    pictures = np.random.RandomState(0).randint(60, 196, (3, *shape, 3), np.uint8)
+    _, _, transform = open_clip.create_model_and_transforms('tiny-lakonlab', pretrained='own')
+    expected = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
+    metric = METRICS.build(dict(type='CLIPSimilarity', model='tiny-lakonlab', pretrained='own', precision='fp32'))
+    metric.bind(ExtractorPool())
+    found = metric.scorer.prepare(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
+    tolerance = PIL_TOLERANCE / metric.scorer.std
+    assert ((found - expected).abs() <= tolerance).all()
+    facts = metric.scorer.protocol()
+    assert facts['mean'] == list(tag.get('mean', open_clip.OPENAI_DATASET_MEAN))
+    assert ('squash' in facts['images']) == bool(tag)
+
+
+def test_tags_that_resize_in_other_ways_are_refused(tiny_weights, monkeypatch):
+    from open_clip import pretrained
+
+    tag = dict(file=str(tiny_weights[0]), interpolation='bilinear')
+    monkeypatch.setitem(pretrained._PRETRAINED, 'tiny-lakonlab', {'own': tag})
+    with pytest.raises(ValueError, match='wants images resized by bilinear'):
+        scored('CLIPSimilarity', 'own', images())
+
+
 def test_weights_that_do_not_fit(tiny_weights, tmp_path):
     path, state = tiny_weights
 
@@ -131,6 +170,10 @@ def test_weights_that_do_not_fit(tiny_weights, tmp_path):
                tmp_path / 'part.pt')  # fmt: skip
     with pytest.raises(ValueError, match='does not hold tiny-lakonlab'):
         bound(pretrained=str(tmp_path / 'part.pt'))
+    for name, content in (('text.pt', b'no weights'), ('evil.pt', pickle.dumps(print))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match='does not hold tiny-lakonlab'):
+            bound(pretrained=str(tmp_path / name))
     with pytest.raises(ValueError, match="version='v3'"):
         METRICS.build(dict(type='HPSv2', version='v3'))
     metric = METRICS.build(dict(type='HPSv2', model='tiny-lakonlab', pretrained=str(path)))

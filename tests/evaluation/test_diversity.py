@@ -121,6 +121,23 @@ def test_lpips_to_a_reference_and_among_samples(alexnet):
         built('LPIPSDiversity', network=dict(backbone=str(path.with_name('other.pth'))))
 
 
+def test_images_of_a_full_group_are_not_kept(alexnet):
+    images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rounded = (images * 255).round() / 255
+    numbers = []
+    for samples, most in ((rounded, 3), (rounded, 16), (images, 3)):
+        metric = built('LPIPSDiversity', network=dict(backbone=str(alexnet[0])), max_per_group=most)
+        for start in range(0, 6, 2):
+            metric.feed(SampleBatch(samples[start : start + 2], [start, start + 1], prompts=['a', 'b']))
+        kept = [member for members in metric._groups.values() for member in members]
+        assert len(kept) == (0 if most == 3 else 6)
+        assert all(member.dtype == torch.uint8 for member in kept)
+        assert metric.protocol()['num_groups'] == 2
+        numbers.append(metric.compute()['lpips_diversity'])
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
+    assert numbers[0] != numbers[2]
+
+
 def test_dinov2(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 

@@ -76,6 +76,15 @@ def test_seed_reaches_the_sampler():
     assert not torch.equal(drawn[0], drawn[5])
 
 
+def test_references_are_made_with_the_seed_of_the_samples():
+    model = Model()
+    run_evaluations(model, config(**RMSE), seed=5)
+    kinds = {
+        steps: torch.cat([draw for draw, call in zip(model.draws, model.calls) if call[1] == steps]) for steps in (1, 2)
+    }
+    assert torch.equal(kinds[1], kinds[2])
+
+
 def test_references_are_made_once_per_split_and_version():
     cfg = config(**RMSE)
     cfg['evaluation'] = [

@@ -63,8 +63,9 @@ class Evil:
 def test_weights_that_are_refused(tmp_path, capsys):
     for name, content in (('evil', pickle.dumps(Evil())), ('text', b'no weights')):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r'InceptionV3\.weights: .* does not hold this network'):
-            InceptionV3(str(tmp_path / name))
+        for kind in (InceptionV3, MobileNetV2):
+            with pytest.raises(ValueError, match=rf'{kind.__name__}\.weights: .* does not hold this network'):
+                kind(str(tmp_path / name))
     torch.save({'weight': torch.zeros(2)}, tmp_path / 'other.pth')
     for kind in (InceptionV3, MobileNetV2):
         with pytest.raises(ValueError, match=rf'{kind.__name__}\.weights: .* does not hold this network'):

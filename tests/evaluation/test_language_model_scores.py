@@ -2,6 +2,7 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -89,6 +90,29 @@ def test_vqa_score(clip_t5):
     assert scored('VQAScore', scorer, samples, size=1)._scores == pytest.approx(expected, rel=1e-4)
     protocol = metric.protocol()['scorer']
     assert [len(digest) for digest in (*protocol['weights_sha256'], protocol['tokenizer_sha256'])] == [64] * 3
+
+
+@pytest.mark.parametrize('shape', [(36, 48), (300, 200), (28, 28)])
+def test_images_of_vqa_score_are_prepared_as_by_its_image_processor(clip_t5, shape):
+    """Pictures on squares of the mean colour, through the image processor of CLIP in transformers."""
+    from transformers import CLIPImageProcessor
+
+    scorer, _, _, _ = clip_t5
+    # of a middle range, because PIL clips what exceeds 8 bits after each direction, and tensors keep it
+    pictures = np.random.RandomState(0).randint(60, 196, (2, *shape, 3), np.uint8)
+    processor = CLIPImageProcessor(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28))
+    side = max(shape)
+    expected = []
+    for picture in pictures:
+        square = Image.new('RGB', (side, side), tuple(int(255 * value) for value in processor.image_mean))
+        square.paste(Image.fromarray(picture), ((side - shape[1]) // 2, (side - shape[0]) // 2))
+        expected.append(processor(square, return_tensors='pt')['pixel_values'][0])
+    metric = METRICS.build(dict(type='VQAScore', scorer=scorer))
+    metric.bind(ExtractorPool())
+    found = metric.scorer.prepare(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255)
+    # 8 bits after each direction, and of the colour of the border
+    tolerance = 3.5 / 255 / metric.scorer.std
+    assert ((found - torch.stack(expected)).abs() <= tolerance).all()
 
 
 def test_weights_of_vqa_score_that_do_not_fit(clip_t5):

@@ -17,7 +17,7 @@ DIGIT_CONFIG = 'configs/digits/dit_digits_teacher.py'
 def run(source, out, **changes):
     """What the command does with its defaults and some changes."""
     defaults = dict(
-        data='val', extractor='DigitClassifier', no_resize=False, center_crop=False, resize_mode='bicubic',
+        data='val', extractor='DigitClassifier', no_resize=False, center_crop=False, resize_mode=None,
         num_images=None, batch_size=64, no_features=False, device='cpu',
     )  # fmt: skip
     return make(Namespace(source=str(source), out=str(out), **{**defaults, **changes}))
@@ -97,10 +97,15 @@ def test_of_a_folder(tmp_path):
 def test_of_statistics(tmp_path):
     values, covariance = expected_of(quantised_digits() / 255)
     np.savez(tmp_path / 'a.npz', mu=values.mean(0), sigma=covariance, pool_3=values)
-    found = made(tmp_path, tmp_path / 'a.npz', no_features=True)
+    found = made(tmp_path, tmp_path / 'a.npz', no_features=True, extractor=None)
     assert found.features is None
     np.testing.assert_array_equal(found.covariance, covariance)
     assert found.provenance['source']['kind'] == 'statistics'
+    with pytest.raises(
+        ConfigError, match=r'^--extractor, --center-crop, --num-images: SOURCE=.* holds statistics already'
+    ):
+        run(tmp_path / 'a.npz', tmp_path / 'b.safetensors', center_crop=True, num_images=5)
+    assert not (tmp_path / 'b.safetensors').exists()
 
 
 @pytest.mark.parametrize(

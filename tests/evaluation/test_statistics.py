@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lakonlab.evaluation.statistics import ReferenceStatistics, read_reference
+from lakonlab.storage import array_pickle
 from tests.evaluation.test_feature_distances import features
 
 
@@ -68,6 +69,17 @@ def test_pickles_that_are_refused(tmp_path, capsys, changes, message):
     with pytest.raises(ValueError, match=message):
         read_reference(published(tmp_path / 'a.pkl', **changes))
     assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('name', ['numpy ndarray', 'numpy dtype', '_codecs encode', 'numpy._core.multiarray scalar'])
+@pytest.mark.parametrize('state', [b'}Vmark\nI1\ns', b'N}Vmark\nI1\ns\x86'])  # attributes, and those of slots
+def test_pickles_that_change_what_they_name_are_refused(tmp_path, name, state):
+    module, _, attribute = name.partition(' ')
+    path = tmp_path / 'a.pkl'
+    path.write_bytes(b'\x80\x02c' + f'{module}\n{attribute}\n'.encode() + state + b'b.')
+    with pytest.raises(ValueError, match='it changes what it names; nothing was run'):
+        read_reference(path)
+    assert not hasattr(array_pickle.CALLS[f'{module}.{attribute}'], 'mark')
 
 
 @pytest.mark.parametrize('cut', [10, 300, 1000])

@@ -131,6 +131,30 @@ def test_a_page_with_its_images_in_it(tmp_path):
     assert item.sources[1] is None
 
 
+@pytest.mark.parametrize(
+    'source', ['../secret.png', '/etc/hostname', 'a/notes.txt', 'a/link.png', 'a/%2e%2e/../secret.png']
+)
+def test_only_images_of_a_page_are_put_into_another_one(tmp_path, source):
+    (tmp_path / 'run' / 'a').mkdir(parents=True)
+    (tmp_path / 'secret.png').write_bytes(b'secret')
+    (tmp_path / 'run' / 'a' / 'notes.txt').write_text('secret')
+    (tmp_path / 'run' / 'a' / 'link.png').symlink_to(tmp_path / 'secret.png')
+    page = tmp_path / 'run' / 'page.html'
+    gallery(items=[Item(0, 'prompt', [source])]).write(page)
+    with pytest.raises(ValueError, match='is not put into another page'):
+        side_by_side([page], tmp_path / 'both.html', embed=True)
+
+
+def test_samples_of_other_noise_are_told(tmp_path, caplog):
+    for seed in (0, 5):
+        column = Column('a', dict(fid=1.5), dict(sampling_seed=seed))
+        gallery(columns=[column]).write(tmp_path / f'{seed}.html')
+    side_by_side([tmp_path / '0.html', tmp_path / '0.html'], tmp_path / 'both.html')
+    assert not caplog.text
+    side_by_side([tmp_path / '0.html', tmp_path / '5.html'], tmp_path / 'both.html')
+    assert 'not of the same noise: sampling_seed is 0, 5' in caplog.text
+
+
 def test_samples_of_different_data_are_not_compared(tmp_path):
     page = written_run(tmp_path, 'a', [0], 10)
     other = gallery(items=[Item(0, 'another prompt', ['0.png'])])
