@@ -1,0 +1,233 @@
+"""Loads adapters of pi-Flow into pipelines of diffusers, and saves them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lakonlab.models.architecture.adapters import POLICY_KEY
+from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
+from lakonlab.pipelines.adapter_files import (
+    CONFIG_FILE,
+    AdapterError,
+    PiFlowAdapter,
+    load_adapter_files,
+    weights_name,
+)
+from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
+from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, own_tensors
+
+logger = logging.getLogger(__name__)
+
+#: Folder of a saved pipeline with the adapters of its modules, one folder each.
+SAVED_ADAPTERS = 'piflow_adapters'
+
+
+class PiFlowLoaderMixin:
+    """Gives a pipeline of diffusers the methods that load, unload and save adapters of pi-Flow."""
+
+    latent_layout: str = 'tokens'
+    """See :data:`lakonlab.pipelines.student.ROW_ORDER_OF`."""
+    policy_type: str | None = None
+    policy_kwargs: Mapping[str, Any] = {}
+
+    def load_piflow_adapter(
+        self,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        target_module_name: str = 'transformer',
+        adapter_name: str | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        disable_mmap: bool | None = None,
+        **hub_options: Any,
+    ) -> str | None:
+        """Make a few-step generator of the pipeline.
+
+        The transformer is replaced by a student that shares its weights, whatever their precision or quantisation. The
+        scheduler becomes the one that the adapter was trained with, unless it is a ``FlowMapSDEScheduler`` already.
+
+        Args:
+            pretrained_model_name_or_path: Folder, URL of a folder, or repository of the Hugging Face hub.
+            subfolder: Folder in it.
+            target_module_name: Module of the pipeline that it is an adapter of.
+            adapter_name: Name for its low-rank matrices, for ``set_adapters``; None for
+                ``'<target_module_name>_piflow'``.
+            variant: Middle part of the name of the file, such as ``'fp16'``.
+            use_safetensors: Must not be False: pickles are not read.
+            low_cpu_mem_usage: Of the published method; has no effect, since the base is never copied.
+            disable_mmap: Of the published method; has no effect.
+            **hub_options: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+
+        Returns:
+            The name of the low-rank matrices; None if the adapter has none.
+
+        Raises:
+            AdapterError: There is no such adapter, it cannot be read, or it is for another base.
+            ValueError: The pipeline has an adapter already.
+        """
+        if use_safetensors is False:
+            raise AdapterError('use_safetensors=False: adapters are read from safetensors only, which hold no code')
+        base = getattr(self, target_module_name, None)
+        if not isinstance(base, nn.Module):
+            modules = [name for name, value in self.components.items() if isinstance(value, nn.Module)]
+            raise ValueError(
+                f'target_module_name={target_module_name!r} is no module of {type(self).__name__}: it has '
+                f'{", ".join(modules)}'
+            )
+        if getattr(base, 'piflow', None) is not None:
+            raise ValueError(
+                f'the {target_module_name} has the adapter {base.piflow.where!r} already: call '
+                'unload_piflow_adapter first, or use a second pipeline, which can share the base'
+            )
+        adapter = load_adapter_files(
+            pretrained_model_name_or_path, subfolder, target_module_name, variant, **hub_options
+        )
+        policy = self._policy_of(adapter)
+        restore = self._suspend_offloading()
+        try:
+            student = make_student(
+                base, adapter, self.latent_layout, policy, adapter_name or f'{target_module_name}_piflow'
+            )
+            setattr(self, target_module_name, student)
+        finally:
+            restore()
+        self._adopt_schedule(student.piflow)
+        return student.piflow.adapter_name
+
+    def load_lakonlab_adapter(self, *args, **kwargs) -> str | None:
+        """Another name of :meth:`load_piflow_adapter`."""
+        return self.load_piflow_adapter(*args, **kwargs)
+
+    def unload_piflow_adapter(self, target_module_name: str = 'transformer') -> None:
+        """Go back to the transformer that an adapter was loaded into; styles that were loaded since are gone too.
+
+        Raises:
+            ValueError: There is no adapter, or its matrices are fused with the base's weights.
+        """
+        student = getattr(self, target_module_name, None)
+        record: Student | None = getattr(student, 'piflow', None)
+        if record is None:
+            raise ValueError(f'the {target_module_name} has no adapter of pi-Flow')
+        if any(getattr(module, 'merged_adapters', None) for module in student.modules()):
+            raise ValueError('adapters are fused with the weights of the base: call unfuse_lora first')
+        restore = self._suspend_offloading()
+        setattr(self, target_module_name, record.base.to(student.device))
+        restore()
+
+    def unload_lora_weights(self, *args, **kwargs) -> None:
+        """Remove the adapters of styles; that of pi-Flow stays."""
+        record: Student | None = getattr(getattr(self, 'transformer', None), 'piflow', None)
+        if record is None or record.adapter_name is None:
+            super().unload_lora_weights(*args, **kwargs)
+            return
+        others = [name for name in self.transformer.peft_config if name != record.adapter_name]
+        self.transformer.delete_adapters(others)
+        self.transformer.set_adapters([record.adapter_name])
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict, transformer, *args, **kwargs):
+        """As in the base class; a student has a policy head where a style may change the output layer."""
+        if getattr(transformer, 'piflow', None) is not None:
+            head = [name for name in state_dict if name.removeprefix('transformer.').startswith(f'{OUTPUT}.')]
+            if head:
+                logger.warning(
+                    'the student has a policy head in place of %s: %d tensors for it are left out', OUTPUT, len(head)
+                )
+                state_dict = {name: tensor for name, tensor in state_dict.items() if name not in head}
+        return super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+
+    def save_piflow_adapter(self, save_directory: str | Path, target_module_name: str = 'transformer') -> None:
+        """Write the adapter of a module, to be loaded by :meth:`load_piflow_adapter`.
+
+        Args:
+            save_directory: Folder, made if need be.
+            target_module_name: The module.
+        """
+        from safetensors.torch import save_file
+
+        student = getattr(self, target_module_name)
+        record: Student = student.piflow
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {'format': 'pt', POLICY_KEY: json.dumps({**record.policy_kwargs, 'type': record.policy_type})}
+        if record.recipe is not None:
+            metadata[RECIPE_KEY] = record.recipe.to_json()
+        save_file(own_tensors(student), folder / weights_name(), metadata)
+        config = json.dumps(record.adapter_config, indent=2)
+        (folder / CONFIG_FILE).write_text(f'{config}\n', encoding='utf-8')
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in the base class: the base as it was, and the adapters beside it in ``piflow_adapters/``."""
+        students = {
+            name: module
+            for name, module in self.components.items()
+            if isinstance(module, nn.Module) and getattr(module, 'piflow', None) is not None
+        }
+        try:
+            for name, student in students.items():
+                self.__dict__[name] = student.piflow.base
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__dict__.update(students)
+        for name in students:
+            self.save_piflow_adapter(Path(save_directory, SAVED_ADAPTERS, name), name)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
+        """As in the base class; adapters that :meth:`save_pretrained` wrote are loaded too."""
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path, SAVED_ADAPTERS)
+        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
+            pipe.load_piflow_adapter(child, target_module_name=child.name)
+        return pipe
+
+    def _policy_of(self, adapter: PiFlowAdapter) -> dict[str, Any]:
+        """Type and arguments of the policy, from the file, its head, and the pipeline's arguments."""
+        by_head = 'GMFlow' if f'{MEANS}.weight' in adapter.tensors else 'DX'
+        has_head = any(name.startswith(OUTPUT) for name in adapter.tensors)
+        for place, kind in {'the file': adapter.policy.get('type'), 'policy_type': self.policy_type}.items():
+            if has_head and kind not in (None, by_head):
+                raise AdapterError(f'{adapter.where!r}: {place} says {kind!r}, but its head is that of {by_head!r}')
+        return {**adapter.policy, **self.policy_kwargs, 'type': by_head}
+
+    def _adopt_schedule(self, student: Student) -> None:
+        """Let the adapter set the scheduler, unless that was chosen for a flow map already."""
+        config = self.scheduler.config
+        if isinstance(self.scheduler, FlowMapSDEScheduler):
+            return
+        recipe = student.recipe
+        if recipe is None:
+            if not config.get('use_dynamic_shifting') and not config.get('shift_terminal'):
+                return  # chosen by the user
+            recipe = PUBLISHED
+            logger.info('%r carries no recipe: the schedule of published adapters is used, %s', student.where, recipe)
+        shift = recipe.shift if recipe.shift is not None else student.policy_kwargs.get('shift', PUBLISHED.shift)
+        scale = recipe.final_step_size_scale
+        self.scheduler = FlowMapSDEScheduler(
+            num_train_timesteps=config.get('num_train_timesteps', 1000),
+            shift=shift,
+            final_step_size_scale=PUBLISHED.final_step_size_scale if scale is None else scale,
+        )
+
+    def _suspend_offloading(self):
+        """Bring all modules back whole; returns what offloads them again."""
+        by_model, by_layer, by_group = self._optionally_disable_offloading(self)
+        if by_group:
+            raise ValueError('adapters of pi-Flow are loaded before enable_group_offload, not after it')
+        device = getattr(self, '_offload_device', None)
+        options = {} if device is None else {'device': device}
+
+        def restore() -> None:
+            if by_model:
+                self.enable_model_cpu_offload(**options)
+            elif by_layer:
+                self.enable_sequential_cpu_offload(**options)
+
+        return restore
