@@ -167,7 +167,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
                 problems.append(f'final_step_size_scale={own}, but it is sampled with {here}')
         if recipe is not None and recipe.nfe is not None and num_steps < recipe.nfe:
             problems.append(f'{recipe.nfe} steps, but num_inference_steps={num_steps}')
-        if student.policy_type == 'DX':
+        if student.policy_type == 'DX' and student.policy_kwargs.get('mode', 'grid') == 'grid':
             longest = 1 / (num_steps - 1 + config.final_step_size_scale) if num_steps > 1 else 1.0
             segment = student.policy_kwargs.get('segment_size', 1.0)
             if longest > segment + TOLERANCE:

@@ -84,7 +84,7 @@ def make_student(
         )
     _check_config(base, adapter)
     num_points, area = _size_of_head(base, output, adapter, layout)
-    if policy['type'] == 'DX' and 'segment_size' not in policy:
+    if policy['type'] == 'DX' and policy.get('mode', 'grid') == 'grid' and 'segment_size' not in policy:
         raise AdapterError(
             f'{adapter.where!r} does not say how long its segments are: pass policy_kwargs=dict(segment_size=1 / 3.5, '
             'shift=3.2), or what it was trained with, to from_pretrained'
