@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from lakonlab.models.architecture.adapters import POLICY_KEY
-from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
 from lakonlab.pipelines.adapter_files import (
     CONFIG_FILE,
     AdapterError,
@@ -51,7 +52,7 @@ class PiFlowLoaderMixin:
         """Make a few-step generator of the pipeline.
 
         The transformer is replaced by a student that shares its weights, whatever their precision or quantisation. The
-        scheduler becomes the one that the adapter was trained with, unless it is a ``FlowMapSDEScheduler`` already.
+        scheduler of diffusers gets the shift that the adapter was trained with; a ``FlowMapSDEScheduler`` stays.
 
         Args:
             pretrained_model_name_or_path: Folder, URL of a folder, or repository of the Hugging Face hub.
@@ -132,16 +133,17 @@ class PiFlowLoaderMixin:
         self.transformer.set_adapters([record.adapter_name])
 
     @classmethod
-    def load_lora_into_transformer(cls, state_dict, transformer, *args, **kwargs):
+    def load_lora_into_transformer(cls, *args, **kwargs):
         """As in the base class; a student has a policy head where a style may change the output layer."""
-        if getattr(transformer, 'piflow', None) is not None:
-            head = [name for name in state_dict if name.removeprefix('transformer.').startswith(f'{OUTPUT}.')]
-            if head:
-                logger.warning(
-                    'the student has a policy head in place of %s: %d tensors for it are left out', OUTPUT, len(head)
-                )
-                state_dict = {name: tensor for name, tensor in state_dict.items() if name not in head}
-        return super().load_lora_into_transformer(state_dict, transformer, *args, **kwargs)
+        parent = super().load_lora_into_transformer
+        bound = inspect.signature(parent).bind(*args, **kwargs)
+        bound.arguments['state_dict'] = _without_output(bound.arguments['state_dict'], bound.arguments['transformer'])
+        return parent(*bound.args, **bound.kwargs)
+
+    @classmethod
+    def _maybe_expand_lora_state_dict(cls, transformer, lora_state_dict):
+        """Of FLUX, which looks up the layers of a style before it is loaded."""
+        return super()._maybe_expand_lora_state_dict(transformer, _without_output(lora_state_dict, transformer))
 
     def save_piflow_adapter(self, save_directory: str | Path, target_module_name: str = 'transformer') -> None:
         """Write the adapter of a module, to be loaded by :meth:`load_piflow_adapter`.
@@ -198,23 +200,18 @@ class PiFlowLoaderMixin:
         return {**adapter.policy, **self.policy_kwargs, 'type': by_head}
 
     def _adopt_schedule(self, student: Student) -> None:
-        """Let the adapter set the scheduler, unless that was chosen for a flow map already."""
-        config = self.scheduler.config
-        if isinstance(self.scheduler, FlowMapSDEScheduler):
+        """Let the adapter set the shift of diffusers' scheduler, unless the user has done so."""
+        config, recipe = self.scheduler.config, student.recipe
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             return
-        recipe = student.recipe
         if recipe is None:
-            if not config.get('use_dynamic_shifting') and not config.get('shift_terminal'):
+            if not config.use_dynamic_shifting and not config.get('shift_terminal'):
                 return  # chosen by the user
             recipe = PUBLISHED
-            logger.info('%r carries no recipe: the schedule of published adapters is used, %s', student.where, recipe)
+            logger.info('%r carries no recipe: it is sampled as published adapters are, %s', student.where, recipe)
         shift = recipe.shift if recipe.shift is not None else student.policy_kwargs.get('shift', PUBLISHED.shift)
-        scale = recipe.final_step_size_scale
-        self.scheduler = FlowMapSDEScheduler(
-            num_train_timesteps=config.get('num_train_timesteps', 1000),
-            shift=shift,
-            final_step_size_scale=PUBLISHED.final_step_size_scale if scale is None else scale,
-        )
+        settings = dict(shift=shift, use_dynamic_shifting=False, shift_terminal=None)
+        self.scheduler = type(self.scheduler).from_config(config, **settings)
 
     def _suspend_offloading(self):
         """Bring all modules back whole; returns what offloads them again."""
@@ -231,3 +228,15 @@ class PiFlowLoaderMixin:
                 self.enable_sequential_cpu_offload(**options)
 
         return restore
+
+
+def _without_output(state: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
+    """The matrices of a style, without those for an output layer that a student no longer has."""
+    if getattr(transformer, 'piflow', None) is None:
+        return dict(state)
+    head = {name for name in state if name.removeprefix('transformer.').startswith(f'{OUTPUT}.')}
+    if head:
+        logger.warning(
+            'the student has a policy head in place of %s: %d tensors for it are left out', OUTPUT, len(head)
+        )
+    return {name: tensor for name, tensor in state.items() if name not in head}

@@ -13,7 +13,7 @@ from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDESchedul
 from lakonlab.pipelines.piflow_loader import PiFlowLoaderMixin
 from lakonlab.pipelines.policy_scheduler import PolicyScheduler, auto_temperature, flow_map_of
 from lakonlab.pipelines.recipe import PUBLISHED
-from lakonlab.pipelines.student import Student
+from lakonlab.pipelines.student import Student, is_active
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         for problem in problems:
             self._say(f'{student.where!r} was trained for {problem}')
         name = student.adapter_name
-        if name is not None and name not in self.transformer.active_adapters():
+        if name is not None and not is_active(self.transformer, name):
             self._say(
                 f'the adapter {name!r} of pi-Flow is not active, so that the student is incomplete: include it in '
                 f'set_adapters([{name!r}, ...])'

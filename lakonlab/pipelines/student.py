@@ -298,6 +298,12 @@ def _set_out_channels(student: nn.Module, channels: int) -> None:
         student.register_to_config(out_channels=channels)
 
 
+def is_active(student: nn.Module, adapter_name: str) -> bool:
+    """Whether low-rank matrices take part in the passes of all layers that have them."""
+    layers = [module for module in student.modules() if adapter_name in getattr(module, 'lora_A', ())]
+    return all(adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers)
+
+
 def own_tensors(student: nn.Module) -> dict[str, Tensor]:
     """Published name -> tensor of all that a student has of its own, low-rank matrices included."""
     from peft import get_peft_model_state_dict
