@@ -22,6 +22,7 @@ from lakonlab.models.architecture.adapters import POLICY_KEY
 from lakonlab.pipelines.adapter_files import CONFIG_FILE, weights_name
 from lakonlab.pipelines.recipe import RECIPE_KEY, Recipe
 from lakonlab.registry import MODULES
+from lakonlab.runner.checkpoint_tools import in_precision
 from lakonlab.runner.model_card import CARD_FILE, CardFacts, model_card
 from lakonlab.runner.paths import settle_work_dir
 from lakonlab.runner.testing import find_weights
@@ -90,7 +91,7 @@ def export_adapter(
     tensors, origin, step = _student_weights(cfg, checkpoint, role)
     tensors = scaled_lora(tensors, denoising)
     if dtype is not None:
-        tensors = {name: _cast(name, tensor, getattr(torch, dtype)) for name, tensor in tensors.items()}
+        tensors = in_precision(tensors, getattr(torch, dtype))
     recipe = recipe_of(cfg)
     policy = {**(diffusion.get('policy_kwargs') or {}), 'type': diffusion['policy_type']}
     metadata = {'format': 'pt', POLICY_KEY: json.dumps(policy), RECIPE_KEY: recipe.to_json()}
@@ -151,15 +152,6 @@ def scaled_lora(tensors: Mapping[str, Tensor], denoising: Mapping[str, Any]) -> 
     if alpha is None or alpha == rank:
         return dict(tensors)
     return {name: tensor * (alpha / rank) if name.endswith(UP_MATRIX) else tensor for name, tensor in tensors.items()}
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    result = tensor.to(dtype)
-    if not bool(result.isfinite().all()) and bool(tensor.isfinite().all()):
-        raise CheckpointError(f'{name} has values that {dtype} cannot hold: choose another --dtype')
-    return result
 
 
 def recipe_of(cfg: Mapping[str, Any]) -> Recipe:
