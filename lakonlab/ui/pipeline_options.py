@@ -68,23 +68,23 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, published: Published
     parser.add_argument('--compile', action='store_true', help='compile the repeated blocks of the transformer')
 
 
-def build_pipeline(args: argparse.Namespace, published: PublishedPipeline, base: Any = None):
+def build_pipeline(args: argparse.Namespace, published: PublishedPipeline, parts: Mapping[str, Any] | None = None):
     """The pipeline that arguments ask for, with its adapter, ready to be called.
 
     Args:
         args: See :func:`add_pipeline_arguments`.
         published: What they were made for.
-        base: A pipeline without an adapter, whose weights this one shares; None to load them.
+        parts: Components of a pipeline without an adapter, whose weights this one shares; None to load them.
     """
     import torch
 
     from lakonlab.ui.arguments import default_device
 
     kind = getattr(importlib.import_module(published.module), published.kind)
-    if base is None:
+    if parts is None:
         pipe = kind.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), **published.options)
     else:
-        pipe = kind(**base.components, **published.options)
+        pipe = kind(**parts, **published.options)
     subfolder = args.subfolder
     if subfolder is None and args.adapter == published.adapter:
         subfolder = published.subfolder
