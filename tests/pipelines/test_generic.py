@@ -62,7 +62,7 @@ def student_of(kind, transformer, **options):
     student = MODULES.build(dict(type='DiffusersTransformer', transformer=transformer, head=head, **options))
     with torch.no_grad():
         for tensor in student.parameters():
-            tensor.add_(torch.randn(tensor.shape) * 0.2)
+            tensor.add_(torch.randn(tensor.shape) * 0.05)
     trainer = PiFlowImitation(
         student,
         policy_type=policy,

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 def latents_of(folder, adapter, transformer=None):
     options = {} if transformer is None else {'transformer': transformer}
-    pipe = PiFluxPipeline.from_pretrained(folder, **options)
+    pipe = PiFluxPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_piflow_adapter(adapter)
     return pipe, pipe('a red heart', generator=torch.Generator().manual_seed(1), **CALL).images
@@ -30,7 +30,10 @@ def test_torchao(folder, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
     base = FluxTransformer2DModel.from_pretrained(
-        folder, subfolder='transformer', quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+        folder,
+        subfolder='transformer',
+        torch_dtype=torch.bfloat16,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
     )
     kind = type(base.transformer_blocks[0].ff.net[2].weight)
     assert kind is not torch.nn.Parameter

@@ -8,10 +8,12 @@ import torch
 
 from tests.pipelines.trained import CALL, PROMPTS, Trained, in_folder, noise, pack, train
 
-KINDS = [('Flux', 'GM'), ('QwenImage', 'GM'), ('Flux', 'DX'), ('QwenImage', 'DX')]
+KINDS = [('Flux', 'GM'), ('QwenImage', 'DX'), ('QwenImage', 'GM'), ('Flux', 'DX'), ('Flux', 'data-free')]
+FAST = KINDS[:2]
+CASES = [pytest.param(kind, id='-'.join(kind), marks=() if kind in FAST else pytest.mark.slow) for kind in KINDS]
 
 
-@pytest.fixture(scope='module', params=KINDS, ids=['-'.join(kind) for kind in KINDS])
+@pytest.fixture(scope='module', params=CASES)
 def trained(request, tmp_path_factory) -> Trained:
     return train(tmp_path_factory.mktemp('trained'), *request.param)
 
