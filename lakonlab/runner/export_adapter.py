@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 ROLES = {'ema': 'diffusion_ema', 'student': 'diffusion'}
 DTYPES = ('float32', 'float16', 'bfloat16')
 SCHEDULER_FOLDER = 'scheduler'
+#: Of diffusers' own scheduler for DX policies.
+PIFLOW_SCHEDULER_FOLDER = 'piflow_scheduler'
+SAME = 1e-6
 UP_MATRIX = '.lora_B.weight'
 #: Number of timesteps of diffusers' flow pipelines.
 NUM_TRAIN_TIMESTEPS = 1000
@@ -92,17 +95,20 @@ def export_adapter(
     tensors = scaled_lora(tensors, denoising)
     if dtype is not None:
         tensors = in_precision(tensors, getattr(torch, dtype))
-    recipe = recipe_of(cfg)
-    policy = {**(diffusion.get('policy_kwargs') or {}), 'type': diffusion['policy_type']}
-    metadata = {'format': 'pt', POLICY_KEY: json.dumps(policy), RECIPE_KEY: recipe.to_json()}
+    recipe, policy = recipe_of(cfg), policy_of(cfg)
+    described = describe_adapter(cfg)
+    metadata = {'format': 'pt', **described['metadata']}
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / weights_name(), metadata)
-    config = adapter_config(denoising)
-    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    for name, text in described['texts'].items():
+        (out / name).write_text(text, encoding='utf-8')
     _write_scheduler(recipe, out)
+    num_points = (denoising.get('head') or denoising).get('n_grid')
+    if policy['type'] == 'DX' and num_points is not None:
+        write_piflow_scheduler(recipe, policy, num_points, out)
     facts = CardFacts(
         name=str(cfg.get('name') or out.name),
-        class_name=config['_class_name'],
+        class_name=adapter_config(denoising)['_class_name'],
         policy=policy,
         recipe=recipe,
         base=base_of(cfg),
@@ -115,6 +121,34 @@ def export_adapter(
     )
     (out / CARD_FILE).write_text(model_card(facts, cfg), encoding='utf-8')
     return out
+
+
+def policy_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Type and arguments of a config's policy."""
+    diffusion = cfg['model']['diffusion']
+    return {**(diffusion.get('policy_kwargs') or {}), 'type': diffusion['policy_type']}
+
+
+def describe_adapter(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes an adapter of the weights of a student: arguments of ``add_inference_weights``.
+
+    Args:
+        cfg: The config; of one without a policy nothing is described.
+    """
+    diffusion = (cfg.get('model') or {}).get('diffusion') or {}
+    if not diffusion.get('policy_type'):
+        return {}
+    return {
+        'metadata': {POLICY_KEY: json.dumps(policy_of(cfg)), RECIPE_KEY: recipe_of(cfg).to_json()},
+        'texts': {CONFIG_FILE: json.dumps(adapter_config(diffusion['denoising']), indent=2) + '\n'},
+        'lora_factor': lora_factor(diffusion['denoising']),
+    }
+
+
+def lora_factor(denoising: Mapping[str, Any]) -> float:
+    """What the product of a network's low-rank matrices is multiplied with; readers of exports know only 1."""
+    alpha = denoising.get('lora_alpha')
+    return 1.0 if alpha is None else alpha / denoising.get('lora_rank', 16)
 
 
 def _student_weights(cfg: Mapping[str, Any], checkpoint: str | None, role: str) -> tuple[dict[str, Tensor], str, int]:
@@ -148,10 +182,8 @@ def scaled_lora(tensors: Mapping[str, Tensor], denoising: Mapping[str, Any]) -> 
         tensors: Published name -> tensor.
         denoising: Section of the network, with ``lora_alpha`` and ``lora_rank``.
     """
-    alpha, rank = denoising.get('lora_alpha'), denoising.get('lora_rank', 16)
-    if alpha is None or alpha == rank:
-        return dict(tensors)
-    return {name: tensor * (alpha / rank) if name.endswith(UP_MATRIX) else tensor for name, tensor in tensors.items()}
+    factor = lora_factor(denoising)
+    return {name: tensor * factor if name.endswith(UP_MATRIX) else tensor for name, tensor in tensors.items()}
 
 
 def recipe_of(cfg: Mapping[str, Any]) -> Recipe:
@@ -240,3 +272,37 @@ def _write_scheduler(recipe: Recipe, out: Path) -> None:
         use_dynamic_shifting=recipe.shift is None,
         final_step_size_scale=recipe.final_step_size_scale,
     ).save_pretrained(out / SCHEDULER_FOLDER)
+
+
+def write_piflow_scheduler(recipe: Recipe, policy: Mapping[str, Any], num_points: int, out: Path) -> bool:
+    """Write the config of diffusers' ``PiflowScheduler``, which follows DX policies of one kind.
+
+    It takes the wide output of the transformer, (B, L, N C), and states (B, L, C), and its segments are those between
+    its steps.
+
+    Args:
+        recipe: How the student is sampled.
+        policy: Type and arguments of its policy.
+        num_points: ``N`` of the grid.
+        out: Folder of the export, in which ``piflow_scheduler/`` is written.
+
+    Returns:
+        Whether that scheduler can follow this policy.
+    """
+    from diffusers import PiflowScheduler
+
+    if recipe.shift is None or recipe.nfe is None or num_points < 2 or not 0 < recipe.final_step_size_scale <= 1:
+        return False
+    length = 1 / (recipe.nfe - 1 + recipe.final_step_size_scale)
+    same_segments = abs(policy.get('segment_size', 1.0) - length) < SAME
+    if not same_segments or abs(policy.get('shift', 1.0) - recipe.shift) > SAME or policy.get('mode', 'grid') != 'grid':
+        logger.info("diffusers' PiflowScheduler cannot follow this policy: its segments or its shift are others")
+        return False
+    PiflowScheduler(
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+        shift=recipe.shift,
+        n_grid=num_points,
+        final_step_size_scale=recipe.final_step_size_scale,
+        num_policy_substeps=recipe.total_substeps,
+    ).save_pretrained(out / PIFLOW_SCHEDULER_FOLDER)
+    return True

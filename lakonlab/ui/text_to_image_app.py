@@ -52,15 +52,15 @@ def text_to_image_app(
 
     least, most, first, stride = steps
 
-    def fix_seed(seed: float | None) -> int:
+    def check(prompt: str, seed: float | None) -> int:
+        if not (prompt or '').strip():
+            raise gr.Error('The prompt is empty: describe the image that you want.', title='Prompt')
         try:
             return settled_seed(seed)
         except ValueError as error:
             raise gr.Error(str(error), title='Seed') from error
 
     def run(prompt: str, seed: int, width: int, height: int, steps: int):
-        if not (prompt or '').strip():
-            raise gr.Error('The prompt is empty: describe the image that you want.', title='Prompt')
         try:
             return generate(prompt=prompt, seed=int(seed), width=int(width), height=int(height), steps=int(steps))
         except (RuntimeError, ValueError) as error:
@@ -91,9 +91,7 @@ def text_to_image_app(
         reuse_button.click(
             lambda last, now: now if last is None else last, [last_seed, seed_box], seed_box, api_visibility='private'
         )
-        gr.on(
-            [button.click, prompt.submit], fix_seed, seed_box, last_seed, api_visibility='private', queue=False
-        ).success(
+        gr.on([button.click, prompt.submit], check, [prompt, seed_box], last_seed, api_visibility='private').success(
             run,
             [prompt, last_seed, width_box, height_box, steps_box],
             image,

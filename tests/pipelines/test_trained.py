@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import PiflowScheduler
 
 from tests.pipelines.trained import CALL, PROMPTS, Trained, in_folder, noise, pack, train
 
@@ -27,6 +28,11 @@ def test_trainers_own_samples(trained):
         expected = trained.model.val_step({'noise': start, 'prompt_kwargs': {'prompt': prompts}}, role='ema')
         got = pipe(prompts, latents=pack(start), output_type='pt', **CALL[trained.family]).images
         torch.testing.assert_close(got, expected['pred_imgs'], rtol=0, atol=1e-5)
+    again = trained.pipeline(adapter=trained.saved)
+    assert again.transformer.piflow.recipe == pipe.transformer.piflow.recipe
+    torch.testing.assert_close(
+        again(PROMPTS[:1], latents=pack(start), output_type='pt', **CALL[trained.family]).images, got, rtol=0, atol=1e-6
+    )
     base = trained.pipeline(load=False)
     assert set(base.transformer.state_dict()) < {
         name.replace('.base_layer.', '.') for name in pipe.transformer.state_dict()
@@ -46,3 +52,28 @@ def test_the_card_and_its_snippet(trained, tmp_path):
     with in_folder(tmp_path):
         exec(code, {})
     assert Path(tmp_path, 'image.png').stat().st_size > 0
+
+
+def test_dx_by_the_scheduler_of_diffusers(trained):
+    """The loop that diffusers runs for such checkpoints: wide output of the transformer, its own scheduler."""
+    folder = trained.export / 'piflow_scheduler'
+    if trained.cfg.model.diffusion.policy_type != 'DX':
+        assert not folder.exists()
+        return
+    pipe = trained.pipeline()
+    start = pack(noise(1))
+    expected = pipe(PROMPTS[0], latents=start, output_type='latent', **CALL[trained.family]).images
+    theirs = PiflowScheduler.from_pretrained(folder)
+    theirs.set_timesteps(4)
+    calls = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True, prepend=True
+    )
+    pipe(PROMPTS[0], latents=start, output_type='latent', **CALL[trained.family])
+    handle.remove()
+    state = start
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            conditions = {**calls[0], 'hidden_states': state, 'timestep': t.expand(1) / 1000}
+            state = theirs.step(pipe.transformer(**conditions)[0], t, state, return_dict=False)[0]
+    torch.testing.assert_close(state, expected, rtol=0, atol=2e-5)

@@ -34,16 +34,18 @@ class Trained(NamedTuple):
     """Folder of the pipeline it was distilled from."""
     export: Path
     """Folder of the adapter."""
+    saved: Path
+    """Folder of the adapter that the run's checkpoint holds."""
     model: nn.Module
     """The whole that was trained."""
     cfg: object
 
-    def pipeline(self, load: bool = True, **options):
+    def pipeline(self, load: bool = True, adapter: Path | None = None, **options):
         """The pipeline, in float32 and silent, with the adapter."""
         pipe = PIPELINES[self.family].from_pretrained(self.base, **options)
         pipe.set_progress_bar_config(disable=True)
         if load:
-            pipe.load_piflow_adapter(self.export)
+            pipe.load_piflow_adapter(adapter or self.export)
         return pipe
 
 
@@ -82,14 +84,15 @@ def train(root: Path, family: str, kind: str, iterations: int = 20) -> Trained:
         cfg.test_cfg.temperature = 0.3
     cfg.optimizer.diffusion.lr = 5e-3
     cfg.total_iters = iterations
-    cfg.checkpoint_config.interval = iterations
+    cfg.checkpoint_config.update(interval=iterations, export='ema')
     with in_folder(root):
         check_config(cfg)
         cfg.work_dir = 'work_dirs/tiny'
         runner = Runner.from_cfg(cfg, work_dir=cfg.work_dir)
         runner.train()
         export = export_adapter(cfg, root / 'export')
-    return Trained(family, base, export, runner.model.eval(), cfg)
+    saved = root / 'checkpoints' / 'tiny' / f'iter_{iterations}' / 'export'
+    return Trained(family, base, export, saved, runner.model.eval(), cfg)
 
 
 def noise(batch_size: int = 2, seed: int = 0) -> Tensor:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+#: Milliseconds until something that should appear counts as missing.
+PATIENCE = 60_000
+
 
 def require() -> None:
     """Skip the module's tests where a package is missing."""
@@ -25,14 +28,16 @@ def opened(app):
     Args:
         app: A ``gradio.Blocks``.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=PATIENCE)
 
     _, address, _ = app.queue().launch(prevent_thread_lock=True, quiet=True, server_name='127.0.0.1')
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
             page = browser.new_page(viewport={'width': 1200, 'height': 900})
-            page.set_default_timeout(60_000)
+            page.set_default_timeout(PATIENCE)
             page.goto(address)
             yield page
             browser.close()
@@ -44,6 +49,7 @@ def look(page, name: str) -> None:
     """Keep a screenshot in the folder that ``LAKONLAB_SCREENSHOTS`` names, if it does."""
     folder = os.environ.get('LAKONLAB_SCREENSHOTS')
     if folder:
+        page.wait_for_timeout(700)  # until messages have appeared
         page.screenshot(path=Path(folder, f'{name}.png'))
 
 
