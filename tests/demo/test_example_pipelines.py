@@ -20,7 +20,9 @@ DEMO = Path(__file__).parents[2] / 'demo'
     ('script', 'folder', 'transformer', 'kind'),
     [
         ('gmflux', tiny_components.flux_folder, FluxTransformer2DModel, 'GM'),
-        ('dxqwen', tiny_components.qwen_image_folder, QwenImageTransformer2DModel, 'DX'),
+        pytest.param(
+            'dxqwen', tiny_components.qwen_image_folder, QwenImageTransformer2DModel, 'DX', marks=pytest.mark.slow
+        ),
         pytest.param('dxflux', tiny_components.flux_folder, FluxTransformer2DModel, 'DX', marks=pytest.mark.slow),
         pytest.param(
             'gmqwen', tiny_components.qwen_image_folder, QwenImageTransformer2DModel, 'GM', marks=pytest.mark.slow

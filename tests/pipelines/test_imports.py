@@ -14,7 +14,13 @@ FOREIGN = ('mmengine', 'mmcv', 'tensorboard', 'wandb', 'torch_fidelity', 'sklear
 ROOMS = tuple(f'lakonlab.{room}' for room in ('runner', 'evaluation', 'datasets', 'parallel', 'registry', 'config'))
 
 
-@pytest.mark.parametrize('module', ['lakonlab.pipelines.piqwen_pipeline', 'lakonlab.pipelines.piflux_pipeline'])
+@pytest.mark.parametrize(
+    'module',
+    [
+        'lakonlab.pipelines.piqwen_pipeline',
+        pytest.param('lakonlab.pipelines.piflux_pipeline', marks=pytest.mark.slow),
+    ],
+)
 def test_import_of_a_pipeline(module):
     script = SCRIPT.format(module=module, foreign=FOREIGN, rooms=ROOMS)
     found = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
