@@ -209,8 +209,15 @@ class PiFlowLoaderMixin:
                 return  # chosen by the user
             recipe = PUBLISHED
             logger.info('%r carries no recipe: it is sampled as published adapters are, %s', student.where, recipe)
-        shift = recipe.shift if recipe.shift is not None else student.policy_kwargs.get('shift', PUBLISHED.shift)
-        settings = dict(shift=shift, use_dynamic_shifting=False, shift_terminal=None)
+        if recipe.shift is None:
+            logger.warning(
+                '%r was trained with a shift that depends on the size of images, which pipelines count otherwise: set '
+                'the scheduler yourself; %s stays as it is',
+                student.where,
+                type(self.scheduler).__name__,
+            )
+            return
+        settings = dict(shift=recipe.shift, use_dynamic_shifting=False, shift_terminal=None)
         self.scheduler = type(self.scheduler).from_config(config, **settings)
 
     def _suspend_offloading(self):

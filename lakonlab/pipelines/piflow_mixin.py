@@ -134,7 +134,8 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
 
     def _grid(self, student: Student, final_step_size_scale: float | None) -> FlowMapSDEScheduler:
         if final_step_size_scale is None and not isinstance(self.scheduler, FlowMapSDEScheduler):
-            final_step_size_scale = self._recipe('final_step_size_scale') or PUBLISHED.final_step_size_scale
+            own = self._recipe('final_step_size_scale')
+            final_step_size_scale = PUBLISHED.final_step_size_scale if own is None else own
         return flow_map_of(self.scheduler, final_step_size_scale)
 
     def _temperature(self, student: Student, temperature: str | float, num_steps: int) -> float | None:

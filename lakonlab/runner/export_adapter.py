@@ -218,6 +218,9 @@ def adapter_config(denoising: Mapping[str, Any]) -> dict[str, Any]:
     kind = MODULES.get(denoising['type'])
     if denoising['type'] == 'DiffusersTransformer':
         arguments = dict(denoising['transformer'])
+        constant = (denoising.get('head') or {}).get('constant_logstd')
+        if constant is not None:
+            arguments['constant_logstd'] = constant
         return _plain({'_class_name': arguments.pop('type'), '_diffusers_version': diffusers.__version__, **arguments})
     known: dict[str, Any] = {}
     for base in reversed(kind.__mro__):

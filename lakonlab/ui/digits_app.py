@@ -32,7 +32,7 @@ class Drawing:
     pixels: torch.Tensor
     """(8, 8), in [0, 1]."""
     nfe: int
-    """Steps, each of which evaluates the network (twice where the teacher is guided)."""
+    """Network evaluations; a guided teacher's, with and without the class in one batch, count as one."""
     seconds: float
     """That it took."""
 
@@ -47,7 +47,7 @@ class Drawing:
     @property
     def caption(self) -> str:
         """How much work it was."""
-        return f'{self.nfe} {"step" if self.nfe == 1 else "steps"}, {self.seconds * 1000:.1f} ms'
+        return f'NFE {self.nfe}, {self.seconds * 1000:.1f} ms'
 
 
 class DigitModels:
@@ -65,6 +65,9 @@ class DigitModels:
         for config, name in STUDENTS.items():
             if (checkpoints / config).is_dir():
                 self.models[name] = load_student(config, checkpoints)
+        for name in self.models:  # the first of each takes longer
+            for teacher in (True, False):
+                self.draw(name, 0, 0, 1, teacher)
         if not self.models:
             raise FileNotFoundError(f'{checkpoints} holds no student of digits: train them with `make demo`')
 

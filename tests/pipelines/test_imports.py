@@ -28,7 +28,15 @@ def test_import_of_a_pipeline(module):
 
 
 def test_other_names():
-    from lakonlab.pipelines import piflux_pipeline, pipeline_piflux, pipeline_piqwen, piqwen_pipeline
+    from lakonlab.pipelines import (
+        piflow_loader,
+        piflux_pipeline,
+        pipeline_piflux,
+        pipeline_piqwen,
+        piqwen_pipeline,
+        utils,
+    )
 
     assert pipeline_piqwen.PiQwenImagePipeline is piqwen_pipeline.PiQwenImagePipeline
     assert pipeline_piflux.PiFluxPipeline is piflux_pipeline.PiFluxPipeline
+    assert utils.LakonLabMixin is piflow_loader.PiFlowLoaderMixin

@@ -12,7 +12,7 @@ from lakonlab.models.diffusions.schedulers import FlowMapSDEScheduler
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from lakonlab.pipelines.piqwen_pipeline import PiQwenImagePipeline
 from tests import tiny_components
-from tests.pipelines.adapters import random_lora, write_adapter
+from tests.pipelines.adapters import random_lora, random_tensors, write_adapter
 
 CALL = dict(height=32, width=48, max_sequence_length=32)
 PROMPTS = ['a red heart', 'the sea at night']
@@ -206,9 +206,19 @@ def test_two_pipelines_share_a_base(folders, kind, tmp_path):
 def test_adapter_without_lora_replaces_the_transformer(folders, kind, tmp_path):
     pipe = load(folders, kind)
     base = pipe.transformer
-    assert pipe.load_piflow_adapter(write_adapter(tmp_path, base, lora=False)) is None
+    assert pipe.load_piflow_adapter(write_adapter(tmp_path / 'head', base, lora=False)) is None
     assert pipe.transformer is not base
-    assert bool(images(pipe).isfinite().all())
+    expected = images(pipe)
+    # a student that was trained in full brings all layers
+    pipe.unload_piflow_adapter()
+    everything = {name: tensor for name, tensor in base.state_dict().items() if not name.startswith('proj_out.')}
+    tensors = {**everything, **random_tensors(base, lora=False)}
+    write_adapter(tmp_path / 'all', base, tensors=tensors)
+    with torch.no_grad():
+        for tensor in base.parameters():
+            tensor.zero_()
+    assert pipe.load_piflow_adapter(tmp_path / 'all') is None
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
 
 
 def test_stochastic_sampling_is_reproducible(folders, kind, tmp_path):
@@ -254,6 +264,21 @@ def test_schedules(folders, tmp_path, caplog):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     images(pipe)
     assert 'the scheduler has dynamic' in caplog.text
+
+
+def test_recipe_with_another_last_step_or_shift(folders, tmp_path, caplog):
+    pipe = load(folders, PiQwenImagePipeline)
+    write_adapter(tmp_path / 'short', pipe.transformer, recipe=dict(nfe=2, shift=2.0, final_step_size_scale=0.0))
+    pipe.load_piflow_adapter(tmp_path / 'short')
+    seen = []
+    images(pipe, callback_on_step_end=lambda pipe, i, t, values: seen.append(float(t)) or {})
+    assert len(seen) == 2
+    assert seen[1] < 1  # the last segment is as short as it can be
+    assert not said(caplog)
+    pipe.unload_piflow_adapter()
+    write_adapter(tmp_path / 'dynamic', pipe.transformer, recipe=dict(nfe=2, final_step_size_scale=1.0))
+    pipe.load_piflow_adapter(tmp_path / 'dynamic')
+    assert 'a shift that depends on the size of images' in caplog.text
 
 
 def test_refusals(folders, kind, tmp_path):

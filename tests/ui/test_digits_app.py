@@ -40,7 +40,7 @@ def test_drawings(checkpoints):
     name = models.names[0]
     first = models.draw(name, 3, 5, 1, teacher=False)
     assert (first.nfe, first.pixels.shape, first.picture.size) == (1, (8, 8), (256, 256))
-    assert first.caption.startswith('1 step, ')
+    assert first.caption.startswith('NFE 1, ')
     assert torch.equal(first.pixels, models.draw(name, 3, 5, 1, teacher=False).pixels)
     for other in (dict(digit=4, seed=5, steps=1), dict(digit=3, seed=6, steps=1), dict(digit=3, seed=5, steps=4)):
         assert not torch.equal(first.pixels, models.draw(name, teacher=False, **other).pixels)
@@ -69,8 +69,8 @@ def test_in_a_browser(checkpoints):
         captions = [page.locator(f'#{who}-caption textarea, #{who}-caption input') for who in ('teacher', 'student')]
         for image in images:
             expect(image).to_be_visible()
-        assert captions[0].input_value().startswith('32 steps, ')
-        assert captions[1].input_value().startswith('1 step, ')
+        assert captions[0].input_value().startswith('NFE 32, ')
+        assert captions[1].input_value().startswith('NFE 1, ')
         browser.look(page, 'digits')
         for change in (
             lambda: page.locator('#digit').get_by_text('7', exact=True).click(),
@@ -81,5 +81,5 @@ def test_in_a_browser(checkpoints):
             change()
             page.locator('#seed input').blur()
             expect(images[1]).not_to_have_attribute('src', before)
-        assert captions[1].input_value().startswith('4 steps, ')
+        assert captions[1].input_value().startswith('NFE 4, ')
         browser.look(page, 'digits_changed')
