@@ -221,6 +221,15 @@ def test_adapter_without_lora_replaces_the_transformer(folders, kind, tmp_path):
     torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_regional_compilation(folders, kind, tmp_path):
+    """The repeated blocks, adapters included, are one graph each."""
+    pipe = load(folders, kind, tmp_path)
+    expected = images(pipe)
+    pipe.transformer.compile_repeated_blocks(backend='eager', fullgraph=True)
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+
+
 def test_stochastic_sampling_is_reproducible(folders, kind, tmp_path):
     pipe = load(folders, kind, tmp_path)
     calm = images(pipe)
