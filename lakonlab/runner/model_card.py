@@ -136,9 +136,7 @@ def _metrics(facts: CardFacts) -> list[str]:
     for evaluation in content.get('evaluations') or ():
         values = evaluation.get('metrics') or {}
         if values:
-            protocol = {
-                key: evaluation[key] for key in ('data', 'num_samples', 'nfe', 'role', 'seed') if key in evaluation
-            }
+            protocol = {key: evaluation[key] for key in ('data', 'prefix', 'num_samples', 'nfe') if key in evaluation}
             described = ', '.join(f'{key} {value}' for key, value in protocol.items())
             rows = {name: f'{v:.4g}' if isinstance(v, float) else v for name, v in values.items()}
             sections.append(f'Measured with: {described}.\n\n' + _table({'metric': 'value', **rows}))

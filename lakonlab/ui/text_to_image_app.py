@@ -91,7 +91,15 @@ def text_to_image_app(
         reuse_button.click(
             lambda last, now: now if last is None else last, [last_seed, seed_box], seed_box, api_visibility='private'
         )
-        gr.on([button.click, prompt.submit], check, [prompt, seed_box], last_seed, api_visibility='private').success(
+        checked = gr.on(
+            [button.click, prompt.submit],
+            check,
+            [prompt, seed_box],
+            last_seed,
+            api_visibility='private',
+            show_progress='hidden',
+        )
+        checked.success(
             run,
             [prompt, last_seed, width_box, height_box, steps_box],
             image,
