@@ -230,6 +230,21 @@ def test_regional_compilation(folders, kind, tmp_path):
     torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
 
 
+def test_group_offloading(folders, tmp_path):
+    """After the adapter; before it, the tensors that are shared would be somewhere else."""
+    pipe = load(folders, PiFluxPipeline, tmp_path)
+    expected = images(pipe)
+    options = dict(onload_device=torch.device('cpu'), offload_type='leaf_level')
+    pipe.enable_group_offload(**options)
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+    other = load(folders, PiFluxPipeline)
+    other.enable_group_offload(**options)
+    base = other.transformer
+    with pytest.raises(ValueError, match='before enable_group_offload'):
+        other.load_piflow_adapter(tmp_path / 'adapter')
+    assert other.transformer is base
+
+
 def test_stochastic_sampling_is_reproducible(folders, kind, tmp_path):
     pipe = load(folders, kind, tmp_path)
     calm = images(pipe)
