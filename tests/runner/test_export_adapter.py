@@ -1,5 +1,6 @@
 """What is exported of the configs of published models, and of checkpoints."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,48 +9,37 @@ import torch
 
 from lakonlab.config.load import load_config
 from lakonlab.pipelines.recipe import Recipe
-from lakonlab.runner.export_adapter import adapter_config, recipe_of, scaled_lora
+from lakonlab.runner.export_adapter import describe_adapter, recipe_of, scaled_lora
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-#: config.json as the published tool writes it, without what it is called and who wrote it.
-GM = dict(constant_logstd=None, gm_num_logstd_layers=2, logstd_inner_dim=1024, logweights_channels=4, num_gaussians=8)
-COMMON = dict(attention_head_dim=128, axes_dims_rope=[16, 56, 56], in_channels=64, num_attention_heads=24)
-QWEN = dict(**COMMON, joint_attention_dim=3584, num_layers=60)
-FLUX = dict(
-    **COMMON,
-    guidance_embeds=True,
-    joint_attention_dim=4096,
-    num_layers=19,
-    num_single_layers=38,
-    pooled_projection_dim=768,
-)
-EXPECTED = {
-    'piqwen/gmqwen_k8_piid_4step_32gpus': ('GMQwenImageTransformer2DModel', dict(**QWEN, **GM, out_channels=64)),
-    'piqwen/dxqwen_n10_piid_4step_32gpus': (
-        'QwenImageTransformer2DModel',
-        dict(**QWEN, out_channels=640, patch_size=1),
-    ),
-    'piqwen/dxqwen_p10_piid_4step_32gpus': (
-        'QwenImageTransformer2DModel',
-        dict(**QWEN, out_channels=640, patch_size=1),
-    ),
-    'piflux/gmflux_k8_piid_8step_32gpus': ('GMFluxTransformer2DModel', dict(**FLUX, **GM, out_channels=None)),
-    'piflux/dxflux_n10_piid_4step_32gpus': ('FluxTransformer2DModel', dict(**FLUX, out_channels=640, patch_size=1)),
-}
+MANIFESTS = Path(__file__).parents[1] / 'data' / 'manifests'
+STUDENTS = sorted(path.name.split('.')[:2] for path in MANIFESTS.glob('pi[qf]*.adapter.json.gz'))
+STUDENTS = [f'{folder}/{name}' for folder, name in STUDENTS if folder in ('piqwen', 'piflux')]
 
 
-@pytest.mark.parametrize('name', EXPECTED)
-def test_config_of_published_students(name):
+@pytest.mark.parametrize('name', STUDENTS)
+def test_files_of_published_students(name):
+    """config.json and the policy in the metadata are what the published tool writes."""
     cfg = load_config(CONFIGS / f'{name}.py')
-    kind, arguments = EXPECTED[name]
-    config = adapter_config(cfg.model.diffusion.denoising)
-    config.pop('_diffusers_version')
-    assert config == dict(_class_name=kind, **arguments)
-    json.dumps(config)
+    recorded = json.loads(gzip.decompress((MANIFESTS / f'{name.replace("/", ".")}.adapter.json.gz').read_bytes()))
+    described = describe_adapter(cfg)
+    config = json.loads(described['texts']['config.json'])
+    expected = recorded['config_json']
+    for content in (config, expected):
+        content.pop('_diffusers_version')
+    if not expected.get('guidance_embeds', True):
+        del expected['guidance_embeds']  # of a transformer that has none
+    # the transformer as it is in diffusers, by its own name, which readers of published adapters know
+    expected['_class_name'] = expected['_class_name'].removeprefix('DX')
+    assert config == expected
+    assert json.loads(described['metadata']['policy_config']) == json.loads(
+        recorded['safetensors_metadata']['policy_config']
+    )
+    assert described['lora_factor'] == 1
 
 
 def test_recipes():
-    recipes = {name: recipe_of(load_config(CONFIGS / f'{name}.py')) for name in EXPECTED}
+    recipes = {name: recipe_of(load_config(CONFIGS / f'{name}.py')) for name in STUDENTS}
     shared = dict(shift=3.2, final_step_size_scale=0.5, total_substeps=128)
     assert recipes['piqwen/gmqwen_k8_piid_4step_32gpus'] == Recipe(nfe=4, temperature=0.3, **shared)
     assert recipes['piqwen/dxqwen_n10_piid_4step_32gpus'] == Recipe(nfe=4, **shared)
