@@ -11,10 +11,11 @@ a pickled dict of a numpy array and an int. Ours is the ``ImageNet`` data set ov
 Every case runs in a process of its own, with one thread per process, and all take turns in each round: a pass through
 the data after the loader is built, with workers starting, shards opened and checksums compared; and the passes after
 it. Medians over the rounds with the lowest and highest value. Processor time is that of all processes of a case.
-Memory is measured apart from time: the most that all processes of a case held at once beyond what they held before, as
-their own memory and memory shared among them, and the pages of files that are mapped, which the system can take back.
+Memory is measured apart from time, during two passes, every 50 ms: the most that all processes of a case held at once
+beyond what they held before, as their own memory and memory shared among them, and the pages of files that are mapped,
+which the system can take back.
 
-With ``--where s3`` the published files and the shards of a 32nd of the samples lie in a bucket of OpenStack Swift on
+With ``--where s3`` the files of tensors and the shards of a 32nd of the samples lie in a bucket of OpenStack Swift on
 loopback (package ``swift`` of the ``test`` extra); the first pass of ours then downloads the shards. The server runs on
 the same cores as the loaders.
 """
@@ -54,7 +55,7 @@ SHAPE = (4, 32, 32)
 LATER_PASSES = 3
 POLL_SECONDS = 0.05
 REMOTE_SHARE = 32
-REMOTE_CASES = ('torch', 'ours')
+REMOTE_CASES = ('pickle', 'torch', 'ours')
 CASES = {
     'pickle': 'pickled tensors, a file each',
     'torch': 'torch.save, a file each (published)',
@@ -269,11 +270,11 @@ def local(folder: Path, latents: torch.Tensor, arguments: argparse.Namespace) ->
 
 def remote(folder: Path, latents: torch.Tensor, arguments: argparse.Namespace) -> None:
     """The same over S3; downloads of a measurement are thrown away before the next."""
-    from tests.s3_server import run_swift
+    from tests.s3_server import PLACES, place_with_attributes, run_swift
 
     latents = latents[: len(latents) // REMOTE_SHARE]
-    (folder / 'server').mkdir()
-    with run_swift(folder / 'server') as server:
+    place = place_with_attributes(PLACES)
+    with tempfile.TemporaryDirectory(prefix='loader-benchmark-', dir=place) as disk, run_swift(Path(disk)) as server:
         os.environ.update(server.environment())
         client = server.client()
         client.create_bucket(Bucket='benchmark')

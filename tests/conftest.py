@@ -4,7 +4,7 @@ import os
 
 from hypothesis import settings
 
-pytest_plugins = ['tests.s3_server', 'tests.web_server']
+pytest_plugins = ['tests.object_store', 'tests.s3_server', 'tests.web_server']
 
 # As the tools do: MKL's products are otherwise not the same bits from call to call when several threads share one.
 os.environ.setdefault('MKL_CBWR', 'AUTO')

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -29,7 +30,11 @@ class RequestFault:
     Args:
         number: The request that fails, from 0; a negative number lets all of them pass.
         how: ``'die'`` ends the process just before the request; ``'cut'`` in the middle of its body, if it has one;
-            ``'deny'`` has the request, and all that change something after it, refused as by a server.
+            ``'deny'`` has the request, and all that change something after it, refused as by a server;
+            ``'lost'`` lets the server do what is asked, but not its answer arrive; ``'severed'`` does so too, and from
+            then on there is no network.
+        refused: Pattern of requests, ``METHOD path``, that are refused, whatever else happens.
+        status: Status of refusals.
         kill: Whether to end the process really; otherwise it goes on without a network, raising :class:`DiedError`.
         seen: Requests so far, ``METHOD path``.
     """
@@ -37,6 +42,8 @@ class RequestFault:
     number: int
     how: str
     kill: bool = False
+    refused: str = ''
+    status: int = 403
     seen: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -44,24 +51,41 @@ class RequestFault:
 
     def send(self, send, session, request):
         """In place of botocore's own function."""
-        from botocore.awsrequest import AWSResponse
-
-        if self.is_over and self.how != 'deny':
+        line = f'{request.method} {urlsplit(request.url).path}'
+        if self.refused and re.match(self.refused, line):
+            return self._refusal(request)
+        if self.is_over and self.how == 'severed':
+            raise _lost(request)
+        if self.is_over and self.how in ('die', 'cut'):
             raise DiedError
         if request.method not in CHANGES:
             return send(session, request)
         number = len(self.seen)
-        self.seen.append(f'{request.method} {urlsplit(request.url).path}')
-        if not self.is_over and number != self.number:
+        self.seen.append(line)
+        if number != self.number and not (self.is_over and self.how == 'deny'):
             return send(session, request)
         self.is_over = True
+        if self.how in ('lost', 'severed'):
+            send(session, request)
+            raise _lost(request)
         if self.how == 'deny':
-            return AWSResponse(request.url, 403, {}, _Raw(DENIED))
+            return self._refusal(request)
         if self.how == 'cut' and request.body:
             _send_half(request)
         if self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         raise DiedError
+
+    def _refusal(self, request):
+        from botocore.awsrequest import AWSResponse
+
+        return AWSResponse(request.url, self.status, {}, _Raw(DENIED))
+
+
+def _lost(request) -> Exception:
+    from botocore.exceptions import ConnectionClosedError
+
+    return ConnectionClosedError(endpoint_url=request.url)
 
 
 class _Raw:

@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,13 +93,12 @@ def swift() -> Iterator[S3Server]:
     """OpenStack Swift, started once for all tests."""
     if importlib.util.find_spec('swift') is None:
         pytest.skip("the package swift is missing: install it with pip install -e '.[test]' -c constraints.txt")
-    with _directory() as folder:
-        try:
-            os.setxattr(folder, 'user.test', b'x')
-        except OSError as error:
-            pytest.skip(f'Swift needs extended attributes, which {folder} lacks ({error}): set TMPDIR to another disk')
-        with run_swift(folder) as server:
-            yield server
+    place = place_with_attributes(PLACES)
+    if place is None:
+        tried = ', '.join(map(str, PLACES))
+        pytest.skip(f'Swift needs a disk with extended attributes, and none of {tried} has them: set TMPDIR to one')
+    with _directory(place) as folder, run_swift(folder) as server:
+        yield server
 
 
 @pytest.fixture(scope='session')
@@ -145,10 +144,27 @@ def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     return f's3://{name}'
 
 
+#: Where a server may keep its files, the best first. Memory is the last: an uploaded gigabyte would be there.
+PLACES = (Path(tempfile.gettempdir()), Path(__file__).parents[1] / '.cache', Path('/var/tmp'), Path('/dev/shm'))
+
+
+def place_with_attributes(places: Sequence[Path]) -> Path | None:
+    """The first directory whose files can have extended attributes, as Swift needs them; None if none of them can."""
+    for place in places:
+        try:
+            place.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=place) as file:
+                os.setxattr(file.name, 'user.test', b'x')
+        except OSError:
+            continue
+        return place
+    return None
+
+
 @contextlib.contextmanager
-def _directory() -> Iterator[Path]:
+def _directory(place: Path | None = None) -> Iterator[Path]:
     # not tmp_path_factory: its directories stay, and an uploaded gigabyte would stay with them
-    with tempfile.TemporaryDirectory(prefix='s3-server-', ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix='s3-server-', dir=place, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 

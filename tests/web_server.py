@@ -26,7 +26,10 @@ def content_on_hub(name):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves ``/weights/*``; ``/cut/*`` and ``/chunks/*`` close the connection half way; and a hub."""
+    """Serves ``/weights/*``; ``/cut/*`` and ``/chunks/*`` close the connection half way; and a hub.
+
+    ``/plain/*`` is what the server holds, of which it says nothing but the size, and of ``/bare/*`` not even that.
+    """
 
     protocol_version = 'HTTP/1.0'
 
@@ -53,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
             body = CONTENT[: len(CONTENT) // 2]
         elif kind == 'chunks':
             headers, body = {'Transfer-Encoding': 'chunked'}, b'%x\r\n' % len(CONTENT) + CONTENT[:100]
+        elif kind in ('plain', 'bare'):
+            body = self.server.content
+            headers = {'Content-Length': str(len(body))} if kind == 'plain' else {}
         elif kind in ('org', 'api'):
             headers, body = self.of_hub(urllib.parse.unquote(urllib.parse.urlsplit(self.path).path))
         elif kind != 'weights':

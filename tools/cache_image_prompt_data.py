@@ -13,13 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lakonlab.datasets.precisions import PRECISIONS
 from lakonlab.runner.arguments import add_launch_arguments
-from lakonlab.runner.cache_arguments import (
-    PRECISIONS,
-    add_config_arguments,
-    add_format_arguments,
-    add_precision_argument,
-)
+from lakonlab.runner.cache_arguments import add_config_arguments, add_format_arguments, add_precision_argument
 
 
 def parse_args() -> argparse.Namespace:

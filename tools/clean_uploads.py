@@ -25,8 +25,11 @@ def main() -> int:
     from lakonlab.storage.s3_upload import clean_uploads
 
     try:
-        for path in clean_uploads(args.path, 3600 * args.older_than, args.dry_run):
+        paths = clean_uploads(args.path, 3600 * args.older_than, args.dry_run)
+        for path in paths:
             print(path)
+        verb = 'would be removed' if args.dry_run else 'removed'
+        print(f'{len(paths)} unfinished uploads older than {args.older_than:g} h {verb}', file=sys.stderr)
     except StorageError as error:
         print(f'clean_uploads: {error}', file=sys.stderr)
         return 1

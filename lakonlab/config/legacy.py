@@ -27,9 +27,10 @@ def drop_legacy_keys(cfg: Config, training: bool = True) -> None:
         training: Whether it is going to be trained.
 
     Raises:
-        ConfigError: An older key contradicts the present one.
+        ConfigError: An older key contradicts the present one, or asks for what cannot be had.
     """
     _move_test_workers(cfg, training)
+    _refuse_samplers(cfg)
     dropped = []
     for dotted, reason in schema.LEGACY_KEYS.items():
         *sections, key = dotted.split('.')
@@ -48,6 +49,22 @@ def drop_legacy_keys(cfg: Config, training: bool = True) -> None:
     _rename_types(cfg)
     _place_older_guidance(cfg)
     _report_older_names(cfg)
+
+
+def _refuse_samplers(cfg: Config) -> None:
+    """Remove ``sampler=None`` of loaders, and refuse any other."""
+    for dotted in schema.LOADER_SECTIONS:
+        node: Any = cfg
+        for section in dotted.split('.'):
+            node = node.get(section) if isinstance(node, (Config, Mapping)) else None
+        if not isinstance(node, Mapping) or 'sampler' not in node:
+            continue
+        found = node.pop('sampler')
+        if found is not None:
+            raise ConfigError(
+                f'{dotted}.sampler: found {found!r}, expected none: the order of the data is a function of the seed, '
+                'so that a run can be gone on with anywhere; remove it'
+            )
 
 
 def _report_older_names(cfg: Config) -> None:

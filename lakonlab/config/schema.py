@@ -241,6 +241,7 @@ LEGACY_OF_LOADER = {
     'num_threads': 'it is no argument of a data loader',
     'num_gpus': 'every process has a loader and a GPU of its own',
     'dist': 'data are always shared by all processes of a run',
+    'drop_last': 'training has no incomplete batch, and evaluation reads every item',
 }
 
 LEGACY_KEYS: dict[str, str] = {
@@ -295,7 +296,6 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
 
 EMPTY_KEYS: dict[str, str] = {
-    'data.drop_last': 'training never ends, and evaluation reads every item',
     'data.sampler': 'the order of the data is a function of the seed',
     'runner.pass_training_status': 'the iteration is always passed to the model',
     'model.use_condition_latents': 'there are no condition images',

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lakonlab.datasets.text_files import decoded, read_lines
 from lakonlab.storage import files
 
 NAME_KEYS = ('filename', 'image_hash')
@@ -50,7 +50,7 @@ def read_datalist(path: str | Path, setting: str) -> Datalist:
     if not files.is_file(path):
         raise FileNotFoundError(f'{setting}={text!r}: there is no such file')
     if text.endswith('.json'):
-        found = _parsed(files.read_text(path), text)
+        found = _parsed(decoded(files.read_bytes(path), text), text)
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
             raise ValueError(f'{text}: expected a list of paths')
         datalist = Datalist([PurePosixPath(name).stem for name in found])
@@ -100,13 +100,7 @@ def _from_lines(path: str) -> Datalist:
 
 
 def _records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    content = files.read_bytes(path)
-    if path.endswith('.gz'):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
-            raise ValueError(f'{path}: is no whole gzip file: {error}') from error
-    for number, line in enumerate(content.decode('utf-8').splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         where = f'{path}, line {number}'
@@ -119,7 +113,7 @@ def _records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f'{where}: is no JSON: {error}') from error
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from lakonlab.datasets.emoji_font import EmojiFont, EmojiName, on_background, read_names
 from lakonlab.datasets.noise import seeded_noise
+from lakonlab.datasets.text_files import decoded
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
 
@@ -94,7 +95,7 @@ class Emoji(Dataset):
     def pictures(self) -> Pictures:
         """The emoji that are chosen and that the font has, read when first needed."""
         names_path = self._path_of('names_path')
-        names = read_names(files.read_text(names_path), names_path)
+        names = read_names(decoded(files.read_bytes(names_path), names_path), names_path)
         for setting, attribute in (('groups', 'group'), ('subgroups', 'subgroup')):
             self._require_known(setting, {getattr(name, attribute) for name in names})
         chosen = [

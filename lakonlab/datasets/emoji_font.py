@@ -42,7 +42,7 @@ def read_names(text: str, where: str) -> list[EmojiName]:
     """
     names = []
     group = subgroup = ''
-    for line in text.splitlines():
+    for line in text.split('\n'):
         if line.startswith('# group:'):
             group = line.partition(':')[2].strip()
         elif line.startswith('# subgroup:'):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
 from functools import cached_property
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lakonlab.datasets.noise import seeded_noise
+from lakonlab.datasets.text_files import unzipped
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
 
@@ -167,10 +167,7 @@ def read_idx(content: bytes, dimensions: int, where: str) -> np.ndarray:
     Raises:
         ValueError: It is another kind of file, or not whole.
     """
-    try:
-        content = gzip.decompress(content)
-    except (OSError, EOFError) as error:
-        raise ValueError(f'{where}: is no whole gzip file: {error}') from error
+    content = unzipped(content, where)
     header = 4 + 4 * dimensions
     if len(content) < header or content[:4] != bytes([0, 0, UNSIGNED_BYTES, dimensions]):
         raise ValueError(f'{where}: is no IDX file of unsigned bytes with {dimensions} dimensions')

@@ -14,6 +14,7 @@ from lakonlab.datasets.cached_prompts import CachedPrompts, fit_embeds
 from lakonlab.datasets.noise import seeded_noise
 from lakonlab.datasets.paired_images import PairedImages, scaling_of
 from lakonlab.datasets.prompt_cache import read_embeds
+from lakonlab.datasets.prompt_cache.embeds_file import CACHE_ARGUMENTS
 from lakonlab.datasets.prompt_record import PromptRecord
 from lakonlab.datasets.prompt_rows import PromptRows
 from lakonlab.datasets.slices import item_range
@@ -22,8 +23,9 @@ from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.datasets')
 
-CACHE_COMMAND = 'python tools/cache_image_prompt_data.py CONFIG'
-NEGATIVE_COMMAND = 'python tools/cache_negative_prompt.py CONFIG'
+#: Configs of published models have no text encoder of their own, which is why one is named beside.
+CACHE_COMMAND = f'python tools/cache_image_prompt_data.py {CACHE_ARGUMENTS}'
+NEGATIVE_COMMAND = f'python tools/cache_negative_prompt.py {CACHE_ARGUMENTS}'
 
 
 @DATASETS.register_module()
@@ -334,7 +336,7 @@ class ImagePrompt(Dataset):
             record: The prompt.
 
         Raises:
-            ValueError: The size in pixels is no multiple of ``vae_scale_factor``.
+            ValueError: The size in pixels is no multiple of ``vae_scale_factor``, or has more dimensions than latents.
         """
         if record.latent_size is not None:
             return record.latent_size
@@ -343,13 +345,19 @@ class ImagePrompt(Dataset):
         pixels = record.sample_size if self.images is None else self.images.size(position)
         if pixels is None:
             return self.latent_size
+        if len(pixels) > len(self.factors):
+            raise ValueError(
+                f'prompt {position}: its size has {len(pixels)} dimensions (frames, height and width), but '
+                f'latent_size={self.latent_size} {len(self.factors)} after the channels: set a latent_size with '
+                'frames, or leave out the column frames'
+            )
         factors = self.factors[-len(pixels) :]
-        if any(length % factor for length, factor in zip(pixels, factors)):
+        if any(length % factor for length, factor in zip(pixels, factors, strict=True)):
             raise ValueError(
                 f'prompt {position}: {" x ".join(map(str, pixels))} pixels are no multiple of vae_scale_factor, '
                 f'{" x ".join(map(str, factors))}'
             )
-        lengths = [length // factor for length, factor in zip(pixels, factors)]
+        lengths = [length // factor for length, factor in zip(pixels, factors, strict=True)]
         return (*self.latent_size[: len(self.latent_size) - len(lengths)], *lengths)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -13,6 +12,8 @@ from torch.utils.data import Dataset
 from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
 from lakonlab.datasets.latent_cache import LatentCache, is_latent_cache
 from lakonlab.datasets.noise import seeded_noise
+from lakonlab.datasets.prompt_cache.torch_file import read_published_latents
+from lakonlab.datasets.text_files import read_lines
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import DATASETS
 from lakonlab.storage import files
@@ -137,6 +138,7 @@ class ImageNet(Dataset):
 
         Raises:
             IndexError: ``index`` is out of range.
+            CacheError: A file of latents is missing, damaged or of another kind.
             ValueError: A file holds something else than expected.
         """
         if not 0 <= index < len(self):
@@ -193,10 +195,8 @@ class ImageNet(Dataset):
         path, label = files.join(self.data_root, paths[number]), labels[number]
         item = dict(paths=path)
         if suffix_of(path) in LATENT_SUFFIXES:
-            record = torch.load(io.BytesIO(files.read_bytes(path)), map_location='cpu', weights_only=True)
-            if not isinstance(record, dict) or not {'x', 'y'} <= record.keys():
-                raise ValueError(f"{path}: expected a dict with 'x', the latents, and 'y', the label")
-            return dict(item, latents=record['x'].float(), labels=torch.as_tensor(record['y']).long().reshape(()))
+            latents, label = read_published_latents(path)
+            return dict(item, latents=latents.float(), labels=torch.tensor(label))
         if label is None:
             raise ValueError(f'{path}: the data list gives no label; only files of latents may go without')
         return dict(item, images=as_tensor(adm_square(read_rgb(path), self.image_size)), labels=torch.tensor(label))
@@ -255,4 +255,4 @@ def suffix_of(path: str) -> str:
 def _lines(path: str, argument: str) -> list[str]:
     if not files.is_file(path):
         raise FileNotFoundError(f'{argument}={path!r}: there is no such file')
-    return files.read_text(path).splitlines()
+    return read_lines(path)

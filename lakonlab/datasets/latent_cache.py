@@ -96,6 +96,7 @@ class LatentCache:
             CacheError: They are damaged, or differ in shape.
         """
         mirrored = [False] * len(numbers) if mirrored is None else mirrored
+        self.store.open(numbers)
         places = [(*self.store.table.place(number), flip) for number, flip in zip(numbers, mirrored)]
         uniform = {
             (shard, flip): self.store.uniform(shard, MIRRORED if flip else PLAIN)

@@ -19,6 +19,8 @@ from lakonlab.datasets.images import adm_square, as_tensor, read_rgb
 from lakonlab.datasets.latent_cache import MIRRORED, PLAIN
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.index import LATENTS, Table, pack_texts
+from lakonlab.datasets.prompt_cache.plan import keep_published_plan
+from lakonlab.datasets.prompt_cache.torch_file import read_published_latents
 from lakonlab.datasets.prompt_cache.writer import CacheWriter, num_threads
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.ranks import ALONE, Ranks
@@ -84,6 +86,17 @@ class LatentEncoder:
         self.images, self.vae, self.seed, self.posterior, self.dtype = images, vae, seed, posterior, dtype
         parameter = next(vae.parameters())
         self.device, self.vae_dtype = parameter.device, parameter.dtype
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What latents depend on, as far as it is known here."""
+        return {
+            'images_sha256': self.images.digest(),
+            'image_size': self.images.image_size,
+            'posterior': self.posterior,
+            'dtype': str(self.dtype).removeprefix('torch.'),
+            'seed': self.seed,
+        }
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """Images in [-1, 1], (B, 3, S, S), read by several threads."""
@@ -154,15 +167,7 @@ def make_latent_cache(
         LATENTS,
         len(images),
         {LATENTS: Table(len(images), rows_per_shard)},
-        {
-            'images_sha256': images.digest(),
-            'image_size': images.image_size,
-            'flip': flip,
-            'posterior': encoder.posterior,
-            'dtype': str(encoder.dtype).removeprefix('torch.'),
-            'seed': encoder.seed,
-            **plan,
-        },
+        {**encoder.plan, 'flip': flip, **plan},
         ranks,
     )
     if not writer.start():
@@ -173,13 +178,35 @@ def make_latent_cache(
     return True
 
 
+def published_names(images: LabelledImages) -> list[str]:
+    """Names of the files of the published layout, ``<stem>.pth`` for each image.
+
+    Raises:
+        ValueError: Two images would have the same one.
+    """
+    names = [path.rpartition('.')[0] + PUBLISHED_SUFFIX for path in images.paths]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            'two images of the list differ at most in their extension, so their latents would share a name'
+        )
+    return names
+
+
 def make_published_latents(
-    encoder: LatentEncoder, folder: str, out_datalist_path: str, *, flip: str, batch_size: int, ranks: Ranks = ALONE
+    encoder: LatentEncoder,
+    folder: str,
+    out_datalist_path: str,
+    *,
+    flip: str,
+    batch_size: int,
+    plan: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> int:
     """Make latents in the published layout, a file ``<stem>.pth`` for each image, and at last their list.
 
-    Files that are there and whole are kept. Batches are the same however many are missing, so that what a file holds
-    depends neither on that nor on the number of processes.
+    Files that are there and whole are kept, if they were begun with the same plan; where there is no plan, for another
+    program made them, if label and dtype are right. Batches are the same however many are missing, so that what a file
+    holds depends neither on that nor on the number of processes.
 
     Args:
         encoder: Makes latents.
@@ -187,18 +214,25 @@ def make_published_latents(
         out_datalist_path: The list, which says that all are there.
         flip: ``'random'`` or ``'none'``.
         batch_size: Images encoded at once.
+        plan: What else the latents depend on.
         ranks: The processes.
 
     Returns:
         Number of files written by all processes.
 
     Raises:
-        CacheError: A file that is there is of another label or shape.
+        CacheError: The folder was begun with another plan, a file that is there is of another label or dtype, or the
+            list of another cache is there.
+        ValueError: Two images would share a file.
     """
-    images = encoder.images
-    names = [path.rpartition('.')[0] + PUBLISHED_SUFFIX for path in images.paths]
-    if len(set(names)) < len(names):
-        raise CacheError('two images differ only in their extension, so their latents would have one name')
+    images, names = encoder.images, published_names(encoder.images)
+    ranks.on_main(
+        lambda: keep_published_plan(
+            folder, {**encoder.plan, 'flip': flip, **plan}, lambda: bool(files.list_names(folder))
+        )
+    )
+    lines = ''.join(f'{name} {label}\n' for name, label in zip(names, images.labels)).encode()
+    has_list = ranks.on_main(lambda: _has_list(out_datalist_path, lines))
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     own = batches[ranks.rank :: ranks.world_size]
     count = 0
@@ -208,7 +242,9 @@ def make_published_latents(
     ):
         for batch in own:
             paths = [files.join(folder, names[number]) for number in batch]
-            whole = threads.map(lambda pair: _is_whole(*pair), zip(paths, images.labels[batch.start : batch.stop]))
+            whole = threads.map(
+                lambda pair: _is_whole(*pair, encoder.dtype), zip(paths, images.labels[batch.start : batch.stop])
+            )
             missing = [position for position, is_whole in enumerate(whole) if not is_whole]
             if missing:
                 rows = [row[PLAIN] for row in encoder.rows(list(batch), flip)]
@@ -221,39 +257,36 @@ def make_published_latents(
                 count += len(missing)
             progress.update(len(batch))
     counts = ranks.all_gather(count)
-    lines = ''.join(f'{name} {label}\n' for name, label in zip(names, images.labels))
-    ranks.on_main(lambda: files.write_text(out_datalist_path, lines))
+    if not has_list:
+        ranks.on_main(lambda: files.write_bytes(out_datalist_path, lines))
     return sum(counts)
 
 
-def read_published_latents(path: str) -> tuple[Tensor, int]:
-    """Latents and label of a file of the published layout; objects in it are never unpickled.
-
-    Raises:
-        CacheError: It is missing, damaged, or holds something else.
-    """
-    try:
-        content = files.read_bytes(path)
-    except FileNotFoundError as error:
-        raise CacheError(f'{path} is missing') from error
-    try:
-        record = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-        return record['x'], int(record['y'])
-    except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error).partition('\n')[0] or 'it is empty'
-        raise CacheError(f'{path} is damaged, or no file of latents ({type(error).__name__}: {reason})') from error
+def _has_list(path: str, lines: bytes) -> bool:
+    if not files.is_file(path):
+        return False
+    if files.read_bytes(path) != lines:
+        raise CacheError(
+            f'{path} is there and lists other files or labels than those that are to be made; nothing is overwritten: '
+            'name another list, or move that one away'
+        )
+    return True
 
 
-def _is_whole(path: str, label: int) -> bool:
+def _is_whole(path: str, label: int, dtype: torch.dtype) -> bool:
     if not files.is_file(path):
         return False
     try:
-        _, found = read_published_latents(path)
+        latents, found = read_published_latents(path)
     except CacheError as error:
         logger.warning('%s; it is made again', error)
         return False
     if found != label:
         raise CacheError(f'{path} has label {found}, expected {label}: choose another folder; nothing is overwritten')
+    if latents.dtype != dtype:
+        raise CacheError(
+            f'{path} is of {latents.dtype}, expected {dtype}: choose another folder; nothing is overwritten'
+        )
     return True
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.index import LATENTS, PROMPTS, Table, pack_texts
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
-from lakonlab.datasets.prompt_cache.record import Record, without_padding
+from lakonlab.datasets.prompt_cache.record import SCALE_SUFFIX, Record, without_padding
 from lakonlab.datasets.prompt_cache.rows import text_tensor
 from lakonlab.datasets.prompt_cache.shard import Shard
 from lakonlab.datasets.prompt_cache.sharded import DIGEST, EMBEDS, LATENT_SIZE, PROMPT, RecordNames
@@ -37,22 +37,23 @@ def convert_prompt_cache(source: PublishedPromptCache, folder: str, rows_per_sha
         Whether there was anything to do.
 
     Raises:
-        CacheError: A record is damaged, or the folder holds another cache.
+        CacheError: A record is damaged, has other latents than the first one, or the folder holds another cache.
     """
     names = list(source.names)
     first = source.stored(names[0])
     tables = {EMBEDS: Table(len(names), rows_per_shard)}
     if first.latents:
         tables[LATENTS] = Table(len(names), rows_per_shard)
+    latents = latents_of(first)
     plan = {
         'names_sha256': hashlib.sha256('\n'.join(names).encode()).hexdigest(),
         'first_sha256': digest_of_embeds(first).hex(),
-        'latents': sorted(name for name in first.latents if not name.endswith('_scale')),
+        'latents': latents,
     }
     writer = CacheWriter(folder, PROMPTS, len(names), tables, plan)
     if not writer.start():
         return False
-    converter = _Converter(source, names, writer)
+    converter = _Converter(source, names, latents, writer)
     writer.fill(EMBEDS, converter.embeds, batch_size, 'embeddings', before_shard=converter.remember)
     if first.latents:
         writer.fill(LATENTS, converter.latents, batch_size, 'latents', compressed=False)
@@ -64,8 +65,8 @@ def convert_prompt_cache(source: PublishedPromptCache, folder: str, rows_per_sha
 class _Converter:
     """Reads records and remembers which embeddings were stored where."""
 
-    def __init__(self, source: PublishedPromptCache, names: Sequence[str], writer: CacheWriter):
-        self.source, self.names, self.writer = source, names, writer
+    def __init__(self, source: PublishedPromptCache, names: Sequence[str], latents: list[str], writer: CacheWriter):
+        self.source, self.names, self.expected, self.writer = source, names, latents, writer
         self.row_of: dict[bytes, int] = {}
         self.embeds_row = np.empty(len(names), dtype=np.int64)
         self.sizes: list[tuple[int, ...]] = []
@@ -73,7 +74,18 @@ class _Converter:
     def read(self, numbers: Sequence[int]) -> list[Record]:
         """Records of some numbers."""
         with ThreadPoolExecutor(num_threads(), thread_name_prefix='records') as threads:
-            return list(threads.map(self.source.stored, [self.names[number] for number in numbers]))
+            return list(threads.map(self._read, [self.names[number] for number in numbers]))
+
+    def _read(self, name: str) -> Record:
+        record = self.source.stored(name)
+        found = latents_of(record)
+        if found != self.expected:
+            raise CacheError(
+                f'record {self.source.path_of(name)} has {" and ".join(found) or "no latents"}, but the first one, '
+                f'{self.names[0]}, {" and ".join(self.expected) or "none"}: convert records of each kind by a list of '
+                'their own (--datalist), or cache the differing ones again'
+            )
+        return record
 
     def embeds(self, numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """Rows of embeddings; of those that are stored already only what tells that."""
@@ -121,6 +133,11 @@ class _Converter:
         if self.names != list(RecordNames(len(self.names))):
             columns.update(pack_texts(self.names, 'names'))
         return columns
+
+
+def latents_of(record: Record) -> list[str]:
+    """Names of the latents of a record."""
+    return sorted(name for name in record.latents if not name.endswith(SCALE_SUFFIX))
 
 
 def digest_of_embeds(record: Record) -> bytes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,12 @@ from lakonlab.datasets.collate import collate
 from lakonlab.datasets.image_prompt import ImagePrompt
 from lakonlab.datasets.prompt_cache.errors import CacheError
 from lakonlab.datasets.prompt_cache.index import LATENTS, PROMPTS, Table
-from lakonlab.datasets.prompt_cache.published import SUFFIX, read_published_record, write_published_record
-from lakonlab.datasets.prompt_cache.record import Record, quantise, without_padding
+from lakonlab.datasets.prompt_cache.record import quantise, without_padding
 from lakonlab.datasets.prompt_cache.rows import text_tensor
-from lakonlab.datasets.prompt_cache.sharded import EMBEDS, PROMPT, number_name
+from lakonlab.datasets.prompt_cache.sharded import EMBEDS, PROMPT
 from lakonlab.datasets.prompt_cache.writer import CacheWriter, num_threads
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.datasets')
 
@@ -83,6 +81,17 @@ class PromptItems:
         """Shape of the latents of an item that has no image."""
         return self.dataset.size_of(self.dataset.positions[number], self._record(number))
 
+    @cached_property
+    def latent_sizes(self) -> list[tuple[int, ...]] | None:
+        """Shape of the latents of every item; None where there are images, whose latents tell it.
+
+        Raises:
+            ValueError: A size in pixels is of no use.
+        """
+        if 'latents' in self.images:
+            return None
+        return [self.latent_size(number) for number in tqdm(range(len(self)), desc='sizes', unit='')]
+
     @property
     def bucket_ids(self) -> np.ndarray | None:
         """Bucket of every item; None if the data set has none."""
@@ -114,6 +123,12 @@ class PromptEncoder:
         self.precision, self.latents_precision = precision, latents_precision
         if items.images and vae is None:
             raise ValueError(f'the data set has {", ".join(items.images.values())}, but model.vae is missing')
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What records depend on, as far as it is known here."""
+        images = {'latents_precision': self.latents_precision, 'seed': self.seed} if self.items.images else {}
+        return {'precision': self.precision, 'latents': sorted(self.items.images), **images}
 
     def embeds(self, numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """Embeddings of items as they are stored, without padding that a mask excludes."""
@@ -232,17 +247,12 @@ def make_prompt_cache(
         PROMPTS,
         len(items),
         tables,
-        {
-            'prompts_sha256': unique.digest,
-            'precision': encoder.precision,
-            'latents': sorted(items.images),
-            **({'latents_precision': encoder.latents_precision, 'seed': encoder.seed} if items.images else {}),
-            **plan,
-        },
+        {'prompts_sha256': unique.digest, **encoder.plan, **plan},
         ranks,
     )
     if not writer.start():
         return False
+    facts, columns = ranks.on_main(lambda: _sizes(items))
     if ranks.is_main and len(unique.first) < len(items):
         logger.info('%d different prompts among %d', len(unique.first), len(items))
     writer.fill(
@@ -250,7 +260,6 @@ def make_prompt_cache(
     )
     if items.images:
         writer.fill(LATENTS, encoder.latents, batch_size, 'latents', compressed=False)
-    facts, columns = ranks.on_main(lambda: _sizes(items))
     if len(unique.first) < len(items):
         columns['embeds_row'] = unique.row
     if items.bucket_ids is not None:
@@ -261,113 +270,12 @@ def make_prompt_cache(
 
 def _sizes(items: PromptItems) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Shape of the latents of items without images: one for all, or a column."""
-    if 'latents' in items.images:
+    sizes = items.latent_sizes
+    if sizes is None:
         return {}, {}
-    sizes = [items.latent_size(number) for number in tqdm(range(len(items)), desc='sizes', unit='')]
     if len(set(sizes)) == 1:
         return {'latent_size': list(sizes[0])}, {}
     column = np.zeros((len(sizes), max(map(len, sizes))), dtype=np.int64)
     for number, size in enumerate(sizes):
         column[number, : len(size)] = size
     return {}, {'latent_size': column}
-
-
-def make_published_cache(encoder: PromptEncoder, folder: str, *, batch_size: int, ranks: Ranks = ALONE) -> int:
-    """Make a cache in the published layout, a file for each prompt.
-
-    Files that are there and whole are kept. Batches are the same however many are missing, so that what a file holds
-    depends neither on that nor on the number of processes.
-
-    Args:
-        encoder: Makes embeddings and latents.
-        folder: The cache.
-        batch_size: Prompts embedded at once.
-        ranks: The processes.
-
-    Returns:
-        Number of files written by all processes.
-
-    Raises:
-        CacheError: A file that is there is of another prompt.
-    """
-    items = encoder.items
-    batches = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
-    own = batches[ranks.rank :: ranks.world_size]
-    count = 0
-    with (
-        tqdm(total=sum(map(len, own)), desc='prompts', disable=not ranks.is_main, unit='') as progress,
-        ThreadPoolExecutor(num_threads(), thread_name_prefix='records') as threads,
-    ):
-        for batch in own:
-            wanted = [(files.join(folder, number_name(number) + SUFFIX), items.prompt(number)) for number in batch]
-            whole = threads.map(lambda pair: _is_whole(*pair), wanted)
-            missing = [place for place, is_whole in enumerate(whole) if not is_whole]
-            if missing:
-                records = _records(encoder, list(batch))
-                jobs = [threads.submit(_write, wanted[place][0], records[place]) for place in missing]
-                for job in jobs:
-                    job.result()
-                count += len(missing)
-            progress.update(len(batch))
-    return sum(ranks.all_gather(count))
-
-
-def _records(encoder: PromptEncoder, numbers: list[int]) -> list[Record]:
-    items = encoder.items
-    latents = encoder.latents(numbers)
-    return [
-        Record(
-            items.prompt(number),
-            embeds,
-            rest,
-            None if 'latents' in rest else items.latent_size(number),
-        )
-        for number, embeds, rest in zip(numbers, encoder.embeds(numbers), latents, strict=True)
-    ]
-
-
-def _is_whole(path: str, prompt: str) -> bool:
-    if not files.is_file(path):
-        return False
-    try:
-        found = read_published_record(files.read_bytes(path), path).prompt
-    except CacheError as error:
-        logger.warning('%s It is made again.', error)
-        return False
-    if found != prompt:
-        raise CacheError(
-            f'{path} is of the prompt {found!r}, expected {prompt!r}: the folder holds another cache. Choose another '
-            'cache_dir; nothing is overwritten.'
-        )
-    return True
-
-
-def _write(path: str, record: Record) -> None:
-    files.write_bytes(path, write_published_record(record))
-
-
-def write_datalist(path: str, names: Sequence[str], bucket_ids: np.ndarray | None = None) -> None:
-    """Write the list of a cache, which says that it is complete.
-
-    Args:
-        path: ``.jsonl``, ``.jsonl.gz`` or ``.json``.
-        names: Names of the records in order.
-        bucket_ids: Bucket of every record, not for ``.json``.
-
-    Raises:
-        ValueError: The file ends in something else.
-    """
-    if path.endswith('.json'):
-        files.write_text(path, json.dumps([name + SUFFIX for name in names], indent=0))
-        return
-    if not path.endswith(('.jsonl', '.jsonl.gz')):
-        raise ValueError(f'cache_datalist_path={path!r}: expected a file that ends in .jsonl, .jsonl.gz or .json')
-    lines = []
-    for number, name in enumerate(names):
-        line: dict[str, Any] = {'filename': name}
-        if bucket_ids is not None:
-            line['bucket_id'] = int(bucket_ids[number])
-        lines.append(json.dumps(line) + '\n')
-    content = ''.join(lines).encode()
-    # no time in the file, so that the same list is the same file
-    files.write_bytes(path, gzip.compress(content, mtime=0) if path.endswith('.gz') else content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 from lakonlab.evaluation.hook import GenerativeEvalHook
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import HOOKS
+from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.evaluation')
 RESULTS_FILE = 'results.json'
@@ -71,7 +71,7 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
     """Write results as JSON, all or nothing.
 
     Args:
-        path: The file.
+        path: The file, of any scheme that can be written.
         evaluations: Results of :func:`run_evaluations`.
         **facts: What else a reader must know: name of the run, checkpoint, iteration, seed, config.
 
@@ -86,9 +86,5 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
         num_threads=torch.get_num_threads(),
         evaluations=list(evaluations),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(content, indent=1, default=str) + '\n', encoding='utf-8')
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(content, indent=1, default=str) + '\n')
     return content

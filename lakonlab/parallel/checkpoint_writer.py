@@ -31,6 +31,7 @@ from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 from lakonlab.storage.pieces import Box, Pieces
+from lakonlab.storage.publisher import Record
 from lakonlab.storage.remote_path import AnyPath
 from lakonlab.storage.shared_memory import SharedMemory, positions
 
@@ -73,7 +74,7 @@ class SaveJob:
     state: Mapping[str, Any]
     config_text: str = ''
     names: tuple[str | None, ...] = (None,)
-    extra: Callable[[AnyPath], object] | None = None
+    extra: Callable[[AnyPath], Mapping[str, Record]] | None = None
     confirm: Callable[[], object] | None = None
     afterwards: Sequence[Callable[[], object]] = field(default=())
 

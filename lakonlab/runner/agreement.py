@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from mmengine.config import Config
+
+from lakonlab.config.load import resolved_text
 from lakonlab.ranks import Ranks
+from lakonlab.runner.resume import config_values
 
 MOST_LINES = 8
 
@@ -40,6 +45,26 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, object], when: str) -> N
                 'with the same config, options, code and versions.'
             )
         )
+
+
+def require_same_config(ranks: Ranks, cfg: Config, seed: int) -> None:
+    """Compare what the processes were started with, before they build anything that would wait for the others.
+
+    Args:
+        ranks: The processes.
+        cfg: The config.
+        seed: Seed of the run.
+
+    Raises:
+        DisagreementError: In all processes, if any two differ.
+    """
+    if ranks.world_size == 1:
+        return
+    try:
+        values = config_values(resolved_text(cfg))
+    except SyntaxError:  # values without a literal are compared as a whole, later
+        values = {}
+    require_agreement(ranks, {**values, 'seed': seed, 'torch': torch.__version__}, 'at launch')
 
 
 def _ranks(ranks: list[int], most: int = 8) -> str:

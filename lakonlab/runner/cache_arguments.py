@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
+from lakonlab.datasets.precisions import PRECISIONS
+
 FORMATS = ('ours', 'published')
-PRECISIONS = ('fp8', 'bf16', 'float32')
 
 
 def add_config_arguments(parser: ArgumentParser) -> None:

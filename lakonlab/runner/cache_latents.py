@@ -17,13 +17,14 @@ from lakonlab.datasets.latent_making import (
     LatentEncoder,
     make_latent_cache,
     make_published_latents,
-    read_published_latents,
+    published_names,
 )
 from lakonlab.datasets.prompt_cache.errors import CacheError
+from lakonlab.datasets.prompt_cache.torch_file import read_published_latents
 from lakonlab.datasets.prompt_cache.writer import num_threads
 from lakonlab.registry import MODULES
 from lakonlab.runner.cache_command import joined, positive, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console, note_deprecated
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -47,6 +48,7 @@ def cache_latents(args: Namespace) -> int:
         CacheError: The folder holds another cache, or the latents are of no use.
     """
     with logged_to_console(), impossible_values():
+        note_deprecated(args)
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         positive(args.image_size, '--image-size')
@@ -57,11 +59,15 @@ def cache_latents(args: Namespace) -> int:
         if flip == 'both' and not is_ours:
             raise ConfigError('--flip both: the published layout has one file per image; use --format ours')
         files.require(args.out_data_root, 'read', 'write', setting='--out-data-root')
+        if not is_ours:
+            files.require(args.out_datalist_path, 'read', 'write', setting='--out-datalist-path')
         with joined(args) as (ranks, device):
-            if not is_ours and ranks.on_main(lambda: files.is_file(args.out_datalist_path)):
+            if not is_ours and ranks.on_main(lambda: _is_finished(args.out_data_root, args.out_datalist_path)):
                 logger.info('%s is there, so %s is finished', args.out_datalist_path, args.out_data_root)
                 return 0
             images = ranks.together(lambda: LabelledImages(args.data_root, args.datalist_path, args.image_size))
+            if not is_ours:
+                ranks.together(lambda: published_names(images))
             section = {'type': 'PretrainedVAEEncoder', 'from_pretrained': args.vae, 'torch_dtype': args.dtype}
             vae = ranks.together(lambda: MODULES.build(dict(section)).to(device).eval())
             seed = DEFAULT_SEED if args.seed is None else args.seed
@@ -84,10 +90,19 @@ def cache_latents(args: Namespace) -> int:
                     args.out_datalist_path,
                     flip=flip,
                     batch_size=args.batch_size,
+                    plan={'vae': args.vae},
                     ranks=ranks,
                 )
                 logger.info('%d files were written, %d were there', count, len(images) - count)
     return 0
+
+
+def _is_finished(folder: str, datalist_path: str) -> bool:
+    """Whether the list of a cache of the published layout is there, and all that it lists."""
+    if not files.is_file(datalist_path):
+        return False
+    paths, _ = read_datalist(datalist_path)
+    return set(paths) <= {info.name for info in files.list_files(folder)}
 
 
 def _check(args: Namespace) -> int:

@@ -12,9 +12,10 @@ from mmengine.config import Config
 from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.collate import collate
 from lakonlab.datasets.prompt_cache import read_embeds, write_embeds
+from lakonlab.datasets.prompt_cache.embeds_file import require_embeds_suffix
 from lakonlab.datasets.prompt_making import rows_of
 from lakonlab.runner.cache_command import built_text_encoder, joined, prepared_config
-from lakonlab.runner.launch import impossible_values, logged_to_console
+from lakonlab.runner.launch import impossible_values, logged_to_console, note_deprecated
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -31,12 +32,17 @@ def cache_negative_prompt(args: Namespace) -> int:
         The exit status.
 
     Raises:
+        CacheError: A file has a suffix that says of no form.
         ConfigError: Neither the config nor an option says where to write, or two data sets want different prompts in
             one file.
     """
     with logged_to_console(), impossible_values():
+        note_deprecated(args)
         cfg = prepared_config(args)
         wanted = wanted_prompts(cfg, args.out, args.prompt)
+        for path in wanted:
+            require_embeds_suffix(path)
+            files.require(path, 'read', 'write', setting='negative_prompt_embeds_path' if args.out is None else '--out')
         with joined(args, cfg.get('dist_params')) as (ranks, device):
             if not ranks.is_main:
                 return 0
@@ -64,18 +70,29 @@ def wanted_prompts(cfg: Config, out: str | None, prompt: str | None) -> dict[str
     Raises:
         ConfigError: See :func:`cache_negative_prompt`.
     """
-    found = list(_named(cfg.to_dict()['data']))
+    replaced = {} if prompt is None else {'prompt': prompt}
+    found = [(path, {**arguments, **replaced}) for path, arguments in _named(cfg.to_dict()['data'])]
     if out is not None:
-        arguments = next((arguments for path, arguments in found if path == out or prompt is None), {'prompt': ''})
-        return {out: {**arguments, **({} if prompt is None else {'prompt': prompt})}}
+        return {out: _arguments_for(out, found) if found else {'prompt': '', **replaced}}
     wanted: dict[str, dict[str, Any]] = {}
     for path, arguments in found:
-        arguments = {**arguments, **({} if prompt is None else {'prompt': prompt})}
         if wanted.setdefault(path, arguments) != arguments:
             raise ConfigError(f'{path}: data sets want it to hold different negative prompts; choose another file')
     if not wanted:
         raise ConfigError('data: no data set of this config has negative_prompt_embeds_path; name a file with --out')
     return wanted
+
+
+def _arguments_for(out: str, found: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What a file is to hold: what the data sets that name it want, or what all of them want."""
+    named = [arguments for path, arguments in found if path == out] or [arguments for _, arguments in found]
+    if any(arguments != named[0] for arguments in named):
+        listed = '; '.join(f'{arguments!r} in {path}' for path, arguments in found)
+        raise ConfigError(
+            f'--out {out}: the data sets want different negative prompts ({listed}), so it is not known which one this '
+            'file is to hold: name it as one of them does, or add --prompt'
+        )
+    return named[0]
 
 
 def _named(section: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -14,22 +14,19 @@ import torch
 from mmengine.config import Config
 
 from lakonlab.config.errors import ConfigError, describe_unknown
+from lakonlab.datasets.datalist import read_datalist
+from lakonlab.datasets.datalist_writing import is_written, require_writable_datalist, write_datalist
 from lakonlab.datasets.image_prompt import ImagePrompt
 from lakonlab.datasets.prompt_cache import open_prompt_cache
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE, PLAN_FILE
 from lakonlab.datasets.prompt_cache.published import list_records
 from lakonlab.datasets.prompt_cache.sharded import RecordNames
-from lakonlab.datasets.prompt_making import (
-    PromptEncoder,
-    PromptItems,
-    make_prompt_cache,
-    make_published_cache,
-    write_datalist,
-)
+from lakonlab.datasets.prompt_making import PromptEncoder, PromptItems, make_prompt_cache
+from lakonlab.datasets.published_making import make_published_cache
 from lakonlab.ranks import Ranks
 from lakonlab.registry import DATASETS, MODULES
 from lakonlab.runner.cache_command import built_text_encoder, joined, positive, prepared_config, report_check
-from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console
+from lakonlab.runner.launch import DEFAULT_SEED, impossible_values, logged_to_console, note_deprecated
 from lakonlab.storage import files
 
 logger = logging.getLogger('lakonlab.runner')
@@ -40,6 +37,8 @@ LEFT_OUT = (
     *('start_ind', 'end_ind', 'repeat', 'cache_dir', 'cache_datalist_path', 'ignore_cached_latents', 'pad_seq_len'),
     *('negative_prompt_embeds_path', 'negative_prompt_kwargs', 'test_mode'),
 )
+#: What decides how images are brought to a size.
+IMAGE_SETTING = re.compile('image|vae_scale_factor|latent_patch_size')
 NESTED = 'ConcatDataset'
 
 
@@ -59,9 +58,24 @@ class Target:
     folder: str
     datalist: str | None
 
+    @property
+    def list_setting(self) -> str:
+        """Where in the config the list is named."""
+        return f'{self.key}.cache_datalist_path'
+
     def is_finished(self) -> bool:
-        """Whether its list is there or, without one, its index."""
-        return files.is_file(self.datalist or files.join(self.folder, INDEX_FILE))
+        """Whether the cache is there, of whichever layout, and its list if one is named.
+
+        Raises:
+            ValueError: The list is damaged.
+        """
+        has_list = self.datalist is not None and files.is_file(self.datalist)
+        if files.is_file(files.join(self.folder, INDEX_FILE)):
+            return has_list or self.datalist is None
+        if not has_list or files.is_file(files.join(self.folder, PLAN_FILE)):
+            return False
+        names = read_datalist(self.datalist, self.list_setting).names
+        return set(names) <= set(list_records(self.folder))
 
 
 def cache_prompts(args: Namespace) -> int:
@@ -80,6 +94,7 @@ def cache_prompts(args: Namespace) -> int:
         CacheError: A folder holds another cache, or what was made is of no use.
     """
     with logged_to_console(), impossible_values():
+        note_deprecated(args)
         positive(args.batch_size, '--batch-size')
         positive(args.shard_size, '--shard-size')
         if args.max_size is not None:
@@ -151,7 +166,8 @@ def make(target: Target, cfg: Config, args: Namespace, ranks: Ranks, device: tor
         device: Device of the text encoder.
 
     Raises:
-        ConfigError: Its folder cannot be written to, or its list has no place for the buckets.
+        ConfigError: Its folder cannot be written to.
+        ValueError: Its list has another suffix or no place for the buckets, or a size is of no use.
         CacheError: See there.
     """
     if target.datalist is None and args.format == 'published':
@@ -167,15 +183,18 @@ def make(target: Target, cfg: Config, args: Namespace, ranks: Ranks, device: tor
         options['start_ind'] = -args.max_size
     items = PromptItems(ranks.together(lambda: DATASETS.build(options)))
     logger.info('%s: %d prompts, to %s', target.key, len(items), target.folder)
+    names = RecordNames(len(items))
+    has_list = ranks.on_main(lambda: _look_ahead(target, items, names))
     build = partial(_encoder, items, cfg, args, device)
     encoder: PromptEncoder = ranks.together(build)
+    plan = {'text_encoder': _plain(cfg.model.text_encoder)}
+    if items.images:
+        plan['vae'] = _plain(cfg.model.vae)
+        plan['images'] = {key: value for key, value in options.items() if IMAGE_SETTING.search(key)}
     if args.format == 'published':
-        count = make_published_cache(encoder, target.folder, batch_size=args.batch_size, ranks=ranks)
+        count = make_published_cache(encoder, target.folder, batch_size=args.batch_size, plan=plan, ranks=ranks)
         logger.info('%d files were written, %d were there', count, len(items) - count)
     else:
-        plan = {'text_encoder': _plain(cfg.model.text_encoder)}
-        if items.images:
-            plan['vae'] = _plain(cfg.model.vae)
         make_prompt_cache(
             encoder,
             target.folder,
@@ -184,10 +203,18 @@ def make(target: Target, cfg: Config, args: Namespace, ranks: Ranks, device: tor
             plan=plan,
             ranks=ranks,
         )
-    if target.datalist is not None:
-        names = RecordNames(len(items))
+    if target.datalist is not None and not has_list:
         ranks.on_main(lambda: write_datalist(target.datalist, names, items.bucket_ids))
     logger.info('%s: finished', target.key)
+
+
+def _look_ahead(target: Target, items: PromptItems, names: RecordNames) -> bool:
+    """Ask for everything that may be refused before anything is embedded; returns whether the list is there."""
+    buckets, _ = items.bucket_ids, items.latent_sizes
+    if target.datalist is None:
+        return False
+    require_writable_datalist(target.datalist, buckets is not None, target.list_setting)
+    return is_written(target.datalist, names, buckets, target.list_setting)
 
 
 def _refuse_other_layout(target: Target, layout: str) -> None:
@@ -234,10 +261,6 @@ def check(target: Target) -> int:
     Raises:
         CacheError: There is none, or it is not finished.
     """
-    from lakonlab.datasets.datalist import read_datalist
-
-    names = (
-        None if target.datalist is None else read_datalist(target.datalist, f'{target.key}.cache_datalist_path').names
-    )
+    names = None if target.datalist is None else read_datalist(target.datalist, target.list_setting).names
     cache = open_prompt_cache(target.folder, names)
     return report_check(f'{target.key}: {target.folder}', len(cache), cache.check())

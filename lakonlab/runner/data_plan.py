@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lakonlab.config.errors import ConfigError
+from lakonlab.datasets.image_prompt import CACHE_COMMAND
 from lakonlab.registry import DATASETS, MODULES
 
 
@@ -59,7 +60,7 @@ def data_problems(cfg: Mapping[str, Any], splits: Iterable[str]) -> Iterator[str
             yield (
                 f'data.{split}: {reason}, and the model has no text encoder: set model.text_encoder (configs of '
                 'published models: add ./_text_encoder.py to the bases), or embed the prompts first with '
-                'python tools/cache_image_prompt_data.py'
+                f'{CACHE_COMMAND}'
             )
         if split != 'train' or getattr(dataset, 'has_images', True):
             continue

@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError, describe_unknown
-from lakonlab.config.load import dump_config, load_config
+from lakonlab.config.load import load_config
 from lakonlab.config.options import parse_options
 from lakonlab.runner.paths import check_places, require_writable_places, settle_work_dir
 
@@ -65,7 +65,7 @@ def train(args: Namespace) -> int:
         The exit status.
     """
     with logged_to_console() as console:
-        _note_deprecated(args)
+        note_deprecated(args)
         cfg = _prepare(args, training=True)
         if args.dry_run:
             from lakonlab.runner.dry_run import dry_run
@@ -89,7 +89,6 @@ def train(args: Namespace) -> int:
             ranks.on_main(lambda: require_writable_places(cfg))
             ranks.together(lambda: build_on_meta(cfg))
             ranks.on_main(lambda: check_data(cfg, used_splits(cfg, training=True, evaluating=not args.no_validate)))
-            ranks.on_main(lambda: dump_config(cfg, Path(cfg.work_dir) / Path(args.config).name))
             runner = Runner.from_cfg(
                 cfg,
                 work_dir=cfg.work_dir,
@@ -123,7 +122,7 @@ def test(args: Namespace) -> int:
         The exit status.
     """
     with logged_to_console():
-        _note_deprecated(args)
+        note_deprecated(args)
         if args.reuse_viz:
             raise ConfigError(
                 '--reuse-viz: images on disk have 8 bits per channel, so their metrics would differ from those of '
@@ -157,7 +156,7 @@ def test(args: Namespace) -> int:
     log_file = Path(cfg.work_dir) / f'{time.strftime("%Y%m%d_%H%M%S")}_test.log'
     handlers = attach_log_handlers(log_file, cfg.get('log_level') or 'INFO', rank=ranks.rank)
     try:
-        with impossible_values(), mirroring(mirror):
+        with impossible_values(), mirroring(mirror, ranks):
             evaluate_checkpoint(
                 cfg,
                 checkpoint=args.ckpt,
@@ -215,7 +214,8 @@ def _check_splits(cfg: Config, splits: Sequence[str] | None) -> None:
             )
 
 
-def _note_deprecated(args: Namespace) -> None:
+def note_deprecated(args: Namespace) -> None:
+    """Say in the log which options of the command line have no effect."""
     given = [name for name in ('gpus', 'gpu_ids', 'gpu_id') if getattr(args, name, None) is not None]
     if given:
         options = ', '.join('--' + name.replace('_', '-') for name in given)

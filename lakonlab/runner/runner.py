@@ -26,7 +26,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.optim import Optimizer
 
-from lakonlab.config.load import resolved_text
+from lakonlab.config.load import dump_config, resolved_text
 from lakonlab.datasets.order import data_order
 from lakonlab.mmengine_parts import (
     Hook,
@@ -37,12 +37,12 @@ from lakonlab.mmengine_parts import (
     Visualizer,
     get_priority,
 )
-from lakonlab.models.architecture.roles import parameter_names
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.phases import PhaseClock, in_phase, phase
 from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import DATASETS, MODELS
-from lakonlab.runner.agreement import require_agreement
+from lakonlab.runner.agreement import require_agreement, require_same_config
+from lakonlab.runner.description import describe
 from lakonlab.runner.guard import SkipGuard
 from lakonlab.runner.hooks.checkpoint import CheckpointHook
 from lakonlab.runner.hooks.mirror import MirrorHook
@@ -52,33 +52,22 @@ from lakonlab.runner.log import (
     ThroughputHook,
     attach_log_handlers,
     detach_log_handlers,
-    load_log_window,
     log_settings,
     log_window,
 )
 from lakonlab.runner.lr_schedule import LearningRateSchedule
 from lakonlab.runner.optimizer import build_optimizers
 from lakonlab.runner.paths import run_directory
-from lakonlab.runner.resume import (
-    StartingPoint,
-    config_differences,
-    config_values,
-    find_starting_point,
-    require_same_run,
-    require_seen,
-    require_untouched,
-    set_aside_later,
-)
+from lakonlab.runner.restore import restore, restore_replaced
+from lakonlab.runner.resume import StartingPoint, find_starting_point
 from lakonlab.runner.sections import build_hooks, training_loader_options
 from lakonlab.runner.seeding import make_deterministic, seed_globals
 from lakonlab.runner.signals import StopRequest
 from lakonlab.runner.strategy import build_strategy
 from lakonlab.runner.views import LearningRates, TrainingStream
 from lakonlab.runner.watchdog import Watchdog, open_store
-from lakonlab.storage.checkpoint import content_digest, read_manifest, read_state
 from lakonlab.storage.mirror import Mirror
 from lakonlab.storage.publisher import publisher_of
-from lakonlab.storage.remote_path import AnyPath
 from lakonlab.storage.writable import require_writable
 
 logger = logging.getLogger('lakonlab.runner')
@@ -208,7 +197,7 @@ class Runner:
         seed = cfg.get('seed') if seed is None else seed
         seed = 2021 if seed is None else int(seed)
         options = dict(cfg.get('runner') or {})
-        _require_same_config(ranks, cfg, seed)
+        require_same_config(ranks, cfg, seed)
         if deterministic:
             make_deterministic()
         elif torch.cuda.is_available():
@@ -226,7 +215,7 @@ class Runner:
             checkpoint_hook and checkpoint_hook.out_dir, work_dir, cfg.get('work_dir_mirror')
         )
         if checkpoint_hook is not None:
-            ranks.on_main(partial(_restore_replaced, checkpoint_dir))
+            ranks.on_main(partial(restore_replaced, checkpoint_dir))
         start = ranks.on_main(
             partial(
                 find_starting_point,
@@ -311,7 +300,8 @@ class Runner:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.clock.active())
             self._enter(stack)
-            self._restore()
+            logger.info('%s', describe(self))
+            restore(self)
             require_agreement(self.strategy.ranks, self.facts(self.iter), 'at the start')
             is_done = self.iter >= self.max_iters
             if is_done and not self._owes_evaluation():
@@ -392,10 +382,10 @@ class Runner:
         return {
             'iteration': step,
             'guard': self.guard.state_dict(),
-            'hooks': {name: hook.state_dict() for name, hook in self._hooks_with_state()},
+            'hooks': {name: hook.state_dict() for name, hook in self.hooks_with_state()},
             'log_window': log_window(self.message_hub),
-            'data': self._data_identity(),
-            'optimizer_types': self._optimizer_types(),
+            'data': self.data_identity(),
+            'optimizer_types': self.optimizer_types(),
             'started_from': self.started_from,
         }
 
@@ -406,7 +396,7 @@ class Runner:
             'config': hashlib.sha256(self.config_text.encode()).hexdigest()[:12],
             'iteration': step,
             'learning rates': [group['lr'] for group in groups],
-            'data': {**self._data_identity(), 'position': step * self.batch_size, 'epoch': self.order.epoch(step)},
+            'data': {**self.data_identity(), 'position': step * self.batch_size, 'epoch': self.order.epoch(step)},
             'strategy': self.strategy.name,
             'torch': torch.__version__,
         }
@@ -415,7 +405,8 @@ class Runner:
         """Whether an evaluation of the weights as they are was given up."""
         return any(getattr(hook, 'owed', None) == self.iter for hook in self.hooks)
 
-    def _hooks_with_state(self) -> list[tuple[str, Hook]]:
+    def hooks_with_state(self) -> list[tuple[str, Hook]]:
+        """Hooks that checkpoints hold something of, by a name that is theirs alone."""
         counts: dict[str, int] = {}
         named = []
         for hook in self.hooks:
@@ -425,7 +416,7 @@ class Runner:
                 counts[kind] = counts.get(kind, 0) + 1
         return named
 
-    def _data_identity(self) -> dict[str, Any]:
+    def data_identity(self) -> dict[str, Any]:
         """What decides which samples an iteration reads and what it draws."""
         return {
             'seed': self.seed,
@@ -434,22 +425,26 @@ class Runner:
             'buckets': self.order.buckets,
         }
 
-    def _optimizer_types(self) -> dict[str, str]:
+    def optimizer_types(self) -> dict[str, str]:
+        """Optimiser key -> class name."""
         return {key: type(optimizer).__name__ for key, optimizer in self.optimizers.items()}
 
     def _enter(self, stack: contextlib.ExitStack) -> None:
         """Open what the run holds while it trains."""
         ranks = self.strategy.ranks
         ranks.together(lambda: require_writable(self.work_dir, 'work_dir'))
-        if self.cfg.get('work_dir_mirror') is not None:
-            ranks.on_main(lambda: self._enter_mirror(stack))
         level = self.cfg.get('log_level') or 'INFO'
         log_file = Path(self.work_dir) / f'{self.timestamp}.log'
         handlers = attach_log_handlers(log_file, level, rank=self.rank, all_ranks=self.settings.all_ranks)
         stack.callback(detach_log_handlers, handlers)
-        if self.checkpoint_hook is not None:
+        if self.checkpoint_hook is not None:  # first: a run that is refused changes nothing of the one that goes on
             ranks.on_main(lambda: self._hold_checkpoint_dir(stack))
             ranks.together(lambda: publisher_of(self.checkpoint_dir).require_shared(self.checkpoint_dir))
+        if self.cfg.get('work_dir_mirror') is not None:
+            ranks.on_main(lambda: self._enter_mirror(stack))
+        if self.cfg.filename is not None:
+            ranks.on_main(lambda: dump_config(self.cfg, Path(self.work_dir) / Path(self.cfg.filename).name))
+        if self.checkpoint_hook is not None:
             stack.callback(self.checkpoint_hook.close)
         stack.callback(self.visualizer.close)
         if self.gc_interval:
@@ -477,45 +472,6 @@ class Runner:
     def _enter_mirror(self, stack: contextlib.ExitStack) -> None:
         stack.enter_context(self.mirror_hook.active())
 
-    def _restore(self) -> None:
-        start = self.starting_point
-        logger.info('%s', self.describe())
-        if self.checkpoint_hook is not None:
-            self.strategy.ranks.on_main(lambda: require_untouched(self.checkpoint_dir, start))
-        if start.mode == 'fresh':
-            logger.info('starting from the beginning (%s)', start.reason)
-            return
-        ranks = self.strategy.ranks
-        digest = ranks.on_main(lambda: content_digest(start.checkpoint))
-        ranks.together(lambda: require_seen(start.checkpoint, digest))
-        ranks.together(lambda: self.strategy.load_model_state(self.model, start.checkpoint))
-        if start.mode == 'weights':
-            logger.info('starting with the weights of %s (%s)', start.checkpoint, start.reason)
-            return
-        state = ranks.together(lambda: read_state(start.checkpoint))
-        ranks.together(lambda: require_same_run(start, state, self._data_identity(), self._optimizer_types()))
-        self.started_from = [*(state.get('started_from') or ()), *([start.origin()] if start.named else ())]
-        for line in config_differences(read_manifest(start.checkpoint).get('config', ''), self.config_text):
-            logger.info('config changed since %s was saved: %s', start.checkpoint, line)
-        if 'optimizers' in state:
-            ranks.together(
-                lambda: self.strategy.load_optimizer_state(
-                    self.model, self.optimizers, start.checkpoint, state['optimizers']
-                )
-            )
-            self.strategy.report_restored(start.checkpoint)
-        else:
-            logger.warning('%s was saved without optimizer state: the optimizers start anew', start.checkpoint)
-        self.iter = self.first_iter = state['iteration']
-        self.guard.load_state_dict(state['guard'])
-        for name, hook in self._hooks_with_state():
-            if name in state['hooks']:
-                hook.load_state_dict(state['hooks'][name])
-        load_log_window(self.message_hub, state['log_window'], self.settings.interval)
-        if start.checkpoint.parent.absolute() == self.checkpoint_dir.absolute():
-            ranks.on_main(lambda: set_aside_later(self.checkpoint_dir, self.iter))
-        logger.info('resuming after iteration %d from %s (%s)', self.iter, start.checkpoint, start.reason)
-
     def _save_and_exit(self, stop: StopRequest) -> None:
         name = 'a signal to another process' if stop.signal is None else stop.signal.name
         if self.checkpoint_hook is None:
@@ -533,51 +489,3 @@ class Runner:
             )
         self.strategy.ranks.barrier()  # a process that ends before the others have saved would end them too
         raise SystemExit(stop.exit_code or TERMINATED)
-
-    def describe(self) -> str:
-        """What a reader of the log wants to know before the first iteration."""
-        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-        trained = {parameter for group in groups for parameter in group['params']}
-        trainable = sum(
-            self.strategy.pieces(name, parameter).size().numel()
-            for parameter, name in parameter_names(self.model).items()
-            if parameter in trained
-        )
-        mirror = self.cfg.get('work_dir_mirror')
-        checkpoints = self.checkpoint_dir if self.checkpoint_hook else 'none (checkpoint_config is not set)'
-        sizes = self.order.bucket_sizes
-        buckets = f' in {len(sizes)} buckets of {min(sizes):,} to {max(sizes):,}' if len(sizes) > 1 else ''
-        rows = [f'{get_priority(hook.priority):>4}  {type(hook).__name__}' for hook in self.hooks]
-        return '\n'.join(
-            [
-                f'run {Path(self.work_dir).absolute().name}',
-                f'  logs         {self.work_dir}{f", copied to {mirror}" if mirror else ""}',
-                f'  checkpoints  {checkpoints}',
-                f'  device       {self.strategy.device}, {self.world_size} process(es), {self.strategy.name}, '
-                f'{torch.get_num_threads()} threads',
-                f'  trainable    {trainable:,} parameters',
-                f'  data         {len(self.dataset):,} samples{buckets}, global batch {self.batch_size}',
-                f'  length       {self.max_iters:,} iterations, {self.max_iters * self.batch_size:,} samples, '
-                f'{self.max_iters * self.batch_size / len(self.dataset):.1f} epochs',
-                f'  seed         {self.seed}',
-                '  hooks, in the order they are called:',
-                *rows,
-            ]
-        )
-
-
-def _restore_replaced(checkpoint_dir: AnyPath) -> None:
-    restored = publisher_of(checkpoint_dir).restore(checkpoint_dir)
-    if restored:
-        logger.info('restored, replacing it was interrupted: %s', ', '.join(restored))
-
-
-def _require_same_config(ranks: Ranks, cfg: Config, seed: int) -> None:
-    """Compare what the processes were started with, before they build anything that would wait for the others."""
-    if ranks.world_size == 1:
-        return
-    try:
-        values = config_values(resolved_text(cfg))
-    except SyntaxError:  # values without a literal are compared as a whole, later
-        values = {}
-    require_agreement(ranks, {**values, 'seed': seed, 'torch': torch.__version__}, 'at launch')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ class FileInfo:
         version: What changes with the content, where the server says so (an ETag).
         sha256: Checksum of the content, where the server states it.
         md5: The same.
+        is_md5_guessed: Whether what is given as the MD5 only looks like one, and may be something else.
     """
 
     name: str
@@ -29,6 +31,7 @@ class FileInfo:
     version: str | None = None
     sha256: str | None = None
     md5: str | None = None
+    is_md5_guessed: bool = False
 
 
 class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme cannot do it
@@ -64,8 +67,13 @@ class Backend(ABC):  # noqa: B024 - every method has a meaning where a scheme ca
         """Make a small file unless there is one of this name; whether that was done."""
         raise _cannot(path, 'written')
 
-    def clean_uploads(self, path: str) -> list[str]:
-        """End unfinished uploads below a directory, which no listing shows; the paths that they would have had."""
+    def clean_uploads(self, path: str, names: re.Pattern[str] | None = None) -> list[str]:
+        """End unfinished uploads below a directory, which no listing shows; the paths that they would have had.
+
+        Args:
+            path: The directory.
+            names: Only of files whose whole name, relative to the directory, matches; None for all.
+        """
         return []
 
     def list_names(self, path: str) -> list[str]:

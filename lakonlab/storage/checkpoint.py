@@ -22,7 +22,7 @@ import re
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.storage.errors import StorageError
+from lakonlab.storage.errors import MissingFileError, StorageError
 from lakonlab.storage.pieces import Pieces
-from lakonlab.storage.publisher import DATA, MANIFEST, Publisher, publisher_of
+from lakonlab.storage.publisher import DATA, MANIFEST, Publisher, Record, publisher_of
 from lakonlab.storage.remote_path import AnyPath, as_path, files_below, open_path
 from lakonlab.storage.schemes import LIST, READ, require
 
@@ -215,6 +215,8 @@ def _newest_valid(run_dir: AnyPath) -> AnyPath | None:
         try:
             verify(path)
         except (CheckpointError, OSError) as error:
+            if isinstance(error, StorageError) and not isinstance(error, MissingFileError):
+                raise  # nothing is known of the checkpoint: an older one would be taken without need
             problems.append(str(error))
             continue
         for problem in problems:
@@ -293,18 +295,21 @@ def read_pieces(checkpoint: AnyPath, part: str, into: Mapping[str, Pieces]) -> N
         raise CheckpointError(f'reading {checkpoint / part} failed: {_first_failure(error)}') from error
 
 
-def read_tensors(checkpoint: AnyPath, part: str) -> dict[str, Tensor]:
-    """Read all tensors of a part, whole, to the CPU.
+def read_tensors(checkpoint: AnyPath, part: str, prefix: str = '') -> dict[str, Tensor]:
+    """Read tensors of a part, whole, to the CPU.
 
     Args:
         checkpoint: Directory of a checkpoint that :func:`find_checkpoint` returned.
         part: ``model`` or ``optimizer``.
+        prefix: Only tensors whose names begin with it are read.
 
     Raises:
         CheckpointError: A tensor cannot be read.
     """
     info = tensor_info(checkpoint, part)
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items()}
+    tensors = {
+        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in info.items() if name.startswith(prefix)
+    }
     read_pieces(checkpoint, part, {name: Pieces.whole(tensor) for name, tensor in tensors.items()})
     return tensors
 
@@ -355,7 +360,7 @@ def write_checkpoint(
     config_text: str = '',
     name: str | None = None,
     ranks: Ranks = ALONE,
-    extra: Callable[[AnyPath], object] | None = None,
+    extra: Callable[[AnyPath], Mapping[str, Record]] | None = None,
     confirm: Callable[[], object] | None = None,
 ) -> AnyPath:
     """Write a checkpoint and publish it in one step; a failure leaves nothing under the final name.
@@ -371,7 +376,8 @@ def write_checkpoint(
         config_text: The resolved config of the run.
         name: Name of the directory; None for that of the step.
         ranks: The processes.
-        extra: Called by the main process with the unpublished directory, to add files made from what is there.
+        extra: Called by the main process with the unpublished directory, to add files made from what is there; returns
+            what :meth:`~lakonlab.storage.publisher.Publisher.write` said of each, by its name in the directory.
         confirm: Called by the main process just before it publishes, to raise an error if it must not any more.
 
     Returns:
@@ -396,8 +402,7 @@ def write_checkpoint(
         def commit() -> None:
             if extra is not None:
                 publisher.settle(draft, files)
-                extra(draft)
-                files.update(_records(draft, set(files_below(draft)) - set(files)))
+                files.update(extra(draft))
             files[STATE] = publisher.write(draft / STATE, json.dumps(state, indent=1).encode())
             if confirm is not None:
                 confirm()
@@ -415,11 +420,6 @@ def write_checkpoint(
             )
         ) from error
     return final
-
-
-def _records(folder: AnyPath, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    sizes = publisher_of(folder).sizes(folder, names)
-    return {name: {'size': size, 'sha256': _sha256_of(folder / name)} for name, size in sizes.items()}
 
 
 def _manifest(

@@ -18,11 +18,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,6 +42,8 @@ from lakonlab.storage.local_files import LocalFiles
 from lakonlab.storage.paths import name_of
 from lakonlab.storage.retry import Patience
 from lakonlab.storage.scratch import CACHE_VARIABLE, require_space
+
+logger = logging.getLogger(__name__)
 
 OFFLINE_VARIABLE = 'LAKONLAB_OFFLINE'
 #: Whoever waits for another process gives up when that has not written anything for so long.
@@ -80,11 +84,22 @@ def cached_file(backend: Backend, path: str, digest: str | None = None, bar: tqd
     if digest is not None and info.sha256 not in (None, digest):
         raise StorageError(f'{path!r} has the SHA-256 {info.sha256}, expected {digest}')
     digest = digest or info.sha256
-    folder = root / 'files' / _short(path, info.version or '', str(info.size), digest or '')
+    folder = root / 'files' / _short(path, info.version or info.md5 or '', str(info.size), digest or '')
     target = folder / (name_of(path) or 'download')
-    if not _is_complete(folder, target):
+    is_known = any((info.version, info.md5, digest))
+    if not is_known and info.size >= 0 and _is_complete(folder, target):
+        logger.warning(
+            '%s: the server tells neither a checksum nor when it was changed, only that it has %d bytes, as many as '
+            'the copy of %s; that is used. Delete %s to download it again, or add #sha256= to the path.',
+            path,
+            info.size,
+            time.strftime('%Y-%m-%d %H:%M', time.localtime((folder / RECORD).stat().st_mtime)),
+            folder,
+        )
+    oldest = None if is_known or info.size >= 0 else time.time()  # nothing tells whether an older one is the same
+    if not _is_complete(folder, target, oldest):
         with exclusive(folder, path, lambda: _mark(folder / PART)):
-            if not _is_complete(folder, target):
+            if not _is_complete(folder, target, oldest):
                 _remove_abandoned(root)
                 _download(backend, path, info, digest, folder, target, bar)
     _remember(path, target)
@@ -169,7 +184,8 @@ def _download(
     if info.version is None:  # what is left of an earlier attempt may be of another content
         part.unlink(missing_ok=True)
     patience = Patience(f'downloading {path}')
-    for number in range(2):  # a part that some other writer has damaged must not fail for ever
+    earlier = None
+    for number in range(3):  # a part that some other writer has damaged must not fail for ever
         while True:
             try:
                 size, sha256, md5 = _receive(backend, path, info, part, bar)
@@ -184,9 +200,17 @@ def _download(
         problem = _problem(info, digest, size, sha256, md5)
         if problem is None:
             break
+        if (
+            info.is_md5_guessed
+            and sha256 == earlier
+            and _problem(replace(info, md5=None), digest, size, sha256, md5) is None
+        ):
+            logger.warning('%s: %s, but two downloads agree: what the server states is no MD5', path, problem)
+            break
+        earlier = sha256
         part.unlink()
-        if number:
-            raise StorageError(f'{path!r} arrived damaged twice: {problem}; run again')
+        if number == (2 if info.is_md5_guessed else 1):
+            raise StorageError(f'{path!r} arrived damaged each time: {problem}; run again')
     blob = _root() / 'blobs' / sha256
     blob.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, blob)
@@ -228,7 +252,7 @@ def _problem(info: FileInfo, digest: str | None, size: int, sha256: str, md5: st
         return f'it has {size:,} bytes, expected {info.size:,}'
     if digest not in (None, sha256):
         return f'its SHA-256 is {sha256}, expected {digest}'
-    if info.md5 not in (None, md5):
+    if digest is None and info.md5 not in (None, md5):
         return f'its MD5 is {md5}, expected {info.md5}'
     return None
 
@@ -255,16 +279,18 @@ def _link(folder: Path, name: str, digest: str) -> Path:
     """A name for a content."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / name
-    if not target.exists():
+    if not target.exists() or target.resolve().name != digest:
         temporary = folder / f'.{name}.{os.getpid()}-{threading.get_ident()}'
         temporary.symlink_to(os.path.relpath(_root() / 'blobs' / digest, folder))
         os.replace(temporary, target)
     return target
 
 
-def _is_complete(folder: Path, target: Path) -> bool:
-    """Whether a download is there and of the size that it had."""
+def _is_complete(folder: Path, target: Path, oldest: float | None = None) -> bool:
+    """Whether a download is there, of the size that it had, and not older than a time."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        if oldest is not None and (folder / RECORD).stat().st_mtime < oldest:
+            return False
         record = json.loads((folder / RECORD).read_text(encoding='utf-8'))
         return target.stat().st_size == record['size']
     return False

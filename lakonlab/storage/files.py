@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -57,6 +59,8 @@ __all__ = [
     'write_json',
     'write_text',
 ]
+
+logger = logging.getLogger(__name__)
 
 #: Files that are uploaded at the same time.
 PARALLEL_FILES = 8
@@ -159,15 +163,29 @@ def create(path: str | Path, content: bytes) -> bool:
     return backend_of(path, WRITE).create(normal(path), content)
 
 
-def clean_uploads(path: str | Path) -> list[str]:
-    """End all unfinished uploads below a directory: killed processes leave them, invisible but not free of charge.
+def clean_uploads(path: str | Path, names: re.Pattern[str] | None = None) -> list[str]:
+    """End unfinished uploads below a directory: killed processes leave them, invisible but not free of charge.
 
-    Only for who knows that no other process is writing there.
+    Only for who knows that no other process is writing there. That they cannot be listed or ended, as where the right
+    to do so is not given, is only reported: nobody reads them.
+
+    Args:
+        path: The directory.
+        names: Only of files whose whole name, relative to the directory, matches; None for all.
 
     Returns:
         Paths of the files that they would have become.
     """
-    return backend_of(path, WRITE).clean_uploads(normal(path))
+    try:
+        return backend_of(path, WRITE).clean_uploads(normal(path), names)
+    except StorageError as error:
+        logger.warning(
+            'unfinished uploads below %s stay, and take space (%s): give the right to list and to abort uploads, or '
+            'have the bucket expire them',
+            path,
+            error,
+        )
+        return []
 
 
 def list_names(path: str | Path) -> list[str]:

@@ -196,12 +196,23 @@ def _info(entry: Any, name: str) -> FileInfo:
 @contextlib.contextmanager
 def _explained(path: str) -> Iterator[None]:
     """Errors of the hub's library as ours."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+    )
 
     try:
         yield
     except StorageError:
         raise
+    except RemoteEntryNotFoundError as error:
+        where = HubPath.of(path)
+        raise MissingFileError(
+            f'{path!r} does not exist: {where.repository} has no such file'
+            f'{f" at {where.revision}" if where.revision else ""} (EntryNotFoundError). Check the name'
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError, OSError) as error:
         text = (
             f'{path!r} cannot be downloaded: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}. Check the '

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+from torch import Tensor
+
+from lakonlab.storage import files
 from lakonlab.storage.checkpoint import read_tensors
-from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.local import sha256_of
+from lakonlab.storage.publisher import Record, publisher_of
 from lakonlab.storage.remote_path import AnyPath
 
 FOLDER = 'export'
 FILE = 'diffusion_pytorch_model.safetensors'
+META = {'format': 'pt'}
+STAGED_BYTES = 1 << 30
+"""A larger file for an object store is made on a disk rather than in memory, where its tensors are already."""
 
 
 def add_inference_weights(
@@ -19,7 +27,7 @@ def add_inference_weights(
     metadata: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
     lora_factor: float = 1.0,
-) -> AnyPath:
+) -> dict[str, Record]:
     """Write the weights of a network of a checkpoint as one file, named as published adapters are.
 
     Args:
@@ -30,22 +38,29 @@ def add_inference_weights(
         lora_factor: What the product of low-rank matrices is multiplied with, which goes into the second of them.
 
     Returns:
-        The file, ``export/diffusion_pytorch_model.safetensors`` in the directory.
+        Names of the files, ``export/diffusion_pytorch_model.safetensors`` and those beside it -> size and checksum.
     """
-    from safetensors.torch import save
-
     prefix = f'{role}.denoising.'
     tensors = {
         re.sub(r'(\.lora_[AB])\.default(?=\.)', r'\1', name.removeprefix(prefix)): tensor
-        for name, tensor in read_tensors(checkpoint, 'model').items()
-        if name.startswith(prefix)
+        for name, tensor in read_tensors(checkpoint, 'model', prefix).items()
     }
     if lora_factor != 1:
         second = [name for name in tensors if name.endswith('.lora_B.weight')]
         tensors.update({name: tensors[name] * lora_factor for name in second})
-    path = checkpoint / FOLDER / FILE
-    publisher = publisher_of(checkpoint)
-    publisher.write(path, save(tensors, {'format': 'pt', **(metadata or {})}))
+    publisher, folder = publisher_of(checkpoint), checkpoint / FOLDER
+    records = {f'{FOLDER}/{FILE}': _write(folder / FILE, tensors, {**META, **(metadata or {})})}
     for name, text in (texts or {}).items():
-        publisher.write(checkpoint / FOLDER / name, text.encode())
-    return path
+        records[f'{FOLDER}/{name}'] = publisher.write(folder / name, text.encode())
+    return records
+
+
+def _write(path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Record:
+    from safetensors.torch import save, save_file
+
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if isinstance(path, Path) or size <= STAGED_BYTES:
+        return publisher_of(path).write(path, save(dict(tensors), dict(metadata)))
+    with files.staged(path.url, size) as local:
+        save_file(dict(tensors), local, dict(metadata))
+        return {'size': local.stat().st_size, 'sha256': sha256_of(local)}

@@ -87,7 +87,7 @@ def confirm_lease(directory: RemotePath, holder: str) -> None:
 
 
 def _acquire(directory: RemotePath, path: RemotePath, holder: str) -> None:
-    began = since = time.monotonic()
+    began = since = absent = time.monotonic()
     known: dict[str, Any] | None = None
     is_renewed = False
     while True:
@@ -95,7 +95,14 @@ def _acquire(directory: RemotePath, path: RemotePath, holder: str) -> None:
         if found is None:
             if files.create(str(path), _content(holder)):
                 return
+            if time.monotonic() - absent > WAIT_SECONDS:
+                raise files.StorageError(
+                    f'{path} cannot be created: the store says that it exists, and does not show it. Check that the '
+                    'run may read it, or name another directory with checkpoint_config.out_dir'
+                )
+            time.sleep(POLL_SECONDS)
             continue
+        absent = time.monotonic()
         if _token(found) == holder:  # the answer to an attempt to write it was lost
             return
         now = time.monotonic()

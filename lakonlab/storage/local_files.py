@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,14 +65,17 @@ class LocalFiles(Backend):
             return False
         return True
 
-    def clean_uploads(self, path: str) -> list[str]:
+    def clean_uploads(self, path: str, names: re.Pattern[str] | None = None) -> list[str]:
         """See the base class; files that killed writers left under temporary names."""
         ended = []
-        for folder, _, names in os.walk(path):
-            for name in sorted(names):
-                if name.startswith('.') and TEMPORARY_MARK in name:
+        for folder, _, found in os.walk(path):
+            for name in sorted(found):
+                target = Path(folder, name[1:].rpartition(TEMPORARY_MARK)[0])
+                if not name.startswith('.') or TEMPORARY_MARK not in name:
+                    continue
+                if names is None or names.fullmatch(target.relative_to(path).as_posix()):
                     os.remove(os.path.join(folder, name))
-                    ended.append(os.path.join(folder, name[1:].rpartition(TEMPORARY_MARK)[0]))
+                    ended.append(str(target))
         return ended
 
     def list_names(self, path: str) -> list[str]:
@@ -86,8 +91,12 @@ class LocalFiles(Backend):
             inner[:] = [name for name in inner if not _is_bookkeeping(name)]
             for name in names:
                 file = Path(folder, name)
-                if not _is_bookkeeping(name) and file.is_file():
-                    found.append(FileInfo(file.relative_to(path).as_posix(), file.stat().st_size))
+                if _is_bookkeeping(name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # removed since the directory was read
+                    entry = file.stat()
+                    if stat.S_ISREG(entry.st_mode):
+                        found.append(FileInfo(file.relative_to(path).as_posix(), entry.st_size))
         yield from sorted(found, key=lambda info: info.name)
 
     def remove_file(self, path: str) -> None:

@@ -86,6 +86,10 @@ class LocalPublisher(Publisher):
         path.rename(target)
         return target.name
 
+    def tidy(self, path: Path) -> list[str]:
+        """See the base class; what is to be removed loses its name first, so :meth:`clean` finds it."""
+        return []
+
     def clean(self, parent: Path) -> list[str]:
         """See the base class."""
         return remove_stale_temporaries(parent)

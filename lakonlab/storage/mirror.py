@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from lakonlab.storage import files
+from lakonlab.storage.publisher import MANIFEST
 
 CHUNK_BYTES = 1 << 22
 
@@ -41,7 +42,10 @@ class Mirror:
         return fetched
 
     def update(self) -> list[str]:
-        """Copy the files that have changed since the last time.
+        """Copy the files that have changed since the last time, but no checkpoints.
+
+        A checkpoint is whole or not at all where ``checkpoint_config.out_dir`` says, and is removed there when its time
+        has come; copied file by file, it would be neither.
 
         Returns:
             Their names.
@@ -50,7 +54,11 @@ class Mirror:
             OSError: One cannot be copied; the next call tries it again.
         """
         changed = []
-        for name in [info.name for info in files.list_files(self.local)]:
+        names = [info.name for info in files.list_files(self.local)]
+        checkpoints = tuple(name.removesuffix(MANIFEST) for name in names if name.endswith(f'/{MANIFEST}'))
+        for name in names:
+            if name.startswith(checkpoints):
+                continue
             path = self.local / name
             entry = path.stat()
             facts = entry.st_size, entry.st_mtime_ns

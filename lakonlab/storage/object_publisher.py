@@ -20,8 +20,11 @@ from lakonlab.storage import files
 from lakonlab.storage.lease import LOCK_FILE, confirm_lease, lease
 from lakonlab.storage.publisher import DATA, MANIFEST, Publisher, Record, record_of
 from lakonlab.storage.remote_path import RemotePath
+from lakonlab.storage.writable import PROBE
 
 DATA_FOLDER = re.compile(r'data-[0-9a-f]{16}')
+DATA_FILE = re.compile(rf'[^/]+/{DATA_FOLDER.pattern}/.+')
+"""Names of files of checkpoints, relative to the directory of their run."""
 SET_ASIDE = re.compile(r'damaged\.(\d+)\.json')
 SETTLE_SECONDS = 60.0
 """How long a listing may lack what was written; those of S3 itself never do."""
@@ -57,16 +60,24 @@ class ObjectPublisher(Publisher):
 
     def publish(self, draft: RemotePath, final: RemotePath, manifest: Mapping[str, Any]) -> None:
         """See the base class; what the manifest before referred to is removed afterwards."""
-        files.write_bytes(str(final / MANIFEST), json.dumps({**manifest, DATA: draft.name}, indent=1).encode())
+        try:
+            files.write_bytes(str(final / MANIFEST), json.dumps({**manifest, DATA: draft.name}, indent=1).encode())
+        except OSError as error:  # the server may have done it, and its answer was lost
+            if not _is_named(draft, otherwise=False):
+                raise
+            logger.warning('%s is published, although its manifest was not written without an error (%s)', final, error)
         try:
             names = [info.name for info in files.list_files(str(final))]
             if _data_folders(names) - {draft.name}:
-                _remove_strays(final, names)
+                _remove_strays(final, names, also_kept=draft.name)
         except OSError as error:  # it is published; the rest is removed when the run starts the next time
             logger.warning('what %s was before could not be removed (%s)', final, error)
 
     def discard(self, draft: RemotePath) -> None:
         """See the base class."""
+        if _is_named(draft, otherwise=True):
+            logger.warning('%s stays: the manifest beside it names it, or cannot be read', draft)
+            return
         try:
             files.remove_directory(str(draft))
             files.clean_uploads(str(draft))
@@ -100,14 +111,23 @@ class ObjectPublisher(Publisher):
         numbers = [int(match[1]) for name in names if (match := SET_ASIDE.fullmatch(name))]
         target = path / f'damaged.{max(numbers, default=-1) + 1}.json'
         folders = sorted(_data_folders(names) - _kept(path, names, with_manifest=False))
-        text = (path / MANIFEST).read_text()
+        # bytes that are no text come back as they were, with the same way to read them
+        text = files.read_bytes(str(path / MANIFEST)).decode('utf-8', 'surrogateescape')
         files.write_bytes(str(target), json.dumps({'folders': folders, MANIFEST: text}, indent=1).encode())
         files.remove_file(str(path / MANIFEST))
         return f'{path.name}/{target.name}'
 
+    def tidy(self, path: RemotePath) -> list[str]:
+        """See the base class."""
+        return _remove_strays(path, [info.name for info in files.list_files(str(path))])
+
     def clean(self, parent: RemotePath) -> list[str]:
-        """See the base class; unfinished multipart uploads, which a listing does not show, are ended too."""
-        removed = [f'{upload} (unfinished)' for upload in files.clean_uploads(str(parent))]
+        """See the base class; unfinished multipart uploads, which a listing does not show, are ended too.
+
+        Only those of files of checkpoints: other runs may lie in the same directory, or the copy of a ``work_dir``.
+        """
+        files.remove_file(str(parent / PROBE))
+        removed = [f'{upload} (unfinished)' for upload in files.clean_uploads(str(parent), DATA_FILE)]
         by_directory: dict[str, list[str]] = {}
         for info in files.list_files(str(parent)):
             directory, slash, name = info.name.partition('/')
@@ -139,9 +159,9 @@ class ObjectPublisher(Publisher):
             )
 
 
-def _remove_strays(directory: RemotePath, names: Iterable[str]) -> list[str]:
+def _remove_strays(directory: RemotePath, names: Iterable[str], also_kept: str | None = None) -> list[str]:
     """Remove folders of files that neither the manifest nor anything set aside refers to."""
-    strays = sorted(_data_folders(names) - _kept(directory, names))
+    strays = sorted(_data_folders(names) - _kept(directory, names) - {also_kept})
     for folder in strays:
         files.remove_directory(str(directory / folder))
     return strays
@@ -152,14 +172,26 @@ def _data_folders(names: Iterable[str]) -> set[str]:
 
 
 def _kept(directory: RemotePath, names: Iterable[str], with_manifest: bool = True) -> set[str]:
-    """The folders that are referred to; all, if the manifest cannot be read."""
+    """The folders that are referred to; all, if what refers to them cannot be understood."""
     kept: set[str] = set()
-    for name in names:
-        if SET_ASIDE.fullmatch(name):
-            kept.update(json.loads((directory / name).read_text())['folders'])
-    if with_manifest and (directory / MANIFEST).is_file():  # a listing may lag behind
-        try:
+    try:
+        for name in names:
+            if SET_ASIDE.fullmatch(name):
+                kept.update(json.loads((directory / name).read_text())['folders'])
+        if with_manifest and (directory / MANIFEST).is_file():  # a listing may lag behind
             kept.add(json.loads((directory / MANIFEST).read_text())[DATA])
-        except (ValueError, KeyError, TypeError):
-            return _data_folders(names)
+    except (ValueError, KeyError, TypeError):
+        return _data_folders(names)
     return kept
+
+
+def _is_named(draft: RemotePath, otherwise: bool) -> bool:
+    """Whether the manifest that is visible names a draft; ``otherwise`` if that cannot be found out."""
+    manifest = draft.parent / MANIFEST
+    try:
+        return json.loads(manifest.read_text())[DATA] == draft.name
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning('%s cannot be read (%s)', manifest, error)
+        return otherwise

@@ -32,6 +32,11 @@ def is_remote(path: str | Path) -> bool:
     return scheme_of(path) != LOCAL
 
 
+def without_scheme(path: str | Path) -> str:
+    """What follows ``://`` in the normal spelling of a remote path: a bucket with a key, a repository."""
+    return normal(path).partition('://')[2]
+
+
 def split_digest(path: str | Path) -> tuple[str, str | None]:
     """A path without the checksum at its end, and that checksum in lower case; None if it states none."""
     text = str(path)

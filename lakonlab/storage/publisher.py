@@ -76,7 +76,10 @@ class Publisher(ABC):
 
     @abstractmethod
     def discard(self, draft: AnyPath) -> None:
-        """Remove a draft as far as that is possible; what is left is removed by :meth:`clean`."""
+        """Remove a draft as far as that is possible, unless it has been published after all.
+
+        What is left is removed by :meth:`clean`.
+        """
 
     @abstractmethod
     def is_published(self, path: AnyPath) -> bool:
@@ -96,6 +99,14 @@ class Publisher(ABC):
 
         Returns:
             What it is called now.
+        """
+
+    @abstractmethod
+    def tidy(self, path: AnyPath) -> list[str]:
+        """Remove what is left under the name of a directory that a :meth:`remove` before has removed in part.
+
+        Returns:
+            Names of what was removed.
         """
 
     @abstractmethod

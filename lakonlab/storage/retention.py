@@ -32,7 +32,7 @@ def steps_to_remove(steps: list[int], max_keep: int, must_save_interval: int | N
 def prune(run_dir: AnyPath, committed: int, max_keep: int, must_save_interval: int | None) -> list[int]:
     """Remove the checkpoints of a run that :func:`steps_to_remove` names; call only after a newer one is published.
 
-    A directory that cannot be removed is reported and tried again after the next save.
+    A directory that cannot be removed, or only in part, is reported and tried again after the next save.
 
     Args:
         run_dir: Directory of the run.
@@ -43,13 +43,25 @@ def prune(run_dir: AnyPath, committed: int, max_keep: int, must_save_interval: i
     Returns:
         The removed steps.
     """
+    publisher = publisher_of(run_dir)
     removed = []
-    by_step = {step_of(path): path for path in list_checkpoints(run_dir) if step_of(path) <= committed}
+    try:
+        by_step = {step_of(path): path for path in list_checkpoints(run_dir) if step_of(path) <= committed}
+        directories = [path for path in run_dir.iterdir() if step_of(path) is not None]
+    except OSError as error:
+        logger.warning('old checkpoints in %s could not be listed, so none is removed (%s)', run_dir, error)
+        return []
     for step in steps_to_remove(list(by_step), max_keep, must_save_interval):
         try:
-            publisher_of(run_dir).remove(by_step[step])
+            publisher.remove(by_step[step])
         except OSError as error:
             logger.warning('the old checkpoint %s could not be removed (%s)', by_step[step], error)
             continue
         removed.append(step)
+    for path in directories:
+        if step_of(path) not in by_step and step_of(path) < committed:
+            try:
+                publisher.tidy(path)
+            except OSError as error:
+                logger.warning('what is left of %s could not be removed (%s)', path, error)
     return removed

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import threading
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -44,6 +45,9 @@ TRANSIENT = (
     'InternalError',
     'ServiceUnavailable',
 )
+
+#: What botocore calls the services that give a machine or a container its credentials.
+CREDENTIAL_SERVICES = ('iam-role', 'container-role')
 
 logger = logging.getLogger(__name__)
 
@@ -157,11 +161,11 @@ def _connection(settings: Settings) -> Connection:
     credentials = None if settings.anonymous else session.get_credentials()
     try:
         client = session.client('s3', config=Config(**options))
+        if not _is_of_amazon(client.meta.endpoint_url) and not client.meta.config.s3:
+            # names of buckets are no host names of other servers, unless the settings of AWS say so
+            client = session.client('s3', config=Config(**options, s3={'addressing_style': 'path'}))
     except ValueError as error:
-        raise StorageError(f'S3 cannot be used: {error}; check AWS_ENDPOINT_URL and AWS_REGION') from error
-    if not _is_of_amazon(client.meta.endpoint_url) and not client.meta.config.s3:
-        # names of buckets are no host names of other servers, unless the settings of AWS say so
-        client = session.client('s3', config=Config(**options, s3={'addressing_style': 'path'}))
+        raise StorageError(f'S3 cannot be used: {error}. {_place_advice()}') from error
     made = Connection(client, credentials)
     logger.info('S3 at %s, credentials from %s', client.meta.endpoint_url, made.origin)
     hidden = environment.get('AWS_SHARED_CREDENTIALS_FILE')
@@ -270,6 +274,10 @@ def of_connection(error: Exception, path: str) -> StorageError:
         )
     if isinstance(error, known.SSLError) and 'CERTIFICATE_VERIFY_FAILED' in str(error):
         return StorageError(f'{text}. Set AWS_CA_BUNDLE to the certificates that the server is signed with')
+    if isinstance(error, known.EndpointProviderError):
+        return StorageError(f'{text}. {_place_advice()}')
+    if _is_hiccup_of_credentials(error):
+        return TransientError(text)
     inner = getattr(error, 'kwargs', {}).get('error')
     if isinstance(error, RecursionError) or isinstance(inner, RecursionError):
         # botocore looks for the region of a bucket wherever it is sent to
@@ -279,6 +287,29 @@ def of_connection(error: Exception, path: str) -> StorageError:
     if isinstance(error, lost) or not isinstance(error, known.BotoCoreError):  # the latter: an answer cut off
         return TransientError(text)
     return StorageError(text)
+
+
+def _place_advice() -> str:
+    """Which settings say where S3 is, what they are, and what they should be."""
+    names = ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL', 'AWS_REGION', 'AWS_DEFAULT_REGION')
+    found = [f'{name}={os.environ[name]!r}' for name in names if os.environ.get(name)]
+    return (
+        f'Where it is, is said by {", ".join(found) or "none of AWS_ENDPOINT_URL and AWS_REGION"}, and by '
+        f'{os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"}: expected AWS_ENDPOINT_URL=https://host or '
+        'http://host:port, or none for Amazon, and a region such as AWS_REGION=us-east-1; correct them'
+    )
+
+
+def _is_hiccup_of_credentials(error: Exception) -> bool:
+    """Whether the machine's own service of credentials failed in a way that it may not fail again."""
+    from botocore import exceptions as known
+
+    if re.search(r'non 200 response 4(?!29|08)\d\d', str(error)):
+        return False  # it refuses
+    provider = getattr(error, 'kwargs', {}).get('provider')
+    return isinstance(error, known.MetadataRetrievalError) or (
+        isinstance(error, known.CredentialRetrievalError) and provider in CREDENTIAL_SERVICES
+    )
 
 
 def _is_of_amazon(url: str) -> bool:

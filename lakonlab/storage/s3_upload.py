@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import re
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -241,13 +242,16 @@ def stale_uploads(path: str, bucket: str, prefix: str, older_than: float) -> Ite
         arguments.update(KeyMarker=answer['NextKeyMarker'], UploadIdMarker=answer['NextUploadIdMarker'])
 
 
-def clean_uploads(path: str, older_than: float, dry_run: bool = False) -> list[str]:
+def clean_uploads(
+    path: str, older_than: float, dry_run: bool = False, names: re.Pattern[str] | None = None
+) -> list[str]:
     """Remove unfinished uploads below a path.
 
     Args:
         path: ``s3://bucket`` or ``s3://bucket/directory``.
         older_than: Only those that began so many seconds ago, as younger ones may still be running.
         dry_run: Only say which.
+        names: Only of files whose whole name, relative to the path, matches; None for all.
 
     Returns:
         Paths of the files that they would have become.
@@ -257,7 +261,12 @@ def clean_uploads(path: str, older_than: float, dry_run: bool = False) -> list[s
 
     path = normal(path)
     bucket, key = split(path)
-    found = list(stale_uploads(path, bucket, f'{key}/' if key else '', older_than))
+    prefix = f'{key}/' if key else ''
+    found = [
+        upload
+        for upload in stale_uploads(path, bucket, prefix, older_than)
+        if names is None or names.fullmatch(upload[0][len(prefix) :])
+    ]
     for name, identifier, began in found:
         if not dry_run:
             abort_upload(f's3://{bucket}/{name}', Bucket=bucket, Key=name, upload_id=identifier)

@@ -42,6 +42,13 @@ def require_space(folder: Path, needed: int, variable: str, what: str) -> None:
         )
 
 
+def scratch_root() -> Path:
+    """``$LAKONLAB_TMPDIR``, by default the system's directory of temporary files; made if needed."""
+    root = Path(os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir())
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
 @contextlib.contextmanager
 def scratch_directory(needed: int, what: str) -> Iterator[Path]:
     """An empty directory in ``$LAKONLAB_TMPDIR``, by default that of the system, removed at the end of the block.
@@ -55,8 +62,7 @@ def scratch_directory(needed: int, what: str) -> Iterator[Path]:
     Raises:
         StorageError: There is not as much space.
     """
-    root = Path(os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir())
-    root.mkdir(parents=True, exist_ok=True)
+    root = scratch_root()
     prefix = f'{_PREFIX}{socket.gethostname()}-'
     _remove_abandoned(root, prefix)
     require_space(root, needed, SCRATCH_VARIABLE, what)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from lakonlab.storage.scratch import SCRATCH_VARIABLE, require_space, scratch_root
+
 ALIGNMENT = 64
 
 
@@ -24,7 +26,7 @@ class SharedMemory:
     def __init__(self, size: int, descriptor: int | None = None):
         self.size = max(size, 1)
         if descriptor is None:
-            descriptor = _anonymous_file()
+            descriptor = _anonymous_file(self.size)
             os.ftruncate(descriptor, self.size)
         self.descriptor = descriptor
         self._map = mmap.mmap(descriptor, self.size)
@@ -58,8 +60,10 @@ def positions(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
         start = -(-end // ALIGNMENT) * ALIGNMENT
 
 
-def _anonymous_file() -> int:
+def _anonymous_file(size: int) -> int:
     if hasattr(os, 'memfd_create'):
         return os.memfd_create('lakonlab')
-    with tempfile.TemporaryFile() as stream:  # other systems: a file without a name
+    root = scratch_root()  # other systems: a file without a name
+    require_space(root, size, SCRATCH_VARIABLE, 'a copy of what is saved')
+    with tempfile.TemporaryFile(dir=root) as stream:
         return os.dup(stream.fileno())

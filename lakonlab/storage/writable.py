@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 from lakonlab.storage import files, local
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.remote_path import AnyPath, as_path
 from lakonlab.storage.schemes import LIST, PUBLISH, READ, WRITE, require
+
+PROBE = '.writable'
+"""The file that is written; of one name, so that those of killed processes do not heap up."""
 
 
 def require_writable(path: str | AnyPath, setting: str) -> None:
@@ -26,7 +28,7 @@ def require_writable(path: str | AnyPath, setting: str) -> None:
         local.require_writable(path, setting)
         return
     require(path.url, READ, WRITE, LIST, PUBLISH, setting=setting)
-    probe = path / f'.writable-{uuid.uuid4().hex[:8]}'
+    probe = path / PROBE
     try:
         files.write_bytes(probe.url, b'written to find out whether that is possible')
         files.list_names(path.url)

@@ -647,13 +647,13 @@ def test_published_options_of_loaders(caplog):
         return Config(values)
 
     with caplog.at_level(logging.INFO, 'lakonlab.config'):
-        cfg = config(num_gpus=8, dist=True, drop_last=False, sampler=None, multiprocessing_context='spawn')
+        cfg = config(num_gpus=8, dist=True, drop_last=True, sampler=None, multiprocessing_context='spawn')
         check_config(cfg)
     for key in ('num_gpus', 'dist', 'drop_last'):
         assert f'data.{key} (' in caplog.text
         assert key not in cfg.data
-    with pytest.raises(ConfigError, match=r'data\.drop_last'):
-        check_config(config(drop_last=True))
+    with pytest.raises(ConfigError, match=r'data\.sampler'):
+        check_config(config(sampler=dict(type='DistributedSampler')))
 
 
 def test_a_policy_without_components_drops_none(caplog):

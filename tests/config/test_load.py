@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config
 
+from lakonlab.config.check import check_config
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import dump_config, load_config, merge, resolved_text
 from lakonlab.config.options import apply_options, parse_options
@@ -214,3 +215,13 @@ def test_merging_keeps_what_the_child_says(base, child):
     assert set(merged) == set(base) | set(child)
     assert merge(merged, child) == merged
     assert merge({}, base) == base == merge(base, {})
+
+
+@pytest.mark.parametrize('section', ['data', 'data.train_dataloader', 'data.val_dataloader'])
+def test_options_of_published_loaders(section, caplog):
+    path = Path(__file__).parents[2] / 'configs' / 'digits' / 'dit_digits_teacher.py'
+    with pytest.raises(ConfigError, match=rf"{section}\.sampler: found 'Mine'.*a function of the seed"):
+        check_config(load_config(path, {f'{section}.sampler': 'Mine'}))
+    with caplog.at_level('INFO', 'lakonlab'):
+        check_config(load_config(path, {f'{section}.sampler': None, f'{section}.drop_last': True}))
+    assert f'{section}.drop_last (training has no incomplete batch' in caplog.text

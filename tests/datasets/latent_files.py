@@ -33,10 +33,13 @@ class GivenLatents:
         latents: (N, C, H, W).
     """
 
-    posterior, seed = 'sample', 0
-
     def __init__(self, latents: torch.Tensor):
         self.latents, self.dtype, self.images = latents, latents.dtype, GivenImages(len(latents))
+
+    @property
+    def plan(self):
+        """What the rows depend on."""
+        return {'images_sha256': self.images.digest(), 'dtype': str(self.dtype).removeprefix('torch.')}
 
     def rows(self, numbers, flip):
         """Rows of a cache."""

@@ -23,14 +23,14 @@ from tests.datasets.test_fashion_mnist import idx
 
 
 @pytest.fixture
-def two_places(tmp_path, swift_bucket):
+def two_places(tmp_path, bucket):
     """A folder, and what copies it to a server; both as text."""
     folder = tmp_path / 'data'
     folder.mkdir()
 
     def copy():
-        files.upload(folder, f'{swift_bucket}/data')
-        return str(folder), f'{swift_bucket}/data'
+        files.upload(folder, f'{bucket}/data')
+        return str(folder), f'{bucket}/data'
 
     return folder, copy
 
@@ -117,8 +117,8 @@ def test_clothes(two_places):
     assert_equal(here[1], there[1])
 
 
-def test_what_is_missing_is_named(swift_bucket):
-    with pytest.raises(FileNotFoundError, match=f"cache_dir='cache': there is no folder {swift_bucket}/cache"):
-        len(ImagePrompt(swift_bucket, cache_dir='cache'))
+def test_what_is_missing_is_named(bucket):
+    with pytest.raises(FileNotFoundError, match=f"cache_dir='cache': there is no folder {bucket}/cache"):
+        len(ImagePrompt(bucket, cache_dir='cache'))
     with pytest.raises(FileNotFoundError, match=r'datalist_path=.*list\.txt'):
-        len(ImageNet(swift_bucket, f'{swift_bucket}/list.txt'))
+        len(ImageNet(bucket, f'{bucket}/list.txt'))

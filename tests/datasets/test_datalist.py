@@ -57,6 +57,28 @@ def test_a_truncated_archive(tmp_path):
         read_datalist(tmp_path / 'x.jsonl.gz', 'setting')
 
 
+def test_damage_inside_an_archive(tmp_path):
+    content = bytearray(gzip.compress(b'{"filename": "a"}\n' * 50))
+    content[12] ^= 0xFF  # in the compressed blocks, where zlib fails
+    (tmp_path / 'x.jsonl.gz').write_bytes(content)
+    with pytest.raises(ValueError, match=r'x\.jsonl\.gz: is no whole gzip file'):
+        read_datalist(tmp_path / 'x.jsonl.gz', 'setting')
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.json'])
+def test_what_is_no_text(name, tmp_path):
+    (tmp_path / name).write_bytes(b'{"filename": "\xff"}\n')
+    with pytest.raises(ValueError, match=rf'{name}: is no text in UTF-8: byte 14 is 0xff'):
+        read_datalist(tmp_path / name, 'setting')
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    names = ['a\u2028b', 'c\u0085d', 'e\x1ef', 'g\u2029']
+    lines = '\r\n'.join(json.dumps({'filename': name}, ensure_ascii=False) for name in names)
+    (tmp_path / 'x.jsonl').write_bytes(lines.replace('\x1e', '\\u001e').encode())
+    assert read_datalist(tmp_path / 'x.jsonl', 'setting').names == names
+
+
 def test_a_missing_list(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'my_setting=.*none\.json.*: there is no such file'):
         read_datalist(tmp_path / 'none.json', 'my_setting')

@@ -99,6 +99,7 @@ def test_missing_files_name_the_package(tmp_path):
     [
         (b'x', 'no whole gzip file'),
         (idx(np.zeros((2, 3)))[:-6], 'no whole gzip file'),
+        (idx(np.zeros((2, 3)))[:12] + b'\xff' + idx(np.zeros((2, 3)))[13:], 'no whole gzip file'),
         (gzip.compress(b'\0\0\x0d\x02' + bytes(8)), 'no IDX file of unsigned bytes with 2 dimensions'),
         (idx(np.zeros((2, 3, 4))), 'with 2 dimensions'),
         (gzip.compress(b'\0\0'), 'no IDX file'),

@@ -107,6 +107,13 @@ def test_rows_that_bring_sizes_and_all_arguments(tmp_path):
     assert set.union(*sizes) == {(4, 4, 8), (4, 8, 4)}
 
 
+def test_frames_need_a_latent_size_with_frames(tmp_path):
+    rows = [dict(prompt='x', frames=8, height=32, width=48)]
+    data = ImagePrompt(str(tmp_path), prompt_dataset_kwargs=json_source(tmp_path, rows), test_mode=True)
+    with pytest.raises(ValueError, match=r'has 3 dimensions .* 2 after the channels'):
+        data[0]
+
+
 def test_frames_are_the_first_dimension(tmp_path):
     rows = [dict(caption='x', frames=8, height=32, width=48)]
     data = ImagePrompt(
@@ -193,7 +200,7 @@ def test_cached_latents_and_what_tells_the_size(tmp_path):
 
 def test_a_missing_cache_without_prompts_is_an_error(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"cache_dir='cache': there is no folder .*tools/cache_image_prompt_data"
+        FileNotFoundError, match=r"cache_dir='cache': there is no folder .*cache_image_prompt_data.*--text-encoder"
     ):
         len(cached(tmp_path))
     write_cache(tmp_path)
@@ -232,7 +239,7 @@ def test_negative_prompts(tmp_path, caplog):
     assert texts[2]['negative_prompt_kwargs'] == {'prompt': 'blurry'}
 
     missing = dict(negative_prompt_embeds_path=str(tmp_path / 'none.pth'))
-    with pytest.raises(FileNotFoundError, match=r'negative_prompt_embeds_path=.*tools/cache_negative_prompt\.py'):
+    with pytest.raises(FileNotFoundError, match=r'negative_prompt_embeds_path=.*cache_negative_prompt\.py.*--text-enc'):
         cached(tmp_path, **missing)[0]
     data = cached(tmp_path, negative_prompt_kwargs=dict(prompt=''), **missing)
     with caplog.at_level(logging.WARNING, 'lakonlab.datasets'):

@@ -94,8 +94,33 @@ def test_noise_is_a_function_of_the_number(files):
 
 def test_nothing_is_unpickled(files):
     torch.save({'x': ImageNet, 'y': 0}, '0.pth')
-    with pytest.raises(Exception, match=r'[Ww]eights'):
+    with pytest.raises(CacheError, match=r'0\.pth cannot be read.*[Ww]eights'):
         dataset('latents.txt')[0]
+
+
+def test_damaged_latents_are_named(files):
+    """torch itself reads a flipped bit as another number."""
+    content = bytearray(files.joinpath('1.pth').read_bytes())
+    half = torch.load('1.pth', weights_only=True)['x'].numpy().tobytes()
+    content[content.index(half)] ^= 1
+    files.joinpath('1.pth').write_bytes(content)
+    assert torch.load('1.pth', weights_only=True)['x'].numpy().tobytes() != half
+    with pytest.raises(CacheError, match=r'1\.pth cannot be read: .*checksum'):
+        dataset('latents.txt')[1]
+    for wrong in (b'', content[:-30], b'PK\x03\x04'):
+        files.joinpath('1.pth').write_bytes(wrong)
+        with pytest.raises(CacheError, match=r'1\.pth cannot be read'):
+            dataset('latents.txt')[1]
+    for wrong in ({'x': torch.ones(3)}, {'x': torch.ones(3, 4), 'y': 'cat'}, {'x': [1.0], 'y': 1}, [1]):
+        torch.save(wrong, '1.pth')
+        with pytest.raises(CacheError, match=r'1\.pth: '):
+            dataset('latents.txt')[1]
+
+
+def test_lists_that_are_no_text(files):
+    files.joinpath('list.txt').write_bytes(b'\xff.png 1\n')
+    with pytest.raises(ValueError, match=r'list\.txt: is no text in UTF-8'):
+        len(dataset('list.txt'))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +155,7 @@ def test_wrong_arguments_and_files(files):
     with pytest.raises(ValueError, match='gives no label'):
         dataset('bare.txt')[0]
     torch.save({'z': torch.zeros(1)}, '0.pth')
-    with pytest.raises(ValueError, match="expected a dict with 'x'"):
+    with pytest.raises(CacheError, match="expected a dict with 'x'"):
         dataset('latents.txt')[0]
 
 

@@ -66,7 +66,9 @@ def make_ours(out='ours', flip='both', ranks=ALONE, made=None, **options):
 
 
 def make_published(out='published', flip='random', ranks=ALONE, vae=None, **options):
-    return make_published_latents(encoder(vae, **options), out, f'{out}.txt', flip=flip, batch_size=3, ranks=ranks)
+    return make_published_latents(
+        encoder(vae, **options), out, f'{out}.txt', flip=flip, batch_size=3, plan={'vae': 'x'}, ranks=ranks
+    )
 
 
 def content_of(path):
@@ -251,6 +253,27 @@ def test_other_images_or_options_are_another_cache(folder):
         make_ours()
 
 
+def test_published_files_made_differently_are_not_gone_on_with(folder):
+    make_published()
+    (folder / 'published' / 'n0' / '4.pth').unlink()
+    before = tensors_of(folder / 'published')
+    for changed in ({'seed': 8}, {'flip': 'none'}, {'posterior': 'argmax'}, {'dtype': torch.bfloat16}):
+        with pytest.raises(CacheError, match=r'published\.plan\.json.*Nothing is overwritten'):
+            make_published(**changed)
+    (folder / 'published.plan.json').unlink()
+    with pytest.raises(CacheError, match=r'pth is of torch\.float32, expected torch\.bfloat16'):
+        make_published(dtype=torch.bfloat16)
+    assert tensors_of(folder / 'published') == before
+    assert make_published() == 1
+
+
+def test_the_list_of_another_cache_is_not_overwritten(folder):
+    (folder / 'published.txt').write_text('n0/0.pth 4\n')
+    with pytest.raises(CacheError, match=r'published\.txt is there and lists other files'):
+        make_published()
+    assert (folder / 'published.txt').read_text() == 'n0/0.pth 4\n'
+
+
 def test_damaged_latents_are_named(folder):
     make_ours()
     path = folder / 'ours' / 'latents-000001.safetensors'
@@ -271,7 +294,7 @@ def test_labels_are_needed(folder):
 
 def test_names_that_differ_only_in_their_extension(folder):
     (folder / 'list.txt').write_text('n0/0.png 0\nn0/0.jpg 0\n')
-    with pytest.raises(CacheError, match='one name'):
+    with pytest.raises(ValueError, match='share a name'):
         make_published()
 
 

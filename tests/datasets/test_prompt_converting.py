@@ -2,10 +2,10 @@
 
 import pytest
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
-from lakonlab.datasets.prompt_cache.record import pad_tokens
 from lakonlab.datasets.prompt_converting import compare, convert_prompt_cache
 from tests.datasets.prompt_cache.caches import (
     content_of,
@@ -133,6 +133,17 @@ def test_comparison_finds_what_differs(tmp_path):
     changed = PublishedPromptCache(str(tmp_path / 'changed'))
     differing = [name for name, error in compare(changed, open_prompt_cache(tmp_path / 'ours')) if error]
     assert differing == ['000000000005']
+
+
+@pytest.mark.parametrize('first_has_latents', [True, False])
+def test_records_with_other_latents_than_the_first_are_named(first_has_latents, tmp_path):
+    plain = [flux_record(number) for number in range(3)]
+    records = [with_latents(0), *plain] if first_has_latents else [*plain, with_latents(0)]
+    source = PublishedPromptCache(str(write_published(tmp_path / 'published', records)))
+    differing = '000000000001' if first_has_latents else '000000000003'
+    with pytest.raises(CacheError, match=rf'{differing}\.zst has (no )?latents'):
+        convert_prompt_cache(source, str(tmp_path / 'ours'), 2)
+    assert not (tmp_path / 'ours' / INDEX_FILE).exists()
 
 
 def test_another_cache_is_not_overwritten(tmp_path):

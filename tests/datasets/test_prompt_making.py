@@ -9,17 +9,12 @@ import torch
 from torch import nn
 
 from lakonlab.datasets.datalist import read_datalist
+from lakonlab.datasets.datalist_writing import is_written, require_writable_datalist, write_datalist
 from lakonlab.datasets.image_prompt import ImagePrompt
 from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE
-from lakonlab.datasets.prompt_making import (
-    PromptEncoder,
-    PromptItems,
-    make_prompt_cache,
-    make_published_cache,
-    unique_prompts,
-    write_datalist,
-)
+from lakonlab.datasets.prompt_making import PromptEncoder, PromptItems, make_prompt_cache, unique_prompts
+from lakonlab.datasets.published_making import make_published_cache
 from lakonlab.ranks import ALONE
 from tests.datasets.prompt_cache.caches import content_of, same_fields
 from tests.datasets.prompt_files import json_source, text_source, write_images
@@ -78,9 +73,11 @@ def make(items, folder, text_encoder=None, ranks=ALONE, **options):
     )
 
 
-def make_published(items, folder, text_encoder=None, ranks=ALONE):
-    encoder = PromptEncoder(items, Words() if text_encoder is None else text_encoder, Averages(), seed=3)
-    return make_published_cache(encoder, str(folder), batch_size=2, ranks=ranks)
+def make_published(items, folder, text_encoder=None, ranks=ALONE, plan='words', seed=3, **options):
+    encoder = PromptEncoder(
+        items, Words() if text_encoder is None else text_encoder, Averages(), **{'seed': seed, **options}
+    )
+    return make_published_cache(encoder, str(folder), batch_size=2, plan={'text_encoder': plan}, ranks=ranks)
 
 
 def same_records(folder, other):
@@ -243,13 +240,54 @@ def test_records_of_other_prompts_are_not_overwritten(tmp_path):
     assert content_of(tmp_path / 'published') == before
 
 
+@pytest.mark.parametrize('changed', [{'plan': 'other words'}, {'precision': 'bf16'}, {'seed': 4}])
+def test_published_records_made_differently_are_not_gone_on_with(changed, tmp_path):
+    write_images(tmp_path / 'images', [(32, 48)] * len(TEXTS))
+    items = items_of(tmp_path, image_dir='images')
+    make_published(items, tmp_path / 'published')
+    (tmp_path / 'published' / '000000000002.zst').unlink()
+    before = content_of(tmp_path / 'published')
+    key = next(iter(changed)).replace('plan', 'text_encoder')
+    with pytest.raises(CacheError, match=rf'begun differently .*published\.plan\.json.*{key}'):
+        make_published(items, tmp_path / 'published', **changed)
+    assert content_of(tmp_path / 'published') == before
+    assert make_published(items, tmp_path / 'published') == 1
+
+
+def test_published_records_of_unknown_origin(tmp_path, caplog):
+    """Without a plan beside them what records tell of themselves is compared, and the log says so."""
+    items = items_of(tmp_path)
+    make_published(items, tmp_path / 'published')
+    (tmp_path / 'published.plan.json').unlink()
+    with pytest.raises(CacheError, match='holds embeddings in fp8, expected bf16'):
+        make_published(items, tmp_path / 'published', precision='bf16')
+    write_images(tmp_path / 'images', [(32, 48)] * len(TEXTS))
+    with pytest.raises(CacheError, match='holds no latents, expected latents'):
+        make_published(items_of(tmp_path, image_dir='images'), tmp_path / 'published')
+    caplog.clear()
+    assert make_published(items, tmp_path / 'published', plan='other words') == 0
+    assert 'nothing says what made them' in caplog.text
+    assert not (tmp_path / 'published.plan.json').exists()
+
+
+def test_damaged_plans_are_named(tmp_path):
+    items = items_of(tmp_path)
+    make(items, tmp_path / 'ours')
+    make_published(items, tmp_path / 'published')
+    for path, again in ((tmp_path / 'ours' / 'plan.json', make), (tmp_path / 'published.plan.json', make_published)):
+        for content in (path.read_bytes()[:-5], b'\xff' + path.read_bytes(), b'[]'):
+            path.write_bytes(content)
+            with pytest.raises(CacheError, match=rf'{path.name} is damaged'):
+                again(items, tmp_path / path.name.removesuffix('.plan.json').replace('plan.json', 'ours'))
+
+
 def test_a_write_that_fails_is_raised(tmp_path, monkeypatch):
-    from lakonlab.datasets import prompt_making
+    from lakonlab.datasets import published_making
 
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(prompt_making, 'write_published_record', full)
+    monkeypatch.setattr(published_making, 'write_published_record', full)
     with pytest.raises(OSError, match='No space left'):
         make_published(items_of(tmp_path, ['only one']), tmp_path / 'published')
 
@@ -284,6 +322,17 @@ def test_datalists(suffix, tmp_path):
         assert json.loads(gzip.decompress(first).splitlines()[1]) == {'filename': '000000000001'}
     with pytest.raises(ValueError, match=r'list\.txt'):
         write_datalist(str(tmp_path / 'list.txt'), names)
+    assert is_written(str(path), names, None, 'x')
+    for other in (names[:1], names[::-1]):
+        with pytest.raises(CacheError, match='lists other records'):
+            is_written(str(path), other, None, 'x')
+    assert not is_written(str(tmp_path / 'missing.json'), names, None, 'x')
+
+
+def test_lists_that_have_no_place_for_buckets():
+    require_writable_datalist('list.jsonl', has_buckets=True)
+    with pytest.raises(ValueError, match=r"list\.json': bucketize=True needs"):
+        require_writable_datalist('list.json', has_buckets=True)
 
 
 def _make(ranks, folder):

@@ -97,6 +97,7 @@ class Training:
         self.strategy.load_model_state(self.model, checkpoint)
         plain = read_state(checkpoint)['optimizers']
         self.strategy.load_optimizer_state(self.model, self.optimizers, checkpoint, plain)
+        self.strategy.report_restored(checkpoint)
 
     def state(self):
         """What this process holds, by name."""

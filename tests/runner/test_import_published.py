@@ -245,21 +245,21 @@ def test_independent_tensors():
     assert all(tensor.is_contiguous() for tensor in tensors.values())
 
 
-def test_from_a_server_to_a_server(swift_bucket, tmp_path):
+def test_from_a_server_to_a_server(bucket, tmp_path):
     saved = tensors_of(make_model())
     torch.save({'meta': {'iter': 3}, 'state_dict': saved}, tmp_path / 'iter_3.pth')
-    files.upload(tmp_path / 'iter_3.pth', f'{swift_bucket}/published/iter_3.pth')
+    files.upload(tmp_path / 'iter_3.pth', f'{bucket}/published/iter_3.pth')
     args = Namespace(
-        checkpoint=f'{swift_bucket}/published/iter_3.pth',
-        out=f'{swift_bucket}/ours',
+        checkpoint=f'{bucket}/published/iter_3.pth',
+        out=f'{bucket}/ours',
         config=None,
         cfg_options=None,
         no_optimizer=True,
     )
     assert import_checkpoint(args) == 0
-    found = load_model_state(f'{swift_bucket}/ours/latest')
+    found = load_model_state(f'{bucket}/ours/latest')
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     with pytest.raises(CheckpointError, match=r'ours/iter_3 exists already'):
         import_checkpoint(args)
-    assert not files.exists(f'{swift_bucket}/ours/.lock')
+    assert not files.exists(f'{bucket}/ours/.lock')

@@ -41,12 +41,12 @@ def config(where):
     )
 
 
-def test_every_place_is_checked(swift_bucket):
-    cfg = config(swift_bucket)
+def test_every_place_is_checked(bucket):
+    cfg = config(bucket)
     assert list(places_written(cfg)) == ['checkpoint_config.out_dir', 'work_dir', 'evaluation[0].viz_dir']
     check_places(cfg, {'--ckpt': None, '--resume-from': 'huggingface://a/b/c'})
     require_writable_places(cfg)
-    assert files.list_files(swift_bucket) == []
+    assert files.list_files(bucket) == []
     with pytest.raises(ConfigError, match=r"load_from: 'https://host/x': https:// cannot be listed"):
         check_places({**cfg, 'load_from': 'https://host/x'}, {})
     with pytest.raises(OSError, match=r'choose another directory with checkpoint_config\.out_dir'):

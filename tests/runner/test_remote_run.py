@@ -36,9 +36,9 @@ EVALUATION = dict(
 
 
 @pytest.fixture
-def there(swift, swift_bucket):
+def there(s3_server, bucket):
     """Where a run writes on the server, and how processes find that."""
-    return f'{swift_bucket}/runs', swift.environment()
+    return f'{bucket}/runs', s3_server.environment()
 
 
 def remote(where):
@@ -115,7 +115,7 @@ def attempt(ranks, folder, environment, **changes):
         return f'{type(error).__name__}: {error}'
 
 
-def test_damage_is_passed_over_and_set_aside(workers, there, swift, tmp_path):  # noqa: F811
+def test_damage_is_passed_over_and_set_aside(workers, there, tmp_path):  # noqa: F811
     where, environment = there
     place = dict(checkpoint_config__out_dir=where)
     run_dir = f'{where}/{small_run.NAME}'
@@ -159,17 +159,17 @@ def tiny(folder, where, **changes):
     return make_runner(folder, checkpoint=hook, **changes)
 
 
-def test_best_checkpoint(swift_bucket, tmp_path):
+def test_best_checkpoint(bucket, tmp_path):
     def save():
-        runner.checkpoint_hook.save_best(runner, runner.iter, 'val_loss', 1.0)
+        runner.checkpoint_hook.save_best(runner.iter, 'val_loss', 1.0)
 
-    runner = tiny(tmp_path, swift_bucket, hooks=[Interfere(7, save), Interfere(10, save)])
+    runner = tiny(tmp_path, bucket, hooks=[Interfere(7, save), Interfere(10, save)])
     runner.train()
-    best = load_model_state(f'{swift_bucket}/tiny/best_val_loss')
+    best = load_model_state(f'{bucket}/tiny/best_val_loss')
     assert best.keys() == load_model_state(runner.checkpoint_dir).keys()
-    assert read_state(as_path(f'{swift_bucket}/tiny/best_val_loss'))['iteration'] == 10
+    assert read_state(as_path(f'{bucket}/tiny/best_val_loss'))['iteration'] == 10
     assert steps(runner.checkpoint_dir) == [15, 20]
-    names = {info.name for info in files.list_files(f'{swift_bucket}/tiny/best_val_loss')}
+    names = {info.name for info in files.list_files(f'{bucket}/tiny/best_val_loss')}
     assert len({name.split('/')[0] for name in names}) == 2  # the manifest, and one folder
 
 
@@ -184,38 +184,38 @@ class Interfere(Hook):
             self.action()
 
 
-def test_a_directory_has_one_writer(swift_bucket, tmp_path, monkeypatch):
+def test_a_directory_has_one_writer(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, 'WAIT_SECONDS', 0.2)
     errors = []
 
     def second_run():
         with pytest.raises(DirectoryInUseError, match='is in use by another run') as error:
-            tiny(tmp_path / 'second', swift_bucket).train()
+            tiny(tmp_path / 'second', bucket).train()
         errors.append(error)
 
-    tiny(tmp_path / 'first', swift_bucket, hooks=[Interfere(7, second_run)]).train()
+    tiny(tmp_path / 'first', bucket, hooks=[Interfere(7, second_run)]).train()
     assert len(errors) == 1
-    assert steps(f'{swift_bucket}/tiny') == [15, 20]
+    assert steps(f'{bucket}/tiny') == [15, 20]
 
 
-def test_a_run_that_was_taken_for_dead_publishes_nothing_more(swift_bucket, tmp_path):
+def test_a_run_that_was_taken_for_dead_publishes_nothing_more(bucket, tmp_path):
     def take_over():
-        files.write_json(f'{swift_bucket}/tiny/.lock', {'holder': 'another', 'process': 1, 'host': 'elsewhere'})
+        files.write_json(f'{bucket}/tiny/.lock', {'holder': 'another', 'process': 1, 'host': 'elsewhere'})
 
-    runner = tiny(tmp_path, swift_bucket, hooks=[Interfere(7, take_over)])
+    runner = tiny(tmp_path, bucket, hooks=[Interfere(7, take_over)])
     with pytest.raises(CheckpointError, match=r'iter_10 failed: DirectoryInUseError: .* held by another run now'):
         runner.train()
-    assert steps(f'{swift_bucket}/tiny') == [5]
+    assert steps(f'{bucket}/tiny') == [5]
 
 
-def test_what_a_killed_save_left_is_removed_at_the_start(swift_bucket, tmp_path, caplog):
+def test_what_a_killed_save_left_is_removed_at_the_start(bucket, tmp_path, caplog):
     caplog.set_level('INFO', 'lakonlab')
-    tiny(tmp_path, swift_bucket, max_iters=10).train()
-    files.write_text(f'{swift_bucket}/tiny/iter_15/data-{"0" * 16}/model/x.safetensors', 'half')
-    files.write_text(f'{swift_bucket}/tiny/notes.txt', 'mine')
-    tiny(tmp_path, swift_bucket).train()
+    tiny(tmp_path, bucket, max_iters=10).train()
+    files.write_text(f'{bucket}/tiny/iter_15/data-{"0" * 16}/model/x.safetensors', 'half')
+    files.write_text(f'{bucket}/tiny/notes.txt', 'mine')
+    tiny(tmp_path, bucket).train()
     assert f'removed from an interrupted save: iter_15/data-{"0" * 16}' in caplog.text
-    assert {info.name.split('/')[0] for info in files.list_files(f'{swift_bucket}/tiny')} == {
+    assert {info.name.split('/')[0] for info in files.list_files(f'{bucket}/tiny')} == {
         'iter_15',
         'iter_20',
         'notes.txt',

@@ -12,8 +12,10 @@ from mmengine.config import Config
 
 from lakonlab.mmengine_parts import Hook
 from lakonlab.registry import HOOKS
+from lakonlab.runner.description import describe
 from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
 from lakonlab.runner.hooks.checkpoint import CheckpointHook
+from lakonlab.runner.restore import restore
 from lakonlab.storage import local
 from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint, read_state, read_tensors
 from tests.runner.tiny import TinyData, make_runner
@@ -101,7 +103,7 @@ def test_facts_tell_where_in_the_data_a_run_is(tmp_path):
     runner = make_runner(tmp_path, data=TinyData(bucket_ids=BUCKETS))
     assert [runner.facts(step)['data']['epoch'] for step in (6, 7, 13)] == [0, 1, 2]
     assert runner.facts(7)['data']['position'] == 28
-    assert '23 samples in 3 buckets of 3 to 11, global batch 4' in runner.describe()
+    assert '23 samples in 3 buckets of 3 to 11, global batch 4' in describe(runner)
     other = make_runner(tmp_path, data=TinyData(bucket_ids=BUCKETS[::-1]))
     assert other.facts(7)['data'] != runner.facts(7)['data']
 
@@ -157,7 +159,7 @@ def test_weights_only(tmp_path):
     make_runner(tmp_path / 'a').train()
     source = tmp_path / 'a' / 'checkpoints' / 'tiny' / 'iter_20'
     runner = make_runner(tmp_path / 'b', load_from=str(source))
-    runner._restore()
+    restore(runner)
     assert runner.iter == 0
     assert not runner.optimizers['diffusion'].state
     assert torch.equal(runner.model.diffusion.linear.weight, read_tensors(source, 'model')['diffusion.linear.weight'])
@@ -232,6 +234,25 @@ def test_two_runs_in_one_directory(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     runner.train()
+
+
+def test_the_config_in_the_work_dir_is_that_of_the_run_that_has_it(tmp_path):
+    def run(value):
+        return make_runner(tmp_path, cfg=Config({'seed': value}, cfg_text='seed = 0', filename='configs/small.py'))
+
+    first = run(1)
+    first.train()
+    copy = Path(first.work_dir, 'small.py')
+    assert copy.read_text() == 'seed = 1\n'
+
+    def refuse(stack):
+        raise local.DirectoryInUseError('in use by another run')
+
+    second = run(2)
+    second._hold_checkpoint_dir = refuse
+    with pytest.raises(local.DirectoryInUseError):
+        second.train()
+    assert copy.read_text() == 'seed = 1\n'
 
 
 def test_skipped_iterations(tmp_path, caplog):

@@ -1,12 +1,14 @@
 """Local copies of files and directories on S3."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from lakonlab.storage import files
+from lakonlab.storage import download, files, s3
+from lakonlab.storage.errors import StorageError
 from lakonlab.storage.fetch import FetchError, fetch
 
 
@@ -79,3 +81,47 @@ def test_processes_share_one_download(folder, tmp_path):
     (path,) = {process.communicate()[0].strip() for process in processes}
     assert path == str(fetch(folder))
     assert not list((tmp_path / 'cache').rglob('*.tmp-*'))
+
+
+def test_whoever_waits_for_a_directory_is_patient_while_its_files_arrive(folder, monkeypatch, tmp_path):
+    """Another process holds the directory, and only the parts of files show that it works."""
+    path = fetch(folder)
+    shutil.rmtree(path)
+    code = (
+        'import sys, pathlib, lakonlab.storage.local as l\n'
+        'with l.directory_lock(pathlib.Path(sys.argv[1])):\n  print(flush=True); sys.stdin.read()'
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, '-c', code, str(path.parent)], **pipes)
+    holder.stdout.readline()
+    monkeypatch.setattr(download, 'STALLED_SECONDS', 0.5)
+    looks = []
+    all_progress = download._all_progress
+
+    def progress():
+        part = tmp_path / 'cache' / 'downloads' / 'files' / 'of_another' / '.part'
+        part.parent.mkdir(exist_ok=True)
+        part.write_bytes(bytes(len(looks)))
+        looks.append(all_progress())
+        if len(looks) == 5:
+            holder.communicate()
+        return looks[-1]
+
+    monkeypatch.setattr(download, '_all_progress', progress)
+    assert fetch(folder) == path
+    assert len(looks) >= 5
+
+
+def test_a_store_whose_etags_are_no_md5(folder, monkeypatch, caplog):
+    monkeypatch.setattr(s3, 'md5_in', lambda facts: '0' * 32)
+    s3.warn_of_etags.cache_clear()
+    for _ in range(2):
+        assert files.read_text(f'{folder}/a.bin') == 'content of a.bin'
+        assert fetch(f'{folder}/a.bin').read_text() == 'content of a.bin'
+    assert caplog.text.count('the ETags look like MD5 and are not those of the files') == 1
+    assert caplog.text.count('a.bin: its MD5 is') == 1
+
+    contents = iter(b'abcdef')
+    monkeypatch.setattr(s3, 'chunks_of', lambda *args: [bytes([next(contents)])])  # never the same
+    with pytest.raises(StorageError, match='arrived damaged: its MD5 is not 0000'):
+        files.read_text(f'{folder}/b.bin')

@@ -3,6 +3,7 @@
 import pytest
 
 from lakonlab.storage import files
+from lakonlab.storage.errors import MissingFileError, StorageError
 from lakonlab.storage.fetch import FetchError, fetch
 from tests.web_server import REPOSITORY, content_on_hub
 
@@ -87,3 +88,13 @@ def test_hub_reading(hub):
     assert files.size_of(path) == len(content)
     with files.open_read(path) as stream:
         assert stream.read() == content
+
+
+def test_a_missing_file_is_said_to_be_missing(hub):
+    path = 'huggingface://org/model@v0.1/absent.safetensors'
+    for read in (files.read_bytes, files.open_read, files.size_of):
+        with pytest.raises(MissingFileError, match=r'absent\.safetensors'):
+            read(path)
+    with pytest.raises(StorageError) as caught:  # there may be such a file in a repository that is not shown
+        files.read_bytes('huggingface://org/other/w.safetensors')
+    assert not isinstance(caught.value, MissingFileError)

@@ -22,7 +22,7 @@ def test_average_of_an_adapter_is_read_back(policy, tmp_path):
     state = SingleProcess(device='cpu').model_state(model)
 
     def extra(folder):
-        add_inference_weights(folder, 'diffusion_ema')
+        return add_inference_weights(folder, 'diffusion_ema')
 
     path = write_checkpoint(tmp_path / 'run', 3, {'model': state}, {}, extra=extra)
     assert f'{FOLDER}/{FILE}' in read_manifest(path)['files']

@@ -1,7 +1,7 @@
 """A save by two processes to an S3 server, one of which is killed at any request that changes something there.
 
 What is left is looked at by a plain client. The same in one process, and with a server that refuses, is in
-``test_remote_checkpoint.py``.
+``test_remote_save.py``.
 """
 
 import os
@@ -14,9 +14,9 @@ from lakonlab.storage.pieces import Pieces
 from lakonlab.storage.publisher import publisher_of
 from lakonlab.storage.retention import prune
 from tests import processes
+from tests.object_store import BEST, superfluous, whole
 from tests.processes import ProcessFailedError, workers  # noqa: F401
 from tests.request_faults import RequestFault, failing
-from tests.storage.test_remote_checkpoint import BEST, store, superfluous, whole  # noqa: F401
 
 
 def save(ranks, run_dir, step, name, environment, fault=None, rank=None):

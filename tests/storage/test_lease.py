@@ -12,13 +12,14 @@ from lakonlab.storage import files, lease
 from lakonlab.storage.lease import confirm_lease
 from lakonlab.storage.local import DirectoryInUseError
 from lakonlab.storage.remote_path import as_path
+from lakonlab.storage.s3 import S3Files
 
 
 @pytest.fixture
-def directory(swift_bucket, monkeypatch):
+def directory(bucket, monkeypatch):
     for name, seconds in dict(RENEW=0.2, STALE=1.5, WAIT=0.5, SETTLE=0.3, POLL=0.05).items():
         monkeypatch.setattr(lease, f'{name}_SECONDS', seconds)
-    return as_path(f'{swift_bucket}/run')
+    return as_path(f'{bucket}/run')
 
 
 def lock_of(directory):
@@ -118,3 +119,29 @@ def test_of_two_that_take_over_one_wins(directory, monkeypatch):
     with pytest.raises(DirectoryInUseError), lease.lease(directory):
         pass
     assert lock_of(directory)['holder'] == 'winner'
+
+
+def test_a_lock_that_is_there_and_cannot_be_seen(directory, monkeypatch):
+    """An error after a while, and few questions until then."""
+    attempts = []
+    monkeypatch.setattr(files, 'create', lambda path, content: attempts.append(path) or False)
+    with pytest.raises(files.StorageError, match=r'\.lock cannot be created: the store says that it exists'):
+        lease._acquire(directory, directory / '.lock', 'first')
+    assert 1 < len(attempts) <= 1 + lease.WAIT_SECONDS / lease.POLL_SECONDS + 1
+
+
+def test_a_lock_that_goes_while_it_is_made(directory, s3_server, monkeypatch):
+    """Its holder removes it between the refusal and the question whose it is."""
+    if s3_server.kind == 'rclone':
+        pytest.skip('rclone serve s3 creates a file whether it exists or not')
+    write(directory, **ELSEWHERE)
+    read = S3Files.read_bytes
+
+    def gone(self, path, *args):
+        files.remove_file(path)
+        return read(self, path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Files, 'read_bytes', gone)
+        assert not files.create(f'{directory}/.lock', b'ours')
+    assert files.create(f'{directory}/.lock', b'ours')

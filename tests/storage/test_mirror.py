@@ -7,8 +7,8 @@ from lakonlab.storage.mirror import Mirror
 
 
 @pytest.fixture
-def mirror(tmp_path, swift_bucket):
-    return Mirror(tmp_path, f'{swift_bucket}/logs/run')
+def mirror(tmp_path, bucket):
+    return Mirror(tmp_path, f'{bucket}/logs/run')
 
 
 def remote(mirror):
@@ -27,6 +27,15 @@ def test_only_what_has_changed_is_copied(mirror, tmp_path):
         log.write('two\n')
     assert mirror.update() == ['a.log']
     assert remote(mirror)['a.log'] == 'one\ntwo\n'
+
+
+def test_checkpoints_are_not_copied(mirror, tmp_path):
+    for name in ('iter_4/manifest.json', 'iter_4/model/a.safetensors', 'runs/best_loss/manifest.json', 'iter_4.log'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('x')
+    (tmp_path / 'runs' / 'scalars.json').write_text('1')
+    assert mirror.update() == ['iter_4.log', 'runs/scalars.json']
+    assert set(remote(mirror)) == {'iter_4.log', 'runs/scalars.json'}
 
 
 def test_what_grows_while_it_is_copied_is_copied_again(mirror, tmp_path, monkeypatch):

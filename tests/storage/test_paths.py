@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from lakonlab.storage.errors import StorageError
-from lakonlab.storage.paths import is_remote, join, name_of, normal, parent_of, scheme_of, sibling, split_digest
+from lakonlab.storage.paths import (
+    is_remote,
+    join,
+    name_of,
+    normal,
+    parent_of,
+    scheme_of,
+    sibling,
+    split_digest,
+    without_scheme,
+)
 
 DIGEST = 'a' * 64
 
@@ -60,6 +70,12 @@ def test_parts():
     assert name_of('huggingface://o/r/x/y.bin') == 'y.bin'
     assert name_of('http://h/x/y.bin?k=a/b') == 'y.bin'
     assert name_of('a/b') == 'b'
+
+
+def test_without_scheme():
+    assert without_scheme('s3://b/x/') == 'b/x'
+    assert without_scheme(Path('huggingface://o/r@v1')) == 'o/r@v1'  # which loses a slash
+    assert without_scheme('HuggingFace://o/r') == 'o/r'
 
 
 def test_siblings(tmp_path):

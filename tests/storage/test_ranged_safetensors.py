@@ -67,10 +67,10 @@ def test_what_lies_near_is_one_request(memory):
     assert len(memory) == 2
 
 
-def test_like_a_local_file(swift_bucket, tmp_path):
+def test_like_a_local_file(bucket, tmp_path):
     (tmp_path / 'x.safetensors').write_bytes(save(TENSORS, {'free': 'text'}))
-    files.upload(tmp_path / 'x.safetensors', f'{swift_bucket}/x.safetensors')
-    file = RangedSafetensors(f'{swift_bucket}/x.safetensors')
+    files.upload(tmp_path / 'x.safetensors', f'{bucket}/x.safetensors')
+    file = RangedSafetensors(f'{bucket}/x.safetensors')
     with open_safetensors(tmp_path / 'x.safetensors') as local:
         assert set(file.keys()) == set(local.keys())
         assert file.metadata() == local.metadata() == {'free': 'text'}

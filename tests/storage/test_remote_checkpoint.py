@@ -1,13 +1,14 @@
-"""Checkpoints in an object store: what a plain client of the store sees, damage, and saves that die at any request."""
+"""Checkpoints in an object store: what a plain client of the store sees, and damage."""
 
-import hashlib
 import json
+import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from lakonlab.models.architecture.loading import PretrainedError, read_weights
-from lakonlab.storage import files
+from lakonlab.storage import files, s3
 from lakonlab.storage.checkpoint import (
     CheckpointError,
     content_digest,
@@ -24,79 +25,8 @@ from lakonlab.storage.checkpoint import (
 from lakonlab.storage.inference_weights import add_inference_weights
 from lakonlab.storage.pieces import Pieces
 from lakonlab.storage.publisher import publisher_of
-from lakonlab.storage.remote_path import as_path
-from lakonlab.storage.retention import prune
-from tests.request_faults import DiedError, RequestFault, failing
-from tests.storage.test_checkpoint import MODEL, OPTIMIZER, STATE, assert_equal, write
-
-BEST = 'best_loss'
-
-
-@pytest.fixture
-def store(s3_server, bucket):
-    return Store(s3_server.client(), bucket.removeprefix('s3://'))
-
-
-class Store:
-    """The server, seen by a plain client."""
-
-    def __init__(self, client, bucket):
-        self.client, self.bucket = client, bucket
-        self.run = as_path(f's3://{bucket}/some/run')
-
-    def keys(self):
-        """What lies below the run's directory."""
-        answer = self.client.list_objects_v2(Bucket=self.bucket, Prefix='some/run/')
-        return [entry['Key'].removeprefix('some/run/') for entry in answer.get('Contents', ())]
-
-    def get(self, key):
-        return self.client.get_object(Bucket=self.bucket, Key=f'some/run/{key}')['Body'].read()
-
-    def objects(self):
-        """Key -> content."""
-        return {key: self.get(key) for key in self.keys()}
-
-    def put(self, key, content):
-        self.client.put_object(Bucket=self.bucket, Key=f'some/run/{key}', Body=content)
-
-    def delete(self, key):
-        self.client.delete_object(Bucket=self.bucket, Key=f'some/run/{key}')
-
-    def uploads(self):
-        try:
-            return self.client.list_multipart_uploads(Bucket=self.bucket).get('Uploads') or []
-        except self.client.exceptions.NoSuchUpload:  # what rclone says when there are none
-            return []
-
-    def set(self, objects):
-        """Make the run consist of these objects; the keys of others than manifests are never used again."""
-        keys = set(self.keys())
-        for key in keys - set(objects):
-            self.delete(key)
-        for key, content in objects.items():
-            if key not in keys or key.endswith('manifest.json'):
-                self.put(key, content)
-
-
-def whole(objects):
-    """Name -> checksums of the files, of each checkpoint whose files all are as its manifest says."""
-    found = {}
-    for key in (key for key in objects if key.endswith('/manifest.json')):
-        name, manifest = key.split('/')[0], json.loads(objects[key])
-        contents = {file: objects.get(f'{name}/{manifest["data"]}/{file}', b'') for file in manifest['files']}
-        digests = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
-        if digests == {file: entry['sha256'] for file, entry in manifest['files'].items()}:
-            found[name] = digests
-    return found
-
-
-def superfluous(objects):
-    """Keys that are no manifest and that no manifest names."""
-    named = {key for key in objects if key.endswith('/manifest.json')}
-    for key in list(named):
-        name, manifest = key.split('/')[0], json.loads(objects[key])
-        named.update(f'{name}/{manifest["data"]}/{file}' for file in manifest['files'])
-    return set(objects) - named
+from tests.request_faults import RequestFault, failing
+from tests.storage.test_checkpoint import MODEL, OPTIMIZER, assert_equal, write
 
 
 def test_round_trip(store):
@@ -188,6 +118,7 @@ DAMAGES = {
     'truncated shard': (change(shard_of, lambda data: data[:-1]), 'bytes, the manifest states'),
     'missing shard': (change(shard_of, lambda data: None), 'is missing'),
     'truncated manifest': (change(manifest_of, lambda data: data[: len(data) // 2]), 'damaged'),
+    'manifest that is no text': (change(manifest_of, lambda data: b'\xff\xfe' + data), 'damaged'),
     'manifest of something else': (change(manifest_of, lambda data: b'["else"]'), 'damaged'),
     'manifest from the future': (change(manifest_of, with_value(version=99)), 'update LakonLab'),
     'folder outside': (change(manifest_of, with_value(data='../iter_2')), 'outside'),
@@ -215,9 +146,25 @@ def test_damaged(store, caplog, kind):
     assert torch.equal(load_model_state(newest)['a'], torch.ones(2))
     after = store.objects()
     assert {key for key in before if '/data-' in key} < set(after)
-    assert json.loads(after['iter_4/damaged.0.json'])['manifest.json'].encode() == before['iter_4/manifest.json']
+    kept = json.loads(after['iter_4/damaged.0.json'])['manifest.json']
+    assert kept.encode('utf-8', 'surrogateescape') == before['iter_4/manifest.json']
+    store.put('iter_4/damaged.1.json', b'\xff')  # what it refers to cannot be known, so nothing is removed
+    assert publisher.tidy(newest) == []
+    store.delete('iter_4/damaged.1.json')
     publisher.remove(newest)
     assert set(store.objects()) == set(before) - {'iter_4/manifest.json'} | {'iter_4/damaged.0.json'}
+
+
+@pytest.mark.parametrize('status', [503, 403])
+def test_a_server_that_refuses_is_no_damage(store, monkeypatch, status):
+    """An older checkpoint is not taken instead of one of which nothing is known."""
+    write(store.run, 2)
+    write(store.run, 4)
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0')
+    fault = RequestFault(-1, 'deny', refused=r'GET .*/iter_4/.*/model/', status=status)
+    with failing(fault), pytest.raises(files.StorageError, match='injected'):
+        find_checkpoint(store.run)
+    assert find_checkpoint(store.run).name == 'iter_4'
 
 
 def test_missing_manifest_is_no_checkpoint(store):
@@ -230,6 +177,48 @@ def test_missing_manifest_is_no_checkpoint(store):
     (folder,) = publisher_of(store.run).clean(store.run)
     assert folder.startswith('iter_4/data-')
     assert {key.split('/')[0] for key in store.objects()} == {'iter_2'}
+
+
+def test_weights_for_inference_are_made_of_what_is_needed(store, monkeypatch):
+    """Other networks are not read, and what was written is not read again for its checksum."""
+    monkeypatch.setattr('lakonlab.storage.ranged_safetensors.HEAD_BYTES', 1000)
+    state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
+    state['diffusion.denoising.large'] = torch.zeros(1 << 20)
+    received = []
+    read = s3._read
+
+    def counted(path, body, count):
+        content = read(path, body, count)
+        received.append(len(content))
+        return content
+
+    monkeypatch.setattr(s3, '_read', counted)
+    with failing(RequestFault(-1, 'deny', refused='GET .*/export/')):
+        path = write_checkpoint(
+            store.run, 4, {'model': state}, {}, extra=lambda folder: add_inference_weights(folder, 'diffusion_ema')
+        )
+    assert 0 < sum(received) < 1 << 20
+    find_checkpoint(path)  # which compares all checksums
+
+
+def test_large_weights_for_inference_are_staged_on_a_disk(store, tmp_path, monkeypatch):
+    monkeypatch.setenv('LAKONLAB_TMPDIR', str(tmp_path / 'scratch'))
+    state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
+
+    def save(step):
+        extra = partial(add_inference_weights, role='diffusion_ema')
+        return read_manifest(write_checkpoint(store.run, step, {'model': state}, {}, extra=extra))['files']
+
+    in_memory = save(2)
+    assert not (tmp_path / 'scratch').exists()
+    monkeypatch.setattr('lakonlab.storage.inference_weights.STAGED_BYTES', 0)
+    assert save(4) == in_memory
+    find_checkpoint(store.run / 'iter_4')
+    assert list((tmp_path / 'scratch').iterdir()) == []
+    monkeypatch.setattr('shutil.disk_usage', lambda path: shutil._ntuple_diskusage(100, 95, 5))
+    with pytest.raises(CheckpointError, match=r'needs \d+ bytes in .*, where 5 are free: .* with LAKONLAB_TMPDIR'):
+        save(6)
+    assert find_checkpoint(store.run).name == 'iter_4'
 
 
 def test_weights_for_inference(store, tmp_path, monkeypatch):
@@ -256,88 +245,3 @@ def test_weights_for_inference(store, tmp_path, monkeypatch):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'other'))
     with pytest.raises(PretrainedError, match=name):
         read_weights(f'{path}/{name}')
-
-
-@pytest.fixture
-def before(store):
-    """A run with two checkpoints and a best one."""
-    for step, name in ((4, BEST), (4, None), (6, None)):
-        write_checkpoint(store.run, step, {'model': {'w': torch.zeros(6) + step}}, STATE, 'x = 1', name)
-    return store.objects()
-
-
-def attempt(run, fault, name=None, **tensors):
-    """A save as a run makes it, with what comes after it; returns its requests."""
-    with failing(fault):
-        write_checkpoint(run, 8, {'model': tensors or {'w': torch.arange(6.0)}}, {'iteration': 8}, 'x = 1', name)
-        prune(run, 8, 2, None)
-    return fault.seen
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-    ('how', 'name'),
-    [('die', None), ('cut', None), ('deny', None), slow('die', BEST), slow('cut', BEST), slow('deny', BEST)],
-)
-def test_save_that_fails_at_any_request(store, before, how, name):
-    final = name or 'iter_8'
-    old = whole(before)
-    requests = attempt(store.run, RequestFault(-1, how), name)
-    undisturbed = whole(store.objects())
-    assert requests[1].endswith('/state.json')
-    assert requests[2].endswith(f'/{final}/manifest.json')
-    assert len(requests) == (5 if name is None else 4)  # then what is not needed any more is removed
-    for number, line in enumerate(requests):
-        if how == 'cut' and not line.startswith('PUT'):
-            continue
-        store.set(before)
-        where, is_published = f'{how} at {line}', number > 2
-        if how != 'deny':
-            with pytest.raises(DiedError):
-                attempt(store.run, RequestFault(number, how), name)
-        elif not is_published:
-            with pytest.raises(CheckpointError, match=f'{final} failed: .*access denied'):
-                attempt(store.run, RequestFault(number, how), name)
-        else:
-            attempt(store.run, RequestFault(number, how), name)
-        newest = 'iter_8' if is_published and name is None else 'iter_6'
-        assert find_checkpoint(store.run).name == newest, where
-        expected = {**old, **({final: undisturbed[final]} if is_published else {})}
-        present = whole(store.objects())
-        assert {'iter_6', BEST, newest} <= set(present) <= set(expected), where
-        assert all(present[key] == expected[key] for key in present), where
-
-        # the next run cleans, goes on, and ends with the same
-        publisher_of(store.run).clean(store.run)
-        attempt(store.run, RequestFault(-1, how), name)
-        objects = store.objects()
-        assert whole(objects) == undisturbed, where
-        assert not superfluous(objects), where
-
-
-def test_upload_in_parts_that_dies(store, before, monkeypatch):
-    monkeypatch.setattr('lakonlab.storage.s3_upload.part_size', lambda number, size=None: 5 << 20)
-    large = torch.zeros(6 << 20, dtype=torch.uint8)
-    for number in range(4):  # before it begins, before and between its parts, before it is completed
-        with pytest.raises(DiedError):
-            attempt(store.run, RequestFault(number, 'die'), large=large)
-        assert len(store.uploads()) == min(number, 1)
-        assert store.objects() == before
-        removed = publisher_of(store.run).clean(store.run)
-        assert [name.endswith('(unfinished)') for name in removed] == [True] * min(number, 1)
-        assert not store.uploads()
-    attempt(store.run, RequestFault(-1, 'die'), large=large)
-    assert load_model_state(store.run / 'iter_8')['large'].numel() == 6 << 20
-    assert not superfluous(store.objects())
-
-
-def test_a_save_needs_the_directory_to_be_held_still(store, before):
-    def taken():
-        raise files.StorageError('held by another run')
-
-    with pytest.raises(CheckpointError, match='iter_8 failed: StorageError: held by another run'):
-        write_checkpoint(store.run, 8, {'model': MODEL}, STATE, confirm=taken)
-    assert store.objects() == before

@@ -13,7 +13,7 @@ import pytest
 from lakonlab.storage import files, retry, s3_client, s3_upload
 from lakonlab.storage.errors import MissingFileError, StorageError, TransientError
 from lakonlab.storage.fetch import FetchError, fetch
-from tests.faulty_proxy import Fault, run_proxy, wait_until
+from tests.faulty_proxy import Fault, StillClock, run_proxy, wait_until
 from tests.s3_server import SERVERS, SMALLEST_PART, use
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -117,12 +117,13 @@ def test_other_permanent_failures(status, code, message, faulty):
 
 def test_retries_are_bounded(faulty, monkeypatch):
     monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '0.5')
+    clock = StillClock()
+    monkeypatch.setattr(retry, 'time', clock)
     faulty.faults = [Fault('status', status=503, code='SlowDown', times=-1)]
-    began = time.monotonic()
     with pytest.raises(StorageError, match=r'SlowDown.*gave up reading s3://.*/a\.bin after \d+ attempts'):
         files.read_bytes(faulty.path)
-    assert time.monotonic() - began < 1.5
-    assert 4 <= len(faulty.requests) <= 12  # each waits longer than the one before, and boto3 adds none
+    assert clock.now <= 0.5
+    assert 5 <= len(faulty.requests) <= 6  # each waits longer than the one before, and boto3 adds none
 
 
 @pytest.mark.parametrize('how', ['truncate', 'reset_body'])
@@ -143,11 +144,15 @@ def test_a_truncated_listing(faulty):
 
 
 def test_a_server_that_says_nothing(faulty, monkeypatch):
-    monkeypatch.setattr(s3_client, 'READ_SECONDS', 0.3)
+    monkeypatch.setattr(s3_client, 'READ_SECONDS', 0.5)
+    monkeypatch.setenv('LAKONLAB_RETRY_SECONDS', '300')  # a machine that is busy may need several attempts
     s3_client._connection.cache_clear()
     faulty.faults = [Fault('stall')]
-    assert files.read_bytes(faulty.path) == CONTENT
-    s3_client._connection.cache_clear()
+    try:
+        assert files.read_bytes(faulty.path) == CONTENT
+    finally:
+        s3_client._connection.cache_clear()
+    assert len(faulty.requests) >= 2
 
 
 def test_a_file_that_is_replaced_while_it_is_read(faulty):

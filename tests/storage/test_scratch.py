@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lakonlab.storage import scratch
 from lakonlab.storage.errors import StorageError
+from lakonlab.storage.shared_memory import SharedMemory
 
 HOLD = """
 import sys
@@ -61,3 +63,18 @@ def test_what_killed_processes_leave_is_removed_and_what_others_use_is_not(root)
     processes[0].stdin.close()
     processes[0].stdout.close()
     assert list(root.iterdir()) == []
+
+
+def test_copies_of_systems_without_anonymous_memory_lie_there(root, monkeypatch):
+    monkeypatch.delattr(os, 'memfd_create')
+    memory = SharedMemory(100)
+    memory.tensor(0, (3,), torch.int64).fill_(7)
+    other = SharedMemory(100, os.dup(memory.descriptor))
+    assert other.tensor(8, (1,), torch.int64).item() == 7
+    assert list(root.iterdir()) == []  # the file has no name
+    assert os.fstat(memory.descriptor).st_dev == root.stat().st_dev
+    memory.close()
+    other.close()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(100, 95, 5))
+    with pytest.raises(StorageError, match=rf'needs 100 bytes in {root}, where 5 are free.*LAKONLAB_TMPDIR'):
+        SharedMemory(100)

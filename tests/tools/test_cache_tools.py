@@ -1,7 +1,9 @@
 """The tools that make caches, as commands: one process and two, killed and started again, checked and converted."""
 
+import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.image_prompt import ImagePrompt
 from lakonlab.datasets.imagenet import ImageNet
 from lakonlab.datasets.latent_cache import LatentCache
 from lakonlab.datasets.prompt_cache import open_prompt_cache, read_embeds
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE
+from lakonlab.runner.cache_negative_prompt import wanted_prompts
 from tests import tiny_components
 from tests.datasets.prompt_cache.caches import content_of, same_fields
 from tests.datasets.prompt_files import text_source
@@ -40,11 +45,11 @@ def folders(tmp_path_factory):
 def config(tmp_path, folders):
     """Writes a config of a run that uses a cache, and of a text encoder, as published ones have them."""
 
-    def write(family='QwenImage', cache_dir='preproc', **more):
+    def write(family='QwenImage', cache_dir='preproc', texts=TEXTS, **more):
         prompts = dict(
             type='ImagePrompt',
             data_root=str(tmp_path),
-            prompt_dataset_kwargs=text_source(tmp_path, TEXTS),
+            prompt_dataset_kwargs=text_source(tmp_path, texts),
             latent_size=(16, 8, 8),
             cache_dir=cache_dir,
             cache_datalist_path=str(tmp_path / f'{cache_dir}.jsonl.gz'),
@@ -207,6 +212,92 @@ def test_layouts_are_not_mixed_in_a_folder(config, tmp_path, monkeypatch, capsys
         assert content_of(tmp_path / first) == before
 
 
+def test_ours_is_finished_when_both_index_and_list_are_there(config, tmp_path, monkeypatch, capsys):
+    """What the message about damage says helps: remove the file together with the index, and run the command again."""
+    given = [*config(), '--shard-size', 2]
+    in_process('cache_image_prompt_data', given, monkeypatch)
+    folder, datalist = tmp_path / 'preproc', tmp_path / 'preproc.jsonl.gz'
+    before = content_of(folder)
+    for removed in ([folder / INDEX_FILE, folder / 'embeds-000001.safetensors'], [datalist], [folder / INDEX_FILE]):
+        for path in removed:
+            path.unlink()
+        capsys.readouterr()
+        assert in_process('cache_image_prompt_data', given, monkeypatch) == 0
+        assert 'is finished (' not in capsys.readouterr().err
+        assert content_of(folder) == before
+        assert datalist.exists()
+    assert in_process('cache_image_prompt_data', given, monkeypatch) == 0
+    assert 'is finished (' in capsys.readouterr().err
+
+
+def test_published_is_finished_when_list_and_records_are_there(config, tmp_path, monkeypatch, capsys):
+    given = [*config(), '--format', 'published']
+    in_process('cache_image_prompt_data', given, monkeypatch)
+    (tmp_path / 'preproc' / '000000000007.zst').unlink()
+    assert in_process('cache_image_prompt_data', given, monkeypatch) == 0
+    assert '1 files were written, 19 were there' in capsys.readouterr().err
+    assert (tmp_path / 'preproc' / '000000000007.zst').exists()
+    for layout in ('published', 'ours'):
+        assert in_process('cache_image_prompt_data', [*given, '--format', layout], monkeypatch) == 0
+        assert 'is finished (' in capsys.readouterr().err
+    shutil.rmtree(tmp_path / 'preproc')
+    assert in_process('cache_image_prompt_data', given, monkeypatch) == 0
+    assert '20 files were written' in capsys.readouterr().err
+
+
+def test_what_cannot_be_finished_is_refused_before_an_encoder_is_built(config, tmp_path, monkeypatch, capsys):
+    """The folder of the text encoder does not even exist."""
+    given = config()
+    (tmp_path / 'encoder.py').write_text(
+        "model = dict(text_encoder=dict(type='PretrainedQwenImageTextEncoder', model_name_or_path='/nowhere'))"
+    )
+    for options, match in (
+        (['data.train.cache_datalist_path=list.txt'], 'expected a file that ends in .jsonl'),
+        (['data.train.bucketize=True'], 'bucketize=True: neither'),
+        (['data.train.latent_size=(16,4)', 'data.train.vae_scale_factor=(8,8)'], 'vae_scale_factor'),
+    ):
+        assert in_process('cache_image_prompt_data', [*given, '--cfg-options', *options], monkeypatch) == 1
+        error = ' '.join(capsys.readouterr().err.split())
+        assert match in error
+        assert '/nowhere' not in error
+    assert in_process('cache_negative_prompt', [*given, '--out', tmp_path / 'empty.txt'], monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert 'expected a file that ends in' in error
+    assert '/nowhere' not in error
+    (tmp_path / 'preproc.jsonl.gz').write_bytes(gzip.compress(b'{"filename": "another"}\n'))
+    assert in_process('cache_image_prompt_data', given, monkeypatch) == 1
+    error = ' '.join(capsys.readouterr().err.split())
+    assert 'lists other records' in error
+    assert '/nowhere' not in error
+
+
+def test_options_without_effect_are_told(config, monkeypatch, capsys):
+    for tool, more in (('cache_image_prompt_data', ['--data', 'none']), ('cache_negative_prompt', [])):
+        assert in_process(tool, [*config(), '--gpus', 2, *more], monkeypatch) == 1
+        assert '--gpus: deprecated and without effect' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('out', 'prompt', 'expected'),
+    [('b.pth', None, 'B'), ('a.pth', None, 'A'), ('c.pth', 'C', 'C'), ('c.pth', None, None), (None, None, 'both')],
+)
+def test_which_negative_prompt_a_file_holds(out, prompt, expected):
+    named = {
+        name: dict(type='ImagePrompt', negative_prompt_embeds_path=f'{text.lower()}.pth', negative_prompt_kwargs=kwargs)
+        for name, text, kwargs in (('train', 'A', dict(prompt='A')), ('val', 'B', dict(prompt='B')))
+    }
+    cfg = Config(dict(data=named))
+    if expected is None:
+        with pytest.raises(ConfigError, match='want different negative prompts'):
+            wanted_prompts(cfg, out, prompt)
+    elif out is None:
+        assert wanted_prompts(cfg, None, None) == {'a.pth': {'prompt': 'A'}, 'b.pth': {'prompt': 'B'}}
+    else:
+        assert wanted_prompts(cfg, out, prompt) == {out: {'prompt': expected}}
+    agreeing = Config(dict(data=dict(train=named['val'], val=named['val'])))
+    assert wanted_prompts(agreeing, 'c.pth', None) == {'c.pth': {'prompt': 'B'}}
+
+
 def test_negative_prompts(config, tmp_path, monkeypatch, capsys):
     path = tmp_path / 'empty.pth'
     given = config(negative_prompt_embeds_path=str(path), negative_prompt_kwargs=dict(prompt=' '))
@@ -277,8 +368,14 @@ def test_latents_in_both_layouts(folders, images, monkeypatch, capsys):
     path.write_bytes(path.read_bytes()[:-50])
     capsys.readouterr()
     assert in_process(tool, [*published, '--check'], monkeypatch) == 1
-    assert '3.pth is damaged' in capsys.readouterr().err
+    assert '3.pth cannot be read' in capsys.readouterr().err
     assert in_process(tool, [*published, '--flip', 'both'], monkeypatch) == 1
+    path.unlink()
+    capsys.readouterr()
+    assert in_process(tool, published, monkeypatch) == 0
+    assert '1 files were written, 9 were there' in capsys.readouterr().err
+    assert in_process(tool, published, monkeypatch) == 0
+    assert 'is finished' in capsys.readouterr().err
 
 
 # -- processes
@@ -297,7 +394,9 @@ def kill_when(path_exists, tool, arguments):
 
 @pytest.mark.slow
 def test_killed_and_started_again(config, tmp_path):
-    whole, killed = config(cache_dir='whole'), config(cache_dir='killed')
+    # so many that the kill, which follows the second of them at once, comes long before the last one
+    texts = [f'{text}, number {number}' for number in range(16) for text in TEXTS[:5]]
+    whole, killed = config(cache_dir='whole', texts=texts), config(cache_dir='killed', texts=texts)
     options = ['--batch-size', 1, '--shard-size', 1]
     run('cache_image_prompt_data', *whole, *options)
     folder = tmp_path / 'killed'
@@ -334,9 +433,9 @@ def test_latents_by_two_processes(folders, images):
     assert json.loads((images / 'two' / INDEX_FILE).read_text())['records'] == 10
 
 
-def test_caches_on_s3(config, swift_bucket, tmp_path, monkeypatch):
+def test_caches_on_s3(config, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'downloads'))
-    where, datalist = f'{swift_bucket}/data', f'{swift_bucket}/data/preproc.jsonl.gz'
+    where, datalist = f'{bucket}/data', f'{bucket}/data/preproc.jsonl.gz'
     options = [f'data.train.data_root={where}', f'data.train.cache_datalist_path={datalist}']
     given = [*config(), '--data', 'train', '--cfg-options', *options]
     assert in_process('cache_image_prompt_data', [*given, '--shard-size', 2], monkeypatch) == 0

@@ -144,11 +144,11 @@ def test_several_processes_many_times(new_training, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp2'])
-def test_several_processes_that_save_to_a_server(new_training, swift_bucket, strategy):
+def test_several_processes_that_save_to_a_server(new_training, bucket, strategy):
     kills = max(MANY_KILLS // 2, 2)
     options = {'module_wrapper': strategy, 'total_iters': 4 * kills + 30}
     whole, killed = (new_training(name, DATA_BASED, processes=2, **options) for name in ('whole', 'killed'))
-    killed.place = f'{swift_bucket}/checkpoints'
+    killed.place = f'{bucket}/checkpoints'
     whole.run()
     check_survivor(killed, whole, kills)
     names = {info.name.split('/')[1] for info in files.list_files(str(killed.checkpoints))}

@@ -1,7 +1,7 @@
 # Emoji of fruit in 16 x 16 pixels with their names as captions: what can be learnt by heart on a laptop, and tells at a
 # glance whether a text-to-image run works. Times are in the unit of the models, [0, 1].
 
-# the network that teacher and student share, 1.5 million parameters; the pixels are the latents
+# the network that teacher and student share, 1.4 million parameters; the pixels are the latents
 transformer = dict(
     patch_size=2,
     in_channels=12,
@@ -20,7 +20,7 @@ dataset = dict(type='Emoji', image_size=16, subgroups=['food-fruit'])
 data = dict(
     workers_per_gpu=0,
     train=dict(**dataset),
-    val=dict(test_mode=True, num_test_images=19, **dataset),
+    val=dict(test_mode=True, **dataset),
     train_dataloader=dict(samples_per_gpu=19),
     val_dataloader=dict(samples_per_gpu=19),
     test_dataloader=dict(samples_per_gpu=19),

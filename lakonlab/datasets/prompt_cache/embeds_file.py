@@ -13,12 +13,25 @@ import torch
 from torch import Tensor
 
 from lakonlab.datasets.prompt_cache.errors import CacheError
-from lakonlab.datasets.prompt_cache.record import dequantise, embeds_of, quantise, without_padding
+from lakonlab.datasets.prompt_cache.record import (
+    LEGACY_NAMES,
+    MASK_SUFFIX,
+    dequantise,
+    embeds_of,
+    quantise,
+    without_padding,
+)
+from lakonlab.datasets.prompt_cache.torch_file import read_torch_file
 from lakonlab.storage import files
 
-COMMAND = 'python tools/cache_negative_prompt.py CONFIG'
+#: What the tools that embed prompts are called with; the option may be left out where the config has a text encoder.
+CACHE_ARGUMENTS = 'CONFIG [--text-encoder CONFIG]'
+COMMAND = f'python tools/cache_negative_prompt.py {CACHE_ARGUMENTS}'
 SAFETENSORS_SUFFIX = '.safetensors'
 TORCH_SUFFIXES = ('.pth', '.pt')
+#: What a dict has that is a record, and not the embeddings themselves.
+RECORD_KEYS = ('prompt_embed_kwargs', *LEGACY_NAMES)
+STATES = 'encoder_hidden_states'
 
 
 def read_embeds(path: str | Path) -> dict[str, Tensor]:
@@ -33,43 +46,62 @@ def read_embeds(path: str | Path) -> dict[str, Tensor]:
         they are stored.
 
     Raises:
-        CacheError: There is no such file, or it cannot be read.
+        CacheError: There is no such file, it cannot be read, or holds something else than embeddings of one prompt.
     """
-    try:
-        content = files.read_bytes(path)
-    except FileNotFoundError as error:
-        raise CacheError(
-            f'negative_prompt_embeds_path: there is no {path}; make it with `{COMMAND} --out {path}`'
-        ) from error
+    if not files.is_file(path):
+        raise CacheError(f'negative_prompt_embeds_path: there is no {path}; make it with `{COMMAND} --out {path}`')
     where = f'negative_prompt_embeds_path={str(path)!r}'
     try:
-        return dequantise(embeds_of(_read(content, str(path)), where))
+        embeds = dequantise(embeds_of(_read(str(path)), where))
+        _require_one_prompt(embeds, where)
     except CacheError as error:
         raise CacheError(f'{error}. Make it again with `{COMMAND} --out {path}`') from error
+    return embeds
 
 
-def _read(content: bytes, path: str) -> dict[str, Any]:
+def _read(path: str) -> dict[str, Any]:
     if path.endswith(SAFETENSORS_SUFFIX):
         try:
-            return {'prompt_embed_kwargs': safetensors.torch.load(content)}
+            return {'prompt_embed_kwargs': safetensors.torch.load(files.read_bytes(path))}
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise CacheError(f'{path} is damaged, or no safetensors file ({error})') from error
-    try:
-        # torch reads the archives it has written since version 1.6, and nothing that could run code
-        found = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error).partition('\n')[0] or 'it is empty'
-        raise CacheError(
-            f'{path} cannot be read: it is damaged, was not written by torch.save, or holds more than tensors, '
-            f'containers, texts and numbers ({type(error).__name__}: {reason})'
-        ) from error
+            raise CacheError(f'{path} is damaged, or no safetensors file ({type(error).__name__})') from error
+    found = read_torch_file(path)
     if not isinstance(found, Mapping):
         raise CacheError(f'{path}: expected a dict, found a {type(found).__name__}')
-    content = dict(found)
-    if any(isinstance(value, Tensor) for value in content.values()) and 'prompt_embeds' not in content:
-        # the arguments themselves, without the dict around them
-        return {'prompt_embed_kwargs': {key: value for key, value in content.items() if isinstance(value, Tensor)}}
-    return content
+    if any(name in found for name in RECORD_KEYS):
+        return dict(found)
+    # the arguments themselves, without the dict around them
+    return {'prompt_embed_kwargs': {key: value for key, value in found.items() if isinstance(value, Tensor)}}
+
+
+def _require_one_prompt(embeds: Mapping[str, Tensor], where: str) -> None:
+    """Refuse states that are not those of one prompt without batch dimension.
+
+    Raises:
+        CacheError: See above.
+    """
+    for name, value in embeds.items():
+        states = embeds.get(name.removesuffix(MASK_SUFFIX))
+        if name == STATES and value.dim() != 2:
+            raise CacheError(
+                f'{where}: {name} has the shape {tuple(value.shape)}, expected (tokens, channels) of one prompt, '
+                'without a batch dimension'
+            )
+        if name.endswith(MASK_SUFFIX) and states is not None and tuple(value.shape) != tuple(states.shape[:1]):
+            raise CacheError(
+                f'{where}: {name} has the shape {tuple(value.shape)}, expected {tuple(states.shape[:1])} as the states'
+            )
+
+
+def require_embeds_suffix(path: str | Path) -> None:
+    """Refuse a file whose suffix says of no form how it is to be written.
+
+    Raises:
+        CacheError: See above.
+    """
+    suffixes = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+    if not str(path).endswith(suffixes):
+        raise CacheError(f'{path}: expected a file that ends in one of {", ".join(suffixes)}')
 
 
 def write_embeds(path: str | Path, embeds: Mapping[str, Tensor], precision: str = 'bf16') -> None:
@@ -83,14 +115,12 @@ def write_embeds(path: str | Path, embeds: Mapping[str, Tensor], precision: str 
     Raises:
         CacheError: The suffix is unknown, or the embeddings are not finite.
     """
+    require_embeds_suffix(path)
     fields = quantise(without_padding(embeds), precision)
     if str(path).endswith(SAFETENSORS_SUFFIX):
         content = safetensors.torch.save(fields)
-    elif str(path).endswith(TORCH_SUFFIXES):
+    else:
         stream = io.BytesIO()
         torch.save({'prompt_embed_kwargs': fields}, stream)
         content = stream.getvalue()
-    else:
-        suffixes = ', '.join((SAFETENSORS_SUFFIX, *TORCH_SUFFIXES))
-        raise CacheError(f'{path}: expected a file that ends in one of {suffixes}')
     files.write_bytes(path, content)

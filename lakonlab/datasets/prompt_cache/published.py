@@ -36,6 +36,10 @@ def read_published_record(content: bytes, where: str) -> Record:
         raise CacheError(
             f'record {where} cannot be read: {error}. Remove the file and cache its prompt again.'
         ) from error
+    except (MemoryError, RecursionError) as error:
+        raise CacheError(
+            f'record {where} cannot be read: unpacking it takes more memory than there is ({type(error).__name__})'
+        ) from None
     except UnsafePickleError as error:
         raise CacheError(
             f'record {where} cannot be read: its pickle is refused, {error}. Only tensors, containers, texts and '

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from lakonlab.datasets.precisions import PRECISIONS
 from lakonlab.datasets.prompt_cache.errors import CacheError
 
 SCALE_SUFFIX = '_scale'
@@ -18,7 +18,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 #: Largest number of float8_e4m3fn.
 FLOAT8_MAX = 448.0
 SMALLEST_SCALE = 1e-6
-PRECISIONS = ('fp8', 'bf16', 'float32')
+NAMES_OF_PRECISIONS = {torch.float8_e4m3fn: 'fp8', torch.bfloat16: 'bf16', torch.float32: 'float32'}
 #: What is stored in 8 bits; the rest (pooled embeddings, masks) is small.
 QUANTISED = ('encoder_hidden_states', 'cap_feats', 'latents', 'condition_latents')
 #: Names of older caches, which lie beside the prompt instead of in a dict.
@@ -29,6 +29,7 @@ LEGACY_NAMES = {
     'prompt_embeds_mask': 'encoder_hidden_states_mask',
 }
 LATENTS = ('latents', 'condition_latents')
+LONGEST_NAME, MOST_DIMENSIONS, LARGEST_NUMBER = 100, 16, 1 << 62
 
 
 @dataclass
@@ -72,12 +73,16 @@ def record_of(content: Any, where: str) -> Record:
     Raises:
         CacheError: It is no such dict, or what it holds is not what its name says.
     """
-    if not isinstance(content, Mapping) or any(not isinstance(key, str) for key in content):
-        raise CacheError(f'{where}: expected a dict with texts as keys, found a {type(content).__name__}')
+    if not isinstance(content, Mapping) or any(not _is_name(key) for key in content):
+        raise CacheError(f'{where}: expected a dict with names as keys, found a {type(content).__name__}')
     content = dict(content)
     prompt = content.pop('prompt', None)
     if not isinstance(prompt, str):
         raise CacheError(f'{where}: expected the text of the prompt under `prompt`, found {type(prompt).__name__}')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise CacheError(f'{where}: the prompt is no text that UTF-8 can hold') from None
     embeds = embeds_of(content, where)
     latents: dict[str, Tensor] = {}
     for name in LATENTS:
@@ -86,7 +91,7 @@ def record_of(content: Any, where: str) -> Record:
             _take_tensor(content, name + SCALE_SUFFIX, latents, where)
     size = content.pop('latent_size', None)
     if size is not None and not _is_size(size):
-        raise CacheError(f'{where}: latent_size is expected to be a tuple of positive numbers, found {size!r}')
+        raise CacheError(f'{where}: latent_size is expected to be a tuple of a few positive numbers')
     require_scales(latents, where)
     return Record(prompt, embeds, latents, None if size is None else tuple(size))
 
@@ -104,8 +109,10 @@ def embeds_of(content: dict[str, Any], where: str) -> dict[str, Tensor]:
     found = content.pop('prompt_embed_kwargs', None)
     if found is None:
         found = {new: content.pop(old) for old, new in LEGACY_NAMES.items() if content.get(old) is not None}
-    if not isinstance(found, Mapping):
-        raise CacheError(f'{where}: prompt_embed_kwargs is expected to be a dict, found {type(found).__name__}')
+    if not isinstance(found, Mapping) or any(not _is_name(key) for key in found):
+        raise CacheError(
+            f'{where}: prompt_embed_kwargs is expected to be a dict with names as keys, found {type(found).__name__}'
+        )
     found = {LEGACY_NAMES.get(name, name): value for name, value in found.items() if value is not None}
     if not found:
         raise CacheError(f'{where} has no embeddings: neither prompt_embed_kwargs nor prompt_embeds')
@@ -121,14 +128,23 @@ def _take_tensor(content: dict[str, Any], name: str, into: dict[str, Tensor], wh
     if value is None:
         return
     if name.endswith(SCALE_SUFFIX) and isinstance(value, int | float) and not isinstance(value, bool):
-        value = torch.tensor(float(value))
+        value = torch.tensor(float(value) if abs(value) < LARGEST_NUMBER else float('inf'))
     if not isinstance(value, Tensor):
         raise CacheError(f'{where}: {name} is expected to be a tensor, found {type(value).__name__}')
     into[name] = value
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, tuple | list) and all(type(number) is int and number > 0 for number in value)
+    return (
+        isinstance(value, tuple | list)
+        and len(value) <= MOST_DIMENSIONS
+        and all(type(number) is int and 0 < number < LARGEST_NUMBER for number in value)
+    )
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a key may be put into a message; no other one is known anyway."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isidentifier()
 
 
 def require_scales(fields: Mapping[str, Tensor], where: str) -> None:
@@ -149,7 +165,10 @@ def require_scales(fields: Mapping[str, Tensor], where: str) -> None:
         if name.removesuffix(SCALE_SUFFIX) not in fields:
             raise CacheError(f'{where}: {name} is the scale of nothing')
         if value.numel() != 1 or not value.is_floating_point() or not 0 < float(value) < float('inf'):
-            raise CacheError(f'{where}: {name} is expected to be one positive number, found {value.tolist()}')
+            raise CacheError(
+                f'{where}: {name} is expected to be one positive number, found '
+                f'{value.item() if value.numel() == 1 else f"{value.numel()} numbers"}'
+            )
 
 
 def quantise(fields: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
@@ -185,6 +204,19 @@ def quantise(fields: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
     return result
 
 
+def precision_of(fields: Mapping[str, Tensor]) -> str | None:
+    """The precision to which :func:`quantise` brought some fields; the dtype's name if to none of them.
+
+    Args:
+        fields: Tensors by name, as they are stored.
+
+    Returns:
+        None if there is no field that has a precision.
+    """
+    kinds = [value.dtype for name, value in fields.items() if name in QUANTISED]
+    return None if not kinds else NAMES_OF_PRECISIONS.get(kinds[0], str(kinds[0]).removeprefix('torch.'))
+
+
 def dequantise(fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a record in float32, scaled; masks and other whole numbers as they are."""
     result = {}
@@ -217,10 +249,3 @@ def without_padding(embeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[name] = mask[:length]
         result[name.removesuffix(MASK_SUFFIX)] = states[:length]
     return result
-
-
-def pad_tokens(value: Tensor, length: int) -> Tensor:
-    """Pad the first dimension with zeros, or cut it."""
-    if len(value) >= length:
-        return value[:length]
-    return F.pad(value, (*(0, 0) * (value.dim() - 1), 0, length - len(value)))

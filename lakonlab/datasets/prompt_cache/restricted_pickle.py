@@ -12,9 +12,11 @@ from __future__ import annotations
 import io
 import math
 import pickletools
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ from torch import Tensor
 #: A tensor may be a view that repeats its elements only up to this size.
 MAX_REPEATED_BYTES = 1 << 20
 MAX_DIMENSIONS = 16
+#: Of one pickle; records take some hundreds.
+MAX_OPCODES = 1 << 20
+BYTES_OF_REFERENCE = 8
+#: What a name in a message may look like; anything else in a file is never put into one.
+SHOWN_NAME = re.compile(r'[A-Za-z0-9_.]{1,80}')
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 TORCH_PROTOCOL = 1001
 
@@ -69,6 +76,34 @@ class _Storage:
     dtype: torch.dtype | None
 
 
+class _Budget:
+    """Bytes that the results of all calls may take, so that a small file cannot ask for much memory.
+
+    Args:
+        available: The bytes.
+    """
+
+    def __init__(self, available: int):
+        self.available = available
+
+    def spend(self, value: Any) -> None:
+        """Count what was made.
+
+        Raises:
+            UnsafePickleError: It is too much.
+        """
+        if isinstance(value, Tensor):
+            self.available -= value.numel() * value.element_size()
+        elif type(value) is _Storage:
+            self.available -= len(value.content)
+        elif type(value) is bytes:
+            self.available -= len(value)
+        elif type(value) is tuple:
+            self.available -= BYTES_OF_REFERENCE * len(value)
+        if self.available < 0:
+            raise UnsafePickleError('its tensors take much more memory than itself')
+
+
 class _Mark:
     """Where a group of values begins on the stack."""
 
@@ -86,7 +121,8 @@ def read_pickle(content: bytes) -> Any:
         UnsafePickleError: It is damaged, or names anything else, which is said.
     """
     stream = io.BytesIO(content)
-    value = _run(stream, _reduce, None)
+    # every byte of a tensor is in the file, and is taken as bytes (protocol 2), in a storage and in the tensor
+    value = _run(stream, partial(_reduce, _Budget(3 * len(content) + MAX_REPEATED_BYTES)), None)
     if stream.read(1):
         raise UnsafePickleError('there are bytes behind its end')
     return value
@@ -123,7 +159,9 @@ def _run(stream: io.BytesIO, reduce: Callable[[_Name, tuple], Any], persistent: 
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MAX_OPCODES:
+                raise UnsafePickleError(f'it has more than {MAX_OPCODES} opcodes')
             name = opcode.name
             if name in LITERALS:
                 stack.append(argument)
@@ -155,8 +193,10 @@ def _run(stream: io.BytesIO, reduce: Callable[[_Name, tuple], Any], persistent: 
             elif name == 'GLOBAL':
                 stack.append(_Name(*argument.split(' ', 1)))
             elif name == 'STACK_GLOBAL':
-                word = pop()
-                stack.append(_Name(pop(), word))
+                word, module = pop(), pop()
+                if type(word) is not str or type(module) is not str:
+                    raise UnsafePickleError('it names something by what is no text')
+                stack.append(_Name(module, word))
             elif name == 'REDUCE':
                 arguments, called = pop(), pop()
                 if type(called) is not _Name or type(arguments) is not tuple:
@@ -173,8 +213,11 @@ def _run(stream: io.BytesIO, reduce: Callable[[_Name, tuple], Any], persistent: 
                 raise UnsafePickleError(f'it holds the opcode {name}, which pickled tensors do not need')
     except UnsafePickleError:
         raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OverflowError) as error:
-        raise UnsafePickleError(f'it is damaged ({type(error).__name__}: {error})') from error
+    except (
+        *(ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OverflowError, struct.error),
+        *(RuntimeError, RecursionError, MemoryError),
+    ) as error:  # what they say may hold what is in the file, of any size
+        raise UnsafePickleError(f'it is damaged ({type(error).__name__})') from None
     raise UnsafePickleError('it ends early')
 
 
@@ -195,12 +238,21 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
 TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 
-def _reduce(called: _Name, arguments: tuple) -> Any:
+def _reduce(budget: _Budget, called: _Name, arguments: tuple) -> Any:
     """The value of a call that a pickled tensor may hold."""
     key = f'{called.module}.{called.name}'
     if key not in CALLS:
-        raise UnsafePickleError(f'it calls {key}, which is no part of a tensor; nothing was run')
-    return CALLS[key](*arguments)
+        raise UnsafePickleError(f'it calls {_shown(called)}, which is no part of a tensor; nothing was run')
+    value = CALLS[key](*arguments)
+    if not any(value is argument for argument in arguments):
+        budget.spend(value)
+    return value
+
+
+def _shown(name: _Name) -> str:
+    """A name for a message."""
+    text = f'{name.module}.{name.name}'
+    return text if SHOWN_NAME.fullmatch(text) else 'something by an odd name'
 
 
 def _rebuild_tensor(
@@ -213,7 +265,7 @@ def _rebuild_tensor(
     if rest and type(rest[0]) is _Name:
         dtype = DTYPES.get(rest[0].name) if rest[0].module == 'torch' else None
         if dtype is None:
-            raise UnsafePickleError(f'a tensor has the dtype {rest[0].module}.{rest[0].name}')
+            raise UnsafePickleError(f'a tensor has the dtype {_shown(rest[0])}')
     if dtype is None:
         dtype = torch.uint8
     if type(size) is not tuple or type(stride) is not tuple or not len(size) == len(stride) <= MAX_DIMENSIONS:
@@ -226,10 +278,11 @@ def _rebuild_tensor(
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
     available = len(storage.content) // dtype.itemsize
     if last >= available or count * dtype.itemsize > max(len(storage.content), MAX_REPEATED_BYTES):
-        raise UnsafePickleError(f'a tensor of shape {size} is larger than its {len(storage.content)} bytes')
-    # a copy, so that the tensor may be written to
-    elements = torch.frombuffer(bytearray(storage.content), dtype=dtype)
-    return elements.as_strided(size, stride, offset).contiguous()
+        raise UnsafePickleError(f'a tensor is larger than its {len(storage.content)} bytes')
+    # a copy of no more than the tensor reaches, so that it may be written to and keeps nothing else in memory
+    reached = bytearray(memoryview(storage.content)[offset * dtype.itemsize : (last + 1) * dtype.itemsize])
+    elements = torch.frombuffer(reached, dtype=dtype).as_strided(size, stride)
+    return elements.contiguous()
 
 
 def _load_storage(content: Any) -> _Storage:
@@ -263,12 +316,12 @@ def _load_storage(content: Any) -> _Storage:
     itemsize = 1 if dtype is None else dtype.itemsize
     data = stream.read()
     if len(header) != 8 or struct.unpack('<q', header)[0] != count or len(data) != count * itemsize:
-        raise UnsafePickleError(f'a storage of {count} elements has {len(data)} bytes')
+        raise UnsafePickleError(f'a storage has {len(data)} bytes, which is not what it says')
     return _Storage(data, dtype)
 
 
 def _no_call(called: _Name, arguments: tuple) -> Any:
-    raise UnsafePickleError(f'a storage calls {called.module}.{called.name}; nothing was run')
+    raise UnsafePickleError(f'a storage calls {_shown(called)}; nothing was run')
 
 
 def _size(values: Any = ()) -> tuple:

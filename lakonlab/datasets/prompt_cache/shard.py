@@ -1,8 +1,9 @@
 """Shards: safetensors files of rows, with what says where each row is in front of the rows themselves.
 
-Column ``c`` of a shard is two entries: ``c.rows`` (N, 5 + D) int64, see :mod:`lakonlab.datasets.prompt_cache.rows`, and
-``c.data``, bytes. All tables come first, so that one read of a known length gets them, also from far away; and what
-they say is covered by one checksum, the bytes of every row by another.
+Column ``c`` of a shard has a table ``c.rows`` (N, 5 + D) int64, see :mod:`lakonlab.datasets.prompt_cache.rows`. Its
+bytes are in ``c.data``; or, in a shard by rows, those of all columns are in ``.data``, the columns of a row side by
+side, so that one request gets them from far away. All tables come first, so that one read of a known length gets them;
+and what they say is covered by one checksum, the bytes of every row and column by another.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from lakonlab.datasets.prompt_cache.rows import (
 from lakonlab.storage import files
 
 ROWS, DATA = '.rows', '.data'
+#: Stands for a column in the name of the data of a shard by rows.
+TOGETHER = ''
 #: Rows begin at multiples of this, so that memory maps are aligned for every dtype.
 ALIGNMENT = 8
 FORMAT = 'lakonlab-cache'
@@ -66,7 +69,9 @@ class ShardInfo:
         return asdict(self)
 
 
-def write_shard(stream: BinaryIO, name: str, columns: Mapping[str, Sequence[Row]], plan: str) -> ShardInfo:
+def write_shard(
+    stream: BinaryIO, name: str, columns: Mapping[str, Sequence[Row]], plan: str, by_row: bool = False
+) -> ShardInfo:
     """Write a shard.
 
     Args:
@@ -74,17 +79,26 @@ def write_shard(stream: BinaryIO, name: str, columns: Mapping[str, Sequence[Row]
         name: Name of the file.
         columns: Rows by the name of their column, equally many.
         plan: Digest of what the cache is to hold, so that no shard of another one is taken for its own.
+        by_row: Whether the columns of a row are next to each other, to be read together; else the rows of a column are.
     """
     count = len(next(iter(columns.values())))
     tables = {column: _table(rows) for column, rows in columns.items()}
+    if by_row:
+        content = [rows[number] for number in range(count) for rows in columns.values()]
+        groups = {TOGETHER: content}
+        starts = np.cumsum([0, *(_padded(len(row.content)) for row in content)], dtype=np.int64)[:-1]
+        for place, table in enumerate(tables.values()):
+            table[:, START] = starts[place :: len(tables)]
+    else:
+        groups = dict(columns)
     entries: dict[str, object] = {'__metadata__': {'format': FORMAT, 'plan': plan}}
     position = 0
     for column, table in tables.items():
         entries[column + ROWS] = _entry('I64', list(table.shape), position, table.nbytes)
         position += table.nbytes
-    for column, rows in columns.items():
+    for group, rows in groups.items():
         size = sum(_padded(len(row.content)) for row in rows)
-        entries[column + DATA] = _entry('U8', [size], position, size)
+        entries[group + DATA] = _entry('U8', [size], position, size)
         position += size
     header = json.dumps(entries, separators=(',', ':')).encode()
     header += b' ' * (-len(header) % ALIGNMENT)
@@ -92,7 +106,7 @@ def write_shard(stream: BinaryIO, name: str, columns: Mapping[str, Sequence[Row]
         [len(header).to_bytes(8, 'little'), header, *(table.astype('<i8').tobytes() for table in tables.values())]
     )
     stream.write(head)
-    for rows in columns.values():
+    for rows in groups.values():
         for row in rows:
             stream.write(row.content)
             stream.write(b'\0' * (_padded(len(row.content)) - len(row.content)))
@@ -149,11 +163,25 @@ def read_info(path: str) -> tuple[ShardInfo, str]:
 def _parse_header(text: bytes, path: str) -> dict[str, dict]:
     try:
         entries = json.loads(text)
-    except ValueError as error:
-        raise CacheError(f'{path} is damaged: its header cannot be read ({error})') from error
-    if not isinstance(entries, dict):
-        raise CacheError(f'{path} is damaged: its header is no dict')
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f'{path} is damaged: its header cannot be read ({type(error).__name__})') from error
+    if not isinstance(entries, dict) or not all(_is_entry(name, entry) for name, entry in entries.items()):
+        raise CacheError(f'{path} is damaged: its header is none of a shard')
     return entries
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    """Whether a header may have such an entry."""
+    if not isinstance(entry, dict):
+        return False
+    if name == '__metadata__':
+        return isinstance(entry.get('plan'), str)
+    shape, offsets = entry.get('shape'), entry.get('data_offsets')
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        return False
+    return len(offsets) == 2 and offsets[0] <= offsets[1] and len(shape) == (2 if name.endswith(ROWS) else 1)
 
 
 def _tables_size(entries: Mapping[str, dict]) -> int:
@@ -205,14 +233,13 @@ class Shard:
         try:
             if whole:
                 self._map = _mapped(files.fetch(path), path)
-                size = len(self._map)
                 head = self._map[: info.head_bytes].tobytes()
             else:
-                size = files.size_of(path)
                 head = files.read_bytes(path, 0, info.head_bytes)
         except FileNotFoundError as error:
             raise CacheError(f'{path} is missing, which the index of the cache lists') from error
-        if size != info.bytes:
+        if self._map is not None and len(self._map) != info.bytes:
+            size = len(self._map)
             raise CacheError(f'{path} is truncated or damaged: it has {size} bytes, its index lists {info.bytes}')
         if zlib.crc32(head) != info.head_checksum:
             raise CacheError(f'{path} is damaged: the checksum of its first {info.head_bytes} bytes is wrong')
@@ -234,17 +261,45 @@ class Shard:
         """Names of the columns."""
         return list(self._tables)
 
+    def rows(self, columns: Sequence[str], number: int, where: str) -> dict[str, Tensor]:
+        """Tensors of several columns, those that the row has; from far away by one request, if they lie together.
+
+        Args:
+            columns: Names of columns.
+            number: Number of the row in this shard.
+            where: What the row belongs to, for messages.
+
+        Raises:
+            CacheError: A checksum is wrong.
+        """
+        columns = [column for column in columns if column in self._tables]
+        window = None
+        if self._map is None and TOGETHER in self._starts and columns:
+            places = [self.entry(column, number) for column in columns]
+            first = min(int(place[START]) for place in places)
+            last = max(int(place[START] + place[LENGTH]) for place in places)
+            window = first, self._content(TOGETHER, first, last - first)
+        found = {column: self.row(column, number, where, window) for column in columns}
+        return {column: value for column, value in found.items() if value is not None}
+
+    def begin_of(self, column: str) -> int:
+        """Byte of the file from which the rows of a column are counted."""
+        return self._starts[TOGETHER if TOGETHER in self._starts else column]
+
     def entry(self, column: str, number: int) -> np.ndarray:
         """What the table says of a row."""
         return self._tables[column][number]
 
-    def row(self, column: str, number: int, where: str) -> Tensor | None:
+    def row(
+        self, column: str, number: int, where: str, window: tuple[int, bytes | np.ndarray] | None = None
+    ) -> Tensor | None:
         """One tensor, of its own memory.
 
         Args:
             column: Name of the column.
             number: Number of the row in this shard.
             where: What the row belongs to, for messages.
+            window: Bytes that were read before, and where in the data they begin; the row is in them.
 
         Returns:
             None if the row holds nothing.
@@ -254,7 +309,10 @@ class Shard:
         """
         start, length, expected, codec, dtype, *shape = self.entry(column, number).tolist()
         shape = [size for size in shape if size != ABSENT]
-        content = self._content(column, start, length)
+        if window is None:
+            content = self._content(column, start, length)
+        else:
+            content = window[1][start - window[0] : start - window[0] + length]
         found = f'{column} of {where} in {self.path}'
         if len(content) != length or checksum(content, number, codec, dtype, shape) != expected:
             raise CacheError(
@@ -287,8 +345,8 @@ class Shard:
         starts = np.arange(len(table)) * step
         if table[0, CODEC] != RAW or (form != form[0]).any() or (table[:, START] != starts).any():
             return None
-        first = self._starts[column]
-        if not length or first + len(table) * step > len(self._map):
+        first = self._starts.get(column)
+        if first is None or not length or first + len(table) * step > len(self._map):
             return None
         content = np.frombuffer(self._map, np.uint8, len(table) * step, first).reshape(-1, step)[:, :length]
         shape = tuple(int(size) for size in table[0, SHAPE:] if size != ABSENT)
@@ -299,7 +357,7 @@ class Shard:
         return self._tables[column][:, LENGTH]
 
     def _content(self, column: str, start: int, length: int) -> bytes | np.ndarray:
-        first = self._starts[column] + start
+        first = self.begin_of(column) + start
         if self._map is not None:
             return self._map[first : first + length]
         return files.read_bytes(self.path, first, length) if length else b''

@@ -154,7 +154,12 @@ class ShardedPromptCache:
 
     def records(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Several records at once."""
-        return self.embeds.map(self.record, names)
+        numbers = [self.number_of(name) for name in names]
+        self.embeds.open(self.embeds_row(number) for number in numbers)
+        if self.latents is not None:
+            self.latents.open(numbers)
+        waits = self.embeds if self.latents is None or not self.embeds.whole else self.latents
+        return waits.map(self.record, names)
 
     def check(self) -> Iterator[tuple[str, CacheError | None]]:
         """Read everything; yields what was read and what is wrong with it, None if nothing is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ from lakonlab.storage import files
 Value = TypeVar('Value')
 Item = TypeVar('Item')
 
-#: Shards that a process keeps mapped; the one that was opened first is closed first.
+#: Shards that a process keeps mapped or, far away, the tables of which (some 60 kB each) it keeps; the one that was not
+#: used for longest is closed first.
 MAX_OPEN_SHARDS = 2048
 #: Far away, smaller rows are not worth a request each: their shards are fetched whole, into the download cache.
 SMALL_ROW_BYTES = 1 << 16
@@ -28,7 +30,8 @@ class ShardStore:
     """One table of a cache.
 
     Shards of a local cache are mapped into memory. Of one far away, shards of small rows (latents of 256 pixels) are
-    fetched whole, once for all processes of a node, and rows of others (embedded prompts) are read one by one.
+    fetched whole, once for all processes of a node, and rows of others (embedded prompts) are read one by one: by one
+    request each, and one for the tables of each shard that is not open.
 
     Args:
         folder: The cache.
@@ -37,13 +40,17 @@ class ShardStore:
 
     def __init__(self, folder: str, table: Table):
         self.folder, self.table = folder, table
-        self.is_local = files.scheme_of(folder) == 'file'
+        self.is_local = not files.is_remote(folder)
         stored = sum(shard.bytes for shard in table.shards)
         self.whole = self.is_local or stored < SMALL_ROW_BYTES * table.rows
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_open': OrderedDict()}
+        return {name: value for name, value in vars(self).items() if name not in ('_open', '_lock')}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _open=OrderedDict(), _lock=threading.Lock())
 
     def shard(self, number: int) -> Shard:
         """A shard, opened if it is not.
@@ -51,14 +58,27 @@ class ShardStore:
         Raises:
             CacheError: It is missing or damaged.
         """
-        shard = self._open.get(number)
-        if shard is None:
-            info = self.table.shards[number]
-            shard = Shard(files.join(self.folder, info.file), info, self.whole)
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is not None:
+                self._open.move_to_end(number)
+                return shard
+        info = self.table.shards[number]
+        shard = Shard(files.join(self.folder, info.file), info, self.whole)
+        with self._lock:
             self._open[number] = shard
             while len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         return shard
+
+    def open(self, rows: Iterable[int]) -> None:
+        """Open the shards of some rows, several at a time where that is mostly waiting; each only once.
+
+        Raises:
+            CacheError: One is missing or damaged.
+        """
+        wanted = dict.fromkeys(self.table.place(row)[0] for row in rows)
+        self.map(self.shard, [number for number in wanted if number not in self._open])
 
     def read(self, row: int, columns: Iterable[str], where: str) -> dict[str, Tensor]:
         """Columns of a row, those that it has.
@@ -67,9 +87,7 @@ class ShardStore:
             CacheError: It is damaged.
         """
         number, position = self.table.place(row)
-        shard = self.shard(number)
-        found = {column: shard.row(column, position, where) for column in columns if column in shard.columns}
-        return {column: value for column, value in found.items() if value is not None}
+        return self.shard(number).rows(list(columns), position, where)
 
     def uniform(self, shard: int, column: str) -> UniformRows | None:
         """See :meth:`Shard.uniform`.

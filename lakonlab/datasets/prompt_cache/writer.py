@@ -22,7 +22,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lakonlab.datasets.prompt_cache.errors import CacheError
-from lakonlab.datasets.prompt_cache.index import INDEX_FILE, PLAN_FILE, VERSION, Index, Table, digest_of, read_index
+from lakonlab.datasets.prompt_cache.index import (
+    INDEX_FILE,
+    PLAN_FILE,
+    PROMPTS,
+    VERSION,
+    Index,
+    Table,
+    digest_of,
+    read_index,
+)
+from lakonlab.datasets.prompt_cache.plan import plain, require_plan
 from lakonlab.datasets.prompt_cache.rows import Row, encode
 from lakonlab.datasets.prompt_cache.shard import FORMAT, ShardInfo, read_info, write_shard
 from lakonlab.ranks import ALONE, Ranks
@@ -65,10 +75,8 @@ class CacheWriter:
     ):
         self.folder, self.kind, self.records, self.tables, self.ranks = str(folder), kind, records, dict(tables), ranks
         sizes = {name: [table.rows, table.rows_per_shard] for name, table in tables.items()}
-        self.plan = json.loads(
-            json.dumps(
-                {'format': FORMAT, 'version': VERSION, 'kind': kind, 'records': records, 'tables': sizes, **plan}
-            )
+        self.plan = plain(
+            {'format': FORMAT, 'version': VERSION, 'kind': kind, 'records': records, 'tables': sizes, **plan}
         )
         self.digest = digest_of(self.plan)
         self._made: dict[str, dict[int, ShardInfo]] = {name: {} for name in tables}
@@ -94,11 +102,11 @@ class CacheWriter:
         return not is_finished
 
     def _look(self) -> tuple[bool, dict[str, dict[int, ShardInfo]]]:
-        if files.scheme_of(self.folder) == 'file':
+        if not files.is_remote(self.folder):
             self._lock.enter_context(directory_lock(files.as_local(self.folder)))
         path = files.join(self.folder, PLAN_FILE)
         if files.is_file(path):
-            self._compare(json.loads(files.read_bytes(path)), path)
+            require_plan(path, self.plan, self.folder)
         elif files.is_file(files.join(self.folder, INDEX_FILE)):
             raise CacheError(f'{self.folder} holds a cache whose {PLAN_FILE} is missing: choose another folder')
         else:
@@ -115,16 +123,6 @@ class CacheWriter:
             total = sum(table.num_shards for table in self.tables.values())
             logger.info('%s: %d of %d shards are there already and kept', self.folder, count, total)
         return False, made
-
-    def _compare(self, found: dict[str, Any], path: str) -> None:
-        keys = sorted(set(found) | set(self.plan))
-        differing = [key for key in keys if found.get(key) != self.plan.get(key)]
-        if differing:
-            listed = ', '.join(f'{key} {found.get(key)!r} there and {self.plan.get(key)!r} here' for key in differing)
-            raise CacheError(
-                f'{self.folder} holds a cache that was begun differently ({path}): {listed}. Nothing is overwritten: '
-                'choose another folder, or move that one away.'
-            )
 
     def _whole_shards(self, table: str, names: set[str]) -> dict[int, ShardInfo]:
         present = [number for number in range(self.tables[table].num_shards) if self.name_of(table, number) in names]
@@ -196,7 +194,7 @@ class CacheWriter:
         """Write a shard."""
         name = self.name_of(table, shard)
         with files.open_write(files.join(self.folder, name)) as stream:
-            self._made[table][shard] = write_shard(stream, name, columns, self.digest)
+            self._made[table][shard] = write_shard(stream, name, columns, self.digest, by_row=self.kind == PROMPTS)
 
     def finish(self, facts: Mapping[str, Any], columns: Mapping[str, np.ndarray] | None = None) -> None:
         """Wait for all processes, and write the index.

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 
 from lakonlab.mmengine_parts import Hook
+from lakonlab.ranks import ALONE, Ranks
 from lakonlab.storage.background import BackgroundWriter
 from lakonlab.storage.mirror import Mirror
 
@@ -59,25 +60,25 @@ class MirrorHook(Hook):
 
 
 @contextlib.contextmanager
-def mirroring(mirror: Mirror | None) -> Iterator[None]:
+def mirroring(mirror: Mirror | None, ranks: Ranks = ALONE) -> Iterator[None]:
     """Begin a copy where the one before ended, and complete it at the end.
 
     Args:
-        mirror: The copy; None for none.
+        mirror: The copy; None for none, and in every process but the main one.
+        ranks: The processes that enter this together.
 
     Raises:
-        OSError: It cannot be begun or completed; where something else has failed already, that is only logged.
+        OSError: It cannot be begun or completed, in every process; where something else has failed already, that is
+            only logged.
     """
-    if mirror is None:
-        yield
-        return
-    mirror.fetch()
+    ranks.on_main(lambda: None if mirror is None else mirror.fetch())
     try:
         yield
     except BaseException:
-        try:
-            mirror.update()
-        except OSError as error:
-            logger.error('%s is not complete: %s', mirror.remote, error)
+        if mirror is not None:
+            try:
+                mirror.update()
+            except OSError as error:
+                logger.error('%s is not complete: %s', mirror.remote, error)
         raise
-    mirror.update()
+    ranks.on_main(lambda: None if mirror is None else mirror.update())

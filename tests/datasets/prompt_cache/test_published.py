@@ -5,12 +5,14 @@ import os
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 import zstandard
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache, read_embeds, write_embeds
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache, write_published_record
-from lakonlab.datasets.prompt_cache.record import pad_tokens, quantise, record_of
+from lakonlab.datasets.prompt_cache.record import quantise, record_of
 from tests.datasets.prompt_cache.caches import (
     compressed,
     flux_record,
@@ -248,6 +250,65 @@ def test_published_embeds_files(tmp_path):
         found = read_embeds(path)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_records_with_latents_are_no_bare_embeddings(tmp_path):
+    record = qwen_record(latents=torch.ones(16, 8, 8))
+    torch.save(record, tmp_path / 'record.pth')
+    assert set(read_embeds(tmp_path / 'record.pth')) == {'encoder_hidden_states', 'encoder_hidden_states_mask'}
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_embeds_of_a_batch_are_refused(suffix, tmp_path):
+    path = tmp_path / f'empty{suffix}'
+    fields = {'encoder_hidden_states': normal(1, 5, 8)}
+    torch.save(fields, path) if suffix == '.pth' else safetensors.torch.save_file(fields, path)
+    with pytest.raises(CacheError, match=rf'empty\{suffix}.*shape \(1, 5, 8\), expected \(tokens, channels\)'):
+        read_embeds(path)
+    fields = {**embeds(), 'encoder_hidden_states_mask': torch.ones(4)}
+    torch.save(fields, tmp_path / 'mask.pth')
+    with pytest.raises(CacheError, match=r'mask\.pth.*_mask has the shape \(4,\), expected \(5,\)'):
+        read_embeds(tmp_path / 'mask.pth')
+
+
+def test_a_flipped_bit_of_an_embeds_file_is_found(tmp_path):
+    path = tmp_path / 'empty.pth'
+    write_embeds(path, embeds(), 'float32')
+    content = bytearray(path.read_bytes())
+    states = embeds()['encoder_hidden_states'][:3].numpy().tobytes()
+    content[content.index(states) + 5] ^= 8
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match=r'empty\.pth cannot be read.*checksum'):
+        read_embeds(path)
+
+
+def nested(depth):
+    """A list that is small in memory, and has 2 ** depth elements when it is printed."""
+    value = []
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'latent_size': nested(60)},
+        {'latent_size': (10**5000,)},
+        {'latents': torch.ones(2, 2).to(torch.float8_e4m3fn), 'latents_scale': 10**400},
+        {'prompt': nested(60)},
+        {'prompt': 'a\ud800'},
+        {'latents': nested(60)},
+        {'prompt_embed_kwargs': {'x' * 100000: 1}},
+        {'prompt_embed_kwargs': nested(60)},
+        {'latents': torch.ones(2), 'latents_scale': torch.ones(100000)},
+    ],
+    ids=range(9),
+)
+def test_messages_are_short_whatever_a_record_holds(fields, tmp_path):
+    with pytest.raises(CacheError, match=NAME) as caught:
+        only_record(tmp_path, {**qwen_record(), **fields})
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 def test_embeds_files_that_cannot_be_read_name_the_command(tmp_path):

@@ -282,6 +282,78 @@ def test_large_memo_takes_no_memory():
     assert read_pickle(content) is None
 
 
+# -- what a small file could ask for
+
+
+def test_a_view_does_not_keep_its_storage():
+    whole = torch.zeros(1 << 20)
+    whole[7] = 3
+    found = read_pickle(pickle.dumps([whole[7:9], whole[::1024][:4]]))
+    assert found[0].tolist() == [3, 0]
+    assert [tensor.untyped_storage().nbytes() for tensor in found] == [8, 16]
+
+
+def storage_pickle(size: int) -> bytes:
+    """A pickle of one storage, without its frame, that leaves the storage on the stack and in the memo as number 9."""
+    stream = io.BytesIO()
+    torch.save(torch.zeros(size, dtype=torch.uint8).untyped_storage(), stream, _use_new_zipfile_serialization=False)
+    content = stream.getvalue()
+    load = short('torch.storage') + short('_load_from_bytes') + b'\x93'
+    return load + b'B' + struct.pack('<I', len(content)) + content + b'\x85R'
+
+
+def test_one_storage_is_not_copied_without_end():
+    """Thousands of tensors of one storage; and one storage loaded thousands of times."""
+    size = 1 << 16
+    rebuild = short('torch._utils') + short('_rebuild_tensor_v2') + b'\x93'
+    shape = b'K\x00M\x00\x80\x85K\x01\x85\x89' + short('collections') + short('OrderedDict') + b'\x93)R'
+    tensor = b'h\x01(h\x00' + shape + b'tR'
+    storage = storage_pickle(size) + b'q\x00'
+    tensors = b'\x80\x04](' + storage + rebuild + b'q\x01'
+    few, many = tensors + 2 * tensor + b'e.', tensors + 1000 * tensor + b'e.'
+    assert [len(value) for value in read_pickle(few)[2:]] == [1 << 15] * 2
+    with pytest.raises(UnsafePickleError, match='much more memory'):
+        read_pickle(many)
+    content = storage[storage.index(b'B') : storage.rindex(b'\x85R')]
+    load = short('torch.storage') + short('_load_from_bytes') + b'\x93'
+    again = b'\x80\x04](' + load + b'q\x00' + content + b'q\x01' + 1000 * b'h\x00h\x01\x85R' + b'e.'
+    with pytest.raises(UnsafePickleError, match='much more memory'):
+        read_pickle(again)
+
+
+def test_containers_without_end():
+    with pytest.raises(UnsafePickleError, match='opcodes'):
+        read_pickle(b'\x80\x04](' + b'}' * (1 << 21) + b'e.')
+
+
+NESTED = b'\x80\x04]q\x00' + b''.join(b'](h\x00h\x00e' + b'q\x00' for _ in range(60))
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        NESTED + short('mkdir') + b'\x93.',  # a name whose module is no text
+        NESTED + b')R.',
+        b'\x80\x04X' + struct.pack('<I', 10**6) + b'x' * 10**6 + short('y') + b'\x93)R.',
+        b'\x80\x04' + short('torch\nerror: fine') + short('y') + b'\x93)R.',
+        b'\x80\x04}' + short('key') + NESTED[2:] + b'b.',
+    ],
+    ids=range(5),
+)
+def test_messages_do_not_hold_what_is_in_the_file(content):
+    with pytest.raises(UnsafePickleError) as caught:
+        read_pickle(content)
+    assert len(str(caught.value)) < 200
+    assert 'fine' not in str(caught.value)
+
+
+def test_shapes_that_torch_refuses_are_named_as_damage():
+    storage = torch.zeros(1)._typed_storage()
+    call = Call(torch._utils._rebuild_tensor_v2, storage, 0, (0, 2**62, 2**62), (1, 1, 1), False, {})
+    with pytest.raises(UnsafePickleError, match='damaged'):
+        read_pickle(pickle.dumps(call))
+
+
 RECORD = pickle.dumps({'prompt': 'a cat', 'prompt_embed_kwargs': {'a': values(torch.float8_e4m3fn, 3, 4)}})
 
 

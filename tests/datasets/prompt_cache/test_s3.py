@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lakonlab.datasets.latent_cache import LatentCache
-from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache, read_embeds, write_embeds
+from lakonlab.datasets.prompt_cache import CacheError, open_prompt_cache, read_embeds, store, write_embeds
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE, LATENTS, Table, pack_texts
 from lakonlab.datasets.prompt_cache.published import PublishedPromptCache
 from lakonlab.datasets.prompt_cache.writer import CacheWriter
@@ -56,12 +56,58 @@ def test_rows_are_read_without_their_shards(bucket, source, downloads):
     assert all(shard._map is None for shard in cache.embeds._open.values())
 
 
+@pytest.fixture
+def requests(monkeypatch):
+    """Names of the requests that are sent."""
+    from lakonlab.storage import s3
+
+    sent, send = [], s3.request
+
+    def counted(path, name, **arguments):
+        sent.append(name)
+        return send(path, name, **arguments)
+
+    monkeypatch.setattr(s3, 'request', counted)
+    return sent
+
+
+def test_a_record_takes_a_request(bucket, source, downloads, requests, monkeypatch):
+    folder = f'{bucket}/ours'
+    convert_prompt_cache(source, folder, 3)
+    cache = open_prompt_cache(folder)
+    cache.embeds.whole = False
+    names = list(cache.names)
+    requests.clear()
+    cache.records([names[0], names[4], names[1], names[8]])
+    assert len(requests) == 4 + 2  # the records, and the tables of two shards: equal prompts are stored once
+    requests.clear()
+    cache.records(names)
+    assert len(requests) == len(names)
+    monkeypatch.setattr(store, 'MAX_OPEN_SHARDS', 1)
+    cache.embeds._open.clear()
+    for name, count in ((names[0], 2), (names[1], 1), (names[4], 2), (names[3], 1), (names[0], 2)):
+        requests.clear()
+        cache.record(name)
+        assert len(requests) == count, name
+    assert not downloads.exists()
+
+
+def test_the_shard_that_was_not_used_for_longest_is_closed(source, tmp_path, monkeypatch):
+    convert_prompt_cache(source, str(tmp_path / 'ours'), 1)
+    monkeypatch.setattr(store, 'MAX_OPEN_SHARDS', 2)
+    cache = open_prompt_cache(tmp_path / 'ours')
+    for number in (0, 1, 0, 2):
+        cache.record(cache.names[number])
+    assert list(cache.embeds._open) == [0, 2]
+
+
 def test_damage_is_found(bucket, source, downloads):
     folder = f'{bucket}/ours'
     convert_prompt_cache(source, folder, 4)
     path = f'{folder}/embeds-000001.safetensors'
     content = bytearray(files.read_bytes(path))
-    content[-9] ^= 1
+    shard = open_prompt_cache(folder).embeds.shard(1)
+    content[shard.begin_of('encoder_hidden_states') + int(shard.entry('encoder_hidden_states', 0)[0])] ^= 1
     files.write_bytes(path, bytes(content))
     for whole in (False, True):
         cache = open_prompt_cache(folder)

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lakonlab.datasets.collate import pad_tokens
 from lakonlab.datasets.prompt_cache import CacheError, is_prompt_cache, open_prompt_cache
 from lakonlab.datasets.prompt_cache.index import INDEX_FILE, PLAN_FILE, RECORDS_FILE, digest_of, read_index
-from lakonlab.datasets.prompt_cache.record import pad_tokens, quantise, without_padding
+from lakonlab.datasets.prompt_cache.record import quantise, without_padding
 from lakonlab.datasets.prompt_cache.rows import ABSENT, RAW, TRANSPOSED, ZSTD, checksum, decode, encode
 from lakonlab.datasets.prompt_cache.shard import Shard, read_info
 from tests.datasets.prompt_cache.caches import normal, raw, same_fields, write_ours
@@ -107,8 +108,8 @@ def test_shards_are_safetensors(cache_of):
         with safetensors.safe_open(path, 'pt') as file:
             names = set(file.keys())
             rows = file.get_tensor('encoder_hidden_states.rows')
-            data = file.get_tensor('encoder_hidden_states.data').numpy()
-        assert {'prompt.rows', 'prompt.data', 'encoder_hidden_states_mask.rows'} <= names
+            data = file.get_tensor('.data').numpy()
+        assert {'prompt.rows', 'encoder_hidden_states_mask.rows'} <= names
         start, length, expected, codec, dtype, *shape = rows[0].tolist()
         content = data[start : start + length].tobytes()
         assert checksum(content, 0, codec, dtype, shape) == expected
@@ -196,7 +197,7 @@ def used_bytes(path):
     shard = Shard(str(path), info)
     for column in shard.columns:
         for start, length in shard._tables[column][:, :2].tolist():
-            first = shard._starts[column] + start
+            first = shard.begin_of(column) + start
             used[first : first + length] = True
     return used
 
@@ -224,7 +225,7 @@ def test_a_damaged_row_is_named_and_the_others_are_read(cache_of):
     path = folder / 'embeds-000001.safetensors'
     info, _ = read_info(str(path))
     shard = Shard(str(path), info)
-    start = shard._starts['encoder_hidden_states'] + int(shard.entry('encoder_hidden_states', 1)[0])
+    start = shard.begin_of('encoder_hidden_states') + int(shard.entry('encoder_hidden_states', 1)[0])
     del shard
     content = bytearray(path.read_bytes())
     content[start] ^= 4

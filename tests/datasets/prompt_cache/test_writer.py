@@ -157,10 +157,36 @@ def test_rows_that_fail_to_be_made_are_raised(tmp_path):
     assert not (tmp_path / 'cache' / INDEX_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    'header',
+    [
+        b'{}',
+        b'[]',
+        b'{"a.rows": {}}',
+        b'{"a.rows": {"shape": [], "data_offsets": [0, 0]}}',
+        b'{"a.rows": {"shape": [1, 5], "data_offsets": ["x", 0]}}',
+        b'{"a.data": {"shape": [1], "data_offsets": [8, 0]}}',
+        b'{"__metadata__": {"plan": 1}}',
+        b'\xff\xff',
+        b'[' * 100000,
+    ],
+    ids=range(9),
+)
+def test_shards_with_a_damaged_head_are_made_again(header, tmp_path, caplog):
+    make(tmp_path / 'whole')
+    make(tmp_path / 'cache')
+    (tmp_path / 'cache' / INDEX_FILE).unlink()
+    path = tmp_path / 'cache' / 'embeds-000000.safetensors'
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(64))
+    make(tmp_path / 'cache')
+    assert 'embeds-000000.safetensors' in caplog.text
+    assert content_of(tmp_path / 'cache') == content_of(tmp_path / 'whole')
+
+
 def test_a_write_that_fails_is_raised(tmp_path, monkeypatch):
     from lakonlab.datasets.prompt_cache import writer as module
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(module, 'write_shard', full)

@@ -295,12 +295,12 @@ class TestShards:
         assert same(build('DiTTransformer2DModelMod', pretrained=url), teacher)
 
     @pytest.fixture
-    def place(self, folder, swift_bucket, monkeypatch, tmp_path):
+    def place(self, folder, bucket, monkeypatch, tmp_path):
         """The same files on S3, beside others that nobody asked for."""
         monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
-        files.upload(folder, f'{swift_bucket}/model')
-        files.write_text(f'{swift_bucket}/model/unrelated.bin', 'x')
-        return f'{swift_bucket}/model'
+        files.upload(folder, f'{bucket}/model')
+        files.write_text(f'{bucket}/model/unrelated.bin', 'x')
+        return f'{bucket}/model'
 
     @pytest.mark.parametrize('name', ['', '/', '/diffusion_pytorch_model.safetensors.index.json'])
     def test_s3(self, name, place, teacher, tmp_path):

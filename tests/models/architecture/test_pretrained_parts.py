@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import torch
 
+from lakonlab.models.architecture.diffusers.pretrained import repository
 from lakonlab.models.architecture.loading import PretrainedError
 from lakonlab.ops.random_source import RecordedSource, SeededSource
 from lakonlab.registry import MODULES
@@ -149,15 +150,15 @@ class TestAutoencoders:
         with pytest.raises(ValueError, match=r'no encoder: set del_encoder=False'):
             decoder.encode(self.pictures())
 
-    def test_on_s3(self, parts, folders, swift_bucket, monkeypatch, tmp_path):
+    def test_on_s3(self, parts, folders, bucket, monkeypatch, tmp_path):
         """Of a whole pipeline, no more than what is needed is downloaded."""
         monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path / 'cache'))
-        files.upload(folders['flux'], f'{swift_bucket}/flux')
-        vae = parts('PretrainedVAE', model_name_or_path=f'{swift_bucket}/flux')
+        files.upload(folders['flux'], f'{bucket}/flux')
+        vae = parts('PretrainedVAE', model_name_or_path=f'{bucket}/flux')
         assert torch.equal(
             vae.encode(self.pictures(), 'argmax'), parts('PretrainedVAE').encode(self.pictures(), 'argmax')
         )
-        encoder = parts('PretrainedFluxTextEncoder', model_name_or_path=f'{swift_bucket}/flux/')
+        encoder = parts('PretrainedFluxTextEncoder', model_name_or_path=f'{bucket}/flux/')
         expected = parts('PretrainedFluxTextEncoder')(PROMPTS)
         assert all(torch.equal(value, expected[name]) for name, value in encoder(PROMPTS).items())
         (tree, other) = (tmp_path / 'cache' / 'downloads' / 'trees').glob('*/flux')
@@ -190,6 +191,17 @@ class TestAutoencoders:
             parts('PretrainedVAE', **options)
         with pytest.raises(ValueError, match=r"sample_mode='mean': expected one of sample, argmax"):
             parts('PretrainedVAE').encode(self.pictures(), sample_mode='mean')
+
+
+def test_where_parts_are():
+    assert repository('org/model') == 'org/model'
+    assert repository('huggingface://org/model@v1/') == 'org/model@v1'
+    assert repository('HuggingFace://org/model') == 'org/model'
+    assert repository('s3://bucket/model/') == 's3://bucket/model'
+    with pytest.raises(PretrainedError, match='no repository of the hub'):
+        repository('huggingface://org/model/inner')
+    with pytest.raises(PretrainedError, match='https:// cannot be listed'):
+        repository('https://host/model')
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,23 @@ import logging
 import pytest
 from mmengine.config import Config
 
+from lakonlab.ranks import Ranks
 from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
+from lakonlab.runner.hooks.mirror import mirroring
 from lakonlab.storage import files
 from lakonlab.storage.errors import StorageError
+from lakonlab.storage.local import DirectoryInUseError
 from lakonlab.storage.mirror import Mirror
 from tests.runner.tiny import make_runner
 
 
 @pytest.fixture
-def where(swift_bucket):
-    return f'{swift_bucket}/logs'
+def where(bucket):
+    return f'{bucket}/logs'
 
 
-def runner_of(folder, where, **changes):
-    return make_runner(folder, max_iters=10, cfg=Config(dict(work_dir_mirror=where)), **changes)
+def runner_of(folder, where, max_iters=10, **changes):
+    return make_runner(folder, max_iters=max_iters, cfg=Config(dict(work_dir_mirror=where)), **changes)
 
 
 def assert_same(folder, where):
@@ -81,3 +84,32 @@ def test_a_mirror_that_cannot_be_reached_ends_a_run_before_it_begins(tmp_path):
     with pytest.raises(OSError, match='https:// cannot be listed'):
         runner_of(tmp_path, 'https://host/logs').train()
     assert not (tmp_path / 'checkpoints' / 'tiny' / 'iter_5').exists()
+
+
+class Second(Ranks):
+    """What the second process of two is told of what the main one did."""
+
+    def on_main(self, function):
+        raise StorageError('the server of the main process is on fire')
+
+
+def test_all_processes_learn_that_it_cannot_be_begun():
+    with pytest.raises(StorageError, match='of the main process'), mirroring(None, Second(1, 2)):
+        pass
+
+
+def test_a_run_that_is_refused_leaves_the_copy_of_the_other_alone(tmp_path, where):
+    """Both copy to the same place, and only one of them holds the directory of the checkpoints."""
+    runner = runner_of(tmp_path, where, max_iters=5)
+    runner.train()
+    before = {info.name: files.read_bytes(f'{where}/{info.name}') for info in files.list_files(where)}
+    (tmp_path / 'work_dirs' / 'tiny' / 'scalars.json').write_text('of another run')
+
+    def refuse(stack):
+        raise DirectoryInUseError('in use by another run')
+
+    second = runner_of(tmp_path, where)
+    second._hold_checkpoint_dir = refuse
+    with pytest.raises(DirectoryInUseError):
+        second.train()
+    assert {info.name: files.read_bytes(f'{where}/{info.name}') for info in files.list_files(where)} == before

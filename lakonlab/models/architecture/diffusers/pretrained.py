@@ -19,12 +19,11 @@ from lakonlab.models.architecture.freezing import parse_dtype
 from lakonlab.models.architecture.loading import PretrainedError
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.fetch import fetch
-from lakonlab.storage.paths import is_remote, normal
-from lakonlab.storage.schemes import LIST, READ, require
+from lakonlab.storage.paths import is_remote, normal, without_scheme
+from lakonlab.storage.schemes import LIST, READ, has_own_cache, require
 
 logger = logging.getLogger(__name__)
 
-HUB_PREFIX = 'huggingface://'
 Loaded = TypeVar('Loaded')
 
 
@@ -84,13 +83,14 @@ def repository(name_or_path: str | None, argument: str = 'model_name_or_path') -
     """
     if not name_or_path:
         raise PretrainedError(f'{argument} is missing: name a folder or a repository of the hub')
-    if is_remote(name_or_path) and not str(name_or_path).startswith(HUB_PREFIX):
+    is_on_hub = has_own_cache(name_or_path)
+    if is_remote(name_or_path) and not is_on_hub:
         try:
             require(name_or_path, READ, LIST, setting=argument)
         except StorageError as error:
             raise PretrainedError(str(error)) from error
         return normal(name_or_path)
-    name = str(name_or_path).removeprefix(HUB_PREFIX).rstrip('/')
+    name = without_scheme(name_or_path) if is_on_hub else str(name_or_path).rstrip('/')
     if local_folder(name) is not None:
         return str(local_folder(name))
     if name.count('/') != 1 or name.startswith(('.', '/', '~')):
