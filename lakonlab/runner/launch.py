@@ -80,6 +80,7 @@ def train(args: Namespace) -> int:
         from lakonlab.runner.data_plan import check_data, used_splits
         from lakonlab.runner.dry_run import build_on_meta
         from lakonlab.runner.runner import Runner
+        from lakonlab.runner.signals import ignore_termination
 
         with impossible_values():
             # a process that fails ends without waiting for the others, which its launcher then ends
@@ -104,6 +105,8 @@ def train(args: Namespace) -> int:
         try:
             runner.train()
         except SystemExit:  # stopped by a signal, and saved; the launcher ends the others when the first one leaves
+            if ranks.world_size > 1:
+                ignore_termination()
             stop_processes(ranks)
             raise
     stop_processes(ranks)

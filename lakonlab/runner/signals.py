@@ -8,6 +8,12 @@ import threading
 from types import FrameType
 
 
+def ignore_termination() -> None:
+    """From here on SIGTERM changes nothing: the process is leaving, and its launcher would end it meanwhile."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class StopRequest:
     """Remembers a request to stop while it is active; a second one ends the process at once.
 

@@ -217,7 +217,8 @@ def stale_uploads(path: str, bucket: str, prefix: str, older_than: float) -> Ite
         path: Where to look, for messages.
         bucket: The bucket.
         prefix: Beginning of the keys.
-        older_than: Only those that began so many seconds ago.
+        older_than: Only those that began so many seconds ago, by the clocks of the server and of this machine; 0 or
+            less for all, whatever the clocks say.
 
     Yields:
         Key, identifier, and when it began.
@@ -235,7 +236,8 @@ def stale_uploads(path: str, bucket: str, prefix: str, older_than: float) -> Ite
                 return
             raise
         for entry in answer.get('Uploads') or ():
-            if (datetime.now(timezone.utc) - entry['Initiated']).total_seconds() >= older_than:
+            age = datetime.now(timezone.utc) - entry['Initiated']
+            if older_than <= 0 or age.total_seconds() >= older_than:
                 yield entry['Key'], entry['UploadId'], entry['Initiated']
         if not answer.get('IsTruncated'):
             return

@@ -254,7 +254,7 @@ def test_a_killed_upload_is_invisible_and_can_be_cleaned(faulty):
     assert unfinished(faulty) == ['run/iter_1/model.bin']
     assert s3_upload.clean_uploads(f'{faulty.bucket}/other', 0) == []
     assert s3_upload.clean_uploads(f'{faulty.bucket}/run', 3600) == []
-    assert s3_upload.clean_uploads(f'{faulty.bucket}/run', -60, dry_run=True) == [path]
+    assert s3_upload.clean_uploads(f'{faulty.bucket}/run', 0, dry_run=True) == [path]
     assert unfinished(faulty) == ['run/iter_1/model.bin']
     tool = [sys.executable, str(Path(__file__).parents[2] / 'tools' / 'clean_uploads.py')]
     done = subprocess.run([*tool, f'{faulty.bucket}/run', '--older-than', '0'], capture_output=True, text=True)

@@ -20,6 +20,7 @@ from tests.datasets.prompt_cache.caches import (
     published_fp8,
     qwen_record,
     raw,
+    same_fields,
     write_published,
 )
 
@@ -121,13 +122,18 @@ def test_flipped_bits_of_streams_with_checksum_are_found(tmp_path):
     path = tmp_path / f'{NAME}.zst'
     path.write_bytes(content)
     cache = open_prompt_cache(tmp_path)
-    cache.record(NAME)
-    for position in range(0, len(content), 7):
+    whole = cache.record(NAME)
+    positions, harmless = range(0, len(content), 7), 0
+    for position in positions:
         damaged = bytearray(content)
         damaged[position] ^= 1 << (position % 8)
         path.write_bytes(damaged)
-        with pytest.raises(CacheError, match=NAME):
-            cache.record(NAME)
+        with contextlib.suppress(CacheError):
+            read = cache.record(NAME)  # a bit that a decoder need not look at
+            assert read['prompt'] == whole['prompt']
+            assert same_fields(read['prompt_embed_kwargs'], whole['prompt_embed_kwargs'])
+            harmless += 1
+    assert harmless < len(positions) // 20
 
 
 def test_what_follows_a_stream_is_no_part_of_it(tmp_path):
