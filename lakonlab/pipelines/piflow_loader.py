@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from lakonlab.pipelines.adapter_files import (
     weights_name,
 )
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
-from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, own_tensors
+from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
+from lakonlab.pipelines.student_lora import is_fused, own_tensors, part_from_base, rejoin_base
 
 logger = logging.getLogger(__name__)
 
+SAME = 1e-6
 #: Folder of a saved pipeline with the adapters of its modules, one folder each.
 SAVED_ADAPTERS = 'piflow_adapters'
+#: File in it: module -> name of its low-rank matrices, and whether the adapter sets the scheduler.
+SAVED_INDEX = 'adapters.json'
 
 
 class PiFlowLoaderMixin:
@@ -40,9 +45,10 @@ class PiFlowLoaderMixin:
     def load_piflow_adapter(
         self,
         pretrained_model_name_or_path: str | Path,
-        subfolder: str | None = None,
         target_module_name: str = 'transformer',
         adapter_name: str | None = None,
+        *,
+        subfolder: str | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
@@ -56,10 +62,10 @@ class PiFlowLoaderMixin:
 
         Args:
             pretrained_model_name_or_path: Folder, URL of a folder, or repository of the Hugging Face hub.
-            subfolder: Folder in it.
             target_module_name: Module of the pipeline that it is an adapter of.
-            adapter_name: Name for its low-rank matrices, for ``set_adapters``; None for
+            adapter_name: Name for its low-rank matrices, for ``set_adapters``, without dots; None for
                 ``'<target_module_name>_piflow'``.
+            subfolder: Folder in it.
             variant: Middle part of the name of the file, such as ``'fp16'``.
             use_safetensors: Must not be False: pickles are not read.
             low_cpu_mem_usage: Of the published method; has no effect, since the base is never copied.
@@ -71,8 +77,10 @@ class PiFlowLoaderMixin:
 
         Raises:
             AdapterError: There is no such adapter, it cannot be read, or it is for another base.
-            ValueError: The pipeline has an adapter already.
+            ValueError: The pipeline has an adapter already, or the name is none.
         """
+        if adapter_name is not None and (not adapter_name or '.' in adapter_name):
+            raise ValueError(f'adapter_name={adapter_name!r}: expected a name without dots')
         if use_safetensors is False:
             raise AdapterError('use_safetensors=False: adapters are read from safetensors only, which hold no code')
         base = getattr(self, target_module_name, None)
@@ -109,6 +117,8 @@ class PiFlowLoaderMixin:
     def unload_piflow_adapter(self, target_module_name: str = 'transformer') -> None:
         """Go back to the transformer that an adapter was loaded into; styles that were loaded since are gone too.
 
+        So does the scheduler, if it still is the one that was set for the adapter.
+
         Raises:
             ValueError: There is no adapter, or its matrices are fused with the base's weights.
         """
@@ -116,11 +126,31 @@ class PiFlowLoaderMixin:
         record: Student | None = getattr(student, 'piflow', None)
         if record is None:
             raise ValueError(f'the {target_module_name} has no adapter of pi-Flow')
-        if any(getattr(module, 'merged_adapters', None) for module in student.modules()):
-            raise ValueError('adapters are fused with the weights of the base: call unfuse_lora first')
+        _refuse_fused(student)
         restore = self._suspend_offloading()
         setattr(self, target_module_name, record.base.to(student.device))
         restore()
+        if record.scheduler is not None and self.scheduler is record.scheduler:
+            self.scheduler = record.own_scheduler
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        """As in the base class; the student parts from the base, so that pipelines which share it stay as they are."""
+        for student in self._students().values():
+            part_from_base(student)
+        super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args, **kwargs) -> None:
+        """As in the base class; the student shares the weights of the base again."""
+        super().unfuse_lora(*args, **kwargs)
+        for student in self._students().values():
+            rejoin_base(student)
+
+    def _students(self) -> dict[str, nn.Module]:
+        return {
+            name: module
+            for name, module in self.components.items()
+            if isinstance(module, nn.Module) and getattr(module, 'piflow', None) is not None
+        }
 
     def unload_lora_weights(self, *args, **kwargs) -> None:
         """Remove the adapters of styles; that of pi-Flow stays."""
@@ -151,11 +181,15 @@ class PiFlowLoaderMixin:
         Args:
             save_directory: Folder, made if need be.
             target_module_name: The module.
+
+        Raises:
+            ValueError: Its matrices are fused with the weights.
         """
         from safetensors.torch import save_file
 
         student = getattr(self, target_module_name)
         record: Student = student.piflow
+        _refuse_fused(student)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {'format': 'pt', POLICY_KEY: json.dumps({**record.policy_kwargs, 'type': record.policy_type})}
@@ -166,29 +200,61 @@ class PiFlowLoaderMixin:
         (folder / CONFIG_FILE).write_text(f'{config}\n', encoding='utf-8')
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """As in the base class: the base as it was, and the adapters beside it in ``piflow_adapters/``."""
-        students = {
-            name: module
-            for name, module in self.components.items()
-            if isinstance(module, nn.Module) and getattr(module, 'piflow', None) is not None
-        }
+        """As in the base class: the base as it was, and the adapters beside it in ``piflow_adapters/``.
+
+        The scheduler is that of the base too, unless another was chosen since the adapter was loaded.
+
+        Raises:
+            ValueError: Matrices are fused with the weights, or the base has styles.
+        """
+        students = self._students()
+        for student in students.values():
+            _refuse_fused(student)
+            if getattr(student.piflow.base, 'peft_config', None):
+                raise ValueError(
+                    'the base has styles that were loaded before the adapter, which cannot be saved with it: load the '
+                    'styles after the adapter'
+                )
+        index = {}
+        replaced = {name: self.__dict__[name] for name in (*students, *(['scheduler'] if students else []))}
         try:
             for name, student in students.items():
-                self.__dict__[name] = student.piflow.base
+                record: Student = student.piflow
+                self.save_piflow_adapter(Path(save_directory, SAVED_ADAPTERS, name), name)
+                sets_scheduler = record.scheduler is not None and self.scheduler is record.scheduler
+                index[name] = {'adapter_name': record.adapter_name, 'sets_scheduler': sets_scheduler}
+                self.__dict__[name] = record.base
+                if sets_scheduler:
+                    self.__dict__['scheduler'] = record.own_scheduler
+            if index:
+                text = json.dumps(index, indent=2)
+                Path(save_directory, SAVED_ADAPTERS, SAVED_INDEX).write_text(f'{text}\n', encoding='utf-8')
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.__dict__.update(students)
-        for name in students:
-            self.save_piflow_adapter(Path(save_directory, SAVED_ADAPTERS, name), name)
+            self.__dict__.update(replaced)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote to a local folder are loaded too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         folder = Path(pretrained_model_name_or_path, SAVED_ADAPTERS)
-        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
-            pipe.load_piflow_adapter(child, target_module_name=child.name)
+        file = folder / SAVED_INDEX
+        index = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+        for child in sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else ():
+            saved = index.get(child.name, {})
+            own = pipe.scheduler
+            pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
+            if not saved.get('sets_scheduler', True) or 'scheduler' in kwargs:
+                pipe.scheduler = own
         return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As in the base class; what the other pipeline was told about the policy goes with it."""
+        for name in ('policy_type', 'policy_kwargs'):
+            if hasattr(pipeline, name):
+                kwargs.setdefault(name, getattr(pipeline, name))
+        return super().from_pipe(pipeline, **kwargs)
 
     def _policy_of(self, adapter: PiFlowAdapter) -> dict[str, Any]:
         """Type and arguments of the policy, from the file, its head, and the pipeline's arguments."""
@@ -200,25 +266,37 @@ class PiFlowLoaderMixin:
         return {**adapter.policy, **self.policy_kwargs, 'type': by_head}
 
     def _adopt_schedule(self, student: Student) -> None:
-        """Let the adapter set the shift of diffusers' scheduler, unless the user has done so."""
-        config, recipe = self.scheduler.config, student.recipe
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+        """Let the adapter set the shift of diffusers' scheduler; one without a recipe unless the user has done so."""
+        own, recipe = self.scheduler, student.recipe
+        if not isinstance(own, FlowMatchEulerDiscreteScheduler):
             return
+        config = own.config
+        is_fixed = not config.use_dynamic_shifting and not config.get('shift_terminal')
         if recipe is None:
-            if not config.use_dynamic_shifting and not config.get('shift_terminal'):
+            if is_fixed:
                 return  # chosen by the user
             recipe = PUBLISHED
+            if student.policy_type == 'DX':
+                recipe = replace(PUBLISHED, shift=student.policy_kwargs.get('shift', 1.0))
             logger.info('%r carries no recipe: it is sampled as published adapters are, %s', student.where, recipe)
         if recipe.shift is None:
             logger.warning(
                 '%r was trained with a shift that depends on the size of images, which pipelines count otherwise: set '
                 'the scheduler yourself; %s stays as it is',
                 student.where,
-                type(self.scheduler).__name__,
+                type(own).__name__,
             )
             return
+        if is_fixed and abs(own.shift - recipe.shift) > SAME:
+            logger.warning(
+                '%r was trained for shift=%s, which the scheduler gets in place of its %s',
+                student.where,
+                recipe.shift,
+                own.shift,
+            )
         settings = dict(shift=recipe.shift, use_dynamic_shifting=False, shift_terminal=None)
-        self.scheduler = type(self.scheduler).from_config(config, **settings)
+        student.own_scheduler, student.scheduler = own, type(own).from_config(config, **settings)
+        self.scheduler = student.scheduler
 
     def _suspend_offloading(self):
         """Bring all modules back whole; returns what offloads them again."""
@@ -235,6 +313,11 @@ class PiFlowLoaderMixin:
                 self.enable_sequential_cpu_offload(**options)
 
         return restore
+
+
+def _refuse_fused(student: nn.Module) -> None:
+    if is_fused(student):
+        raise ValueError('adapters are fused with the weights: call unfuse_lora first')
 
 
 def _without_output(state: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDESchedul
 from lakonlab.pipelines.piflow_loader import PiFlowLoaderMixin
 from lakonlab.pipelines.policy_scheduler import PolicyScheduler, auto_temperature, flow_map_of
 from lakonlab.pipelines.recipe import PUBLISHED
-from lakonlab.pipelines.student import Student, is_active
+from lakonlab.pipelines.student import Student
+from lakonlab.pipelines.student_lora import is_active
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +79,33 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
             ValueError: No adapter is loaded, guidance was asked for, or a setting is not one that can be sampled with.
         """
         student = self._student_of('transformer')
+        _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale)
         parent = super().__call__
+        call = dict(num_inference_steps=num_inference_steps, total_substeps=total_substeps, temperature=temperature)
+        with self._alone():
+            return self._sample(student, parent, args, kwargs, **call, final_step_size_scale=final_step_size_scale)
+
+    @contextlib.contextmanager
+    def _alone(self):
+        mine = object()
+        if self.__dict__.setdefault('_sampling', mine) is not mine:  # atomic, unlike a look before it
+            raise RuntimeError(
+                f'this {type(self).__name__} is sampling already: use one pipeline per thread; they can share a base'
+            )
+        try:
+            yield
+        finally:
+            del self.__dict__['_sampling']
+
+    def _sample(
+        self, student, parent, args, kwargs, num_inference_steps, total_substeps, temperature, final_step_size_scale
+    ):
         arguments = dict(inspect.signature(parent).bind_partial(*args, **kwargs).arguments)
         arguments.update(arguments.pop('kwargs', {}))
+        embedded = self._recipe('guidance_scale')
+        takes_scale = 'guidance_scale' in inspect.signature(parent).parameters and 'guidance_scale' not in self.unguided
+        if embedded is not None and takes_scale:
+            arguments.setdefault('guidance_scale', embedded)  # what it was distilled with, not the default of the base
         self._refuse_guidance(arguments)
         sigmas = arguments.pop('sigmas', None)
         num_steps = arguments.pop('num_inference_steps', None) or num_inference_steps
@@ -139,15 +165,11 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         return flow_map_of(self.scheduler, final_step_size_scale)
 
     def _temperature(self, student: Student, temperature: str | float, num_steps: int) -> float | None:
-        if isinstance(temperature, str) and temperature != 'auto':
-            raise ValueError(f"temperature={temperature!r}: expected 'auto' or a number")
         if student.policy_type != 'GMFlow':
-            if temperature != 'auto' and temperature < 1:
+            if temperature not in ('auto', 1):
                 raise ValueError(f'temperature={temperature}: the {student.policy_type} policy has none')
             return None
         if temperature != 'auto':
-            if temperature < 0:
-                raise ValueError(f'temperature={temperature}: expected at least 0')
             return float(temperature)
         own = self._recipe('temperature')
         return own if own is not None and num_steps == self._recipe('nfe') else auto_temperature(num_steps)
@@ -155,11 +177,16 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
     def _report(self, student: Student, grid: FlowMapSDEScheduler, num_steps: int) -> None:
         """Say once what contradicts the adapter."""
         config, recipe = grid.config, student.recipe
+        what = f'{student.where!r} was trained for'
+        if recipe is None and student.layout == 'tokens':
+            recipe = PUBLISHED
+            what = f'{student.where!r} carries no recipe; published adapters were trained for'
         shift = 'dynamic' if config.use_dynamic_shifting else config.shift
         problems = []
         trained = recipe.shift if recipe is not None else None
         if student.policy_type == 'DX':
             trained = student.policy_kwargs.get('shift', 1.0)
+            what = f'{student.where!r} was trained for'
         if trained is not None and not _same(shift, trained):
             problems.append(f'shift={trained}, but the scheduler has {shift}')
         if recipe is not None and recipe.final_step_size_scale is not None:
@@ -176,7 +203,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
                     f'segments of {segment:.4g} in schedule time, but {num_steps} steps have {longest:.4g}: take more'
                 )
         for problem in problems:
-            self._say(f'{student.where!r} was trained for {problem}')
+            self._say(f'{what} {problem}')
         name = student.adapter_name
         if name is not None and not is_active(self.transformer, name):
             self._say(
@@ -188,6 +215,17 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         if message not in self._reported:
             self._reported.add(message)
             logger.warning(message)
+
+
+def _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale) -> None:
+    """Refuse arguments of a call that nothing can be sampled with."""
+    for name, value in {'num_inference_steps': num_inference_steps, 'total_substeps': total_substeps}.items():
+        if value is not None and (int(value) != value or value < 1):
+            raise ValueError(f'{name}={value}: expected an integer of at least 1')
+    if temperature != 'auto' and (isinstance(temperature, str) or not 0 <= temperature <= 1):
+        raise ValueError(f"temperature={temperature!r}: expected 'auto' or a number between 0 and 1")
+    if final_step_size_scale is not None and not final_step_size_scale > 0:
+        raise ValueError(f'final_step_size_scale={final_step_size_scale}: expected a positive number')
 
 
 def _same(one: Any, other: Any) -> bool:

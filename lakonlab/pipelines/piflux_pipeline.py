@@ -10,7 +10,7 @@ from lakonlab.pipelines.piflow_mixin import PiFlowPipelineMixin
 class PiFluxPipeline(PiFlowPipelineMixin, FluxPipeline):
     """FLUX.1-dev with an adapter of pi-Flow; see :class:`PiFlowPipelineMixin`.
 
-    ``guidance_scale`` is the scale that FLUX.1-dev embeds, 3.5 by default.
+    ``guidance_scale`` is the scale that FLUX.1-dev embeds; by default that of the adapter's recipe, or 3.5.
     """
 
     unguided = {'true_cfg_scale': 1.0}

@@ -9,8 +9,9 @@ else exists once, whichever precision or quantisation it has.
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from lakonlab.models.architecture.heads import MixtureHead
 from lakonlab.models.architecture.packed_head import MixtureLayer, hand_on_condition
 from lakonlab.pipelines.adapter_files import AdapterError, PiFlowAdapter
 from lakonlab.pipelines.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 NORM, OUTPUT = 'norm_out', 'proj_out'
 MEANS, LOGWEIGHTS, LOGSTDS = (f'{OUTPUT}_{part}' for part in ('means', 'logweights', 'logstds'))
@@ -55,6 +58,12 @@ class Student:
     """The transformer that it was made of."""
     adapter_config: dict[str, Any] = field(default_factory=dict)
     """``config.json`` of the adapter."""
+    parted: dict[nn.Module, dict[str, nn.Parameter]] = field(default_factory=dict)
+    """Layer -> the parameters that it shares with the base, while low-rank matrices are fused."""
+    own_scheduler: Any = None
+    """The scheduler that the pipeline had before."""
+    scheduler: Any = None
+    """The one that was set for the adapter; None if the pipeline kept its own."""
     overlay: tuple[str, ...] = ()
     """Published names of its own tensors, adapters excepted."""
     adapter_name: str | None = None
@@ -90,12 +99,13 @@ def make_student(
             'shift=3.2), or what it was trained with, to from_pretrained'
         )
     _check_tensors(base, adapter)
+    _warn_of_lost_styles(base, adapter)
     student = _share(base)
     dtype, device = base.dtype, base.device
     head = {name: tensor for name, tensor in adapter.tensors.items() if name.startswith(OUTPUT)}
     with torch.device('meta'):
         layer = _output_layer(output, adapter, layout, num_points, area)
-    state = {_inner_name(name): tensor.to(device=device, dtype=dtype) for name, tensor in head.items()}
+    state = {inner_name(name): tensor.to(device=device, dtype=dtype) for name, tensor in head.items()}
     try:
         layer.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -142,6 +152,19 @@ def _share(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, shared)
 
 
+def _warn_of_lost_styles(base: nn.Module, adapter: PiFlowAdapter) -> None:
+    """Say which layers the adapter replaces together with the matrices that styles have there."""
+    heads = {OUTPUT if name.startswith(OUTPUT) else name.rpartition('.')[0] for name in adapter.tensors}
+    modules = dict(base.named_modules())
+    lost = sorted(path for path in heads if path in modules and getattr(modules[path], 'lora_A', None))
+    if lost:
+        logger.warning(
+            '%r replaces %s: what the styles that were loaded before it change there is left out',
+            adapter.where,
+            ', '.join(lost),
+        )
+
+
 def _round_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """States are in float32, the transformer takes them in its own precision."""
     states = kwargs.get('hidden_states')
@@ -150,7 +173,7 @@ def _round_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-def _inner_name(name: str) -> str:
+def inner_name(name: str) -> str:
     """Name below the output layer of a tensor of the head, from its published one: ``proj_out_means.weight``."""
     return name.removeprefix(OUTPUT)[1:]
 
@@ -296,26 +319,3 @@ def _set_out_channels(student: nn.Module, channels: int) -> None:
         student.out_channels = channels
     if 'out_channels' in student.config:
         student.register_to_config(out_channels=channels)
-
-
-def is_active(student: nn.Module, adapter_name: str) -> bool:
-    """Whether low-rank matrices take part in the passes of all layers that have them."""
-    layers = [module for module in student.modules() if adapter_name in getattr(module, 'lora_A', ())]
-    return all(adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers)
-
-
-def own_tensors(student: nn.Module) -> dict[str, Tensor]:
-    """Published name -> tensor of all that a student has of its own, low-rank matrices included."""
-    from peft import get_peft_model_state_dict
-
-    record: Student = student.piflow
-    state = {name.replace('.base_layer.', '.'): value for name, value in student.state_dict().items()}
-    tensors = {name: state[_state_name(name, state)] for name in record.overlay}
-    if record.adapter_name is not None:
-        tensors.update(get_peft_model_state_dict(student, adapter_name=record.adapter_name))
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _state_name(published: str, state: Iterable[str]) -> str:
-    name = f'{OUTPUT}.{_inner_name(published)}' if published.startswith(OUTPUT) else published
-    return name if name in state else published

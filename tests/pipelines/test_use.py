@@ -11,49 +11,8 @@ from safetensors.torch import save_file
 from lakonlab.models.diffusions.schedulers import FlowMapSDEScheduler
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from lakonlab.pipelines.piqwen_pipeline import PiQwenImagePipeline
-from tests import tiny_components
 from tests.pipelines.adapters import random_lora, random_tensors, write_adapter
-
-CALL = dict(height=32, width=48, max_sequence_length=32)
-PROMPTS = ['a red heart', 'the sea at night']
-
-
-@pytest.fixture(scope='module')
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp('bases')
-    return {
-        PiFluxPipeline: tiny_components.flux_folder(root / 'flux'),
-        PiQwenImagePipeline: tiny_components.qwen_image_folder(root / 'qwen'),
-    }
-
-
-@pytest.fixture(params=[PiFluxPipeline, PiQwenImagePipeline], ids=['flux', 'qwen'])
-def kind(request):
-    return request.param
-
-
-def load(folders, pipeline, tmp_path=None, **adapter):
-    """The pipeline of a family; with ``tmp_path``, with an adapter."""
-    pipe = pipeline.from_pretrained(folders[pipeline])
-    pipe.set_progress_bar_config(disable=True)
-    if tmp_path is not None:
-        write_adapter(tmp_path / 'adapter', pipe.transformer, **adapter)
-        assert pipe.load_piflow_adapter(tmp_path, subfolder='adapter') == 'transformer_piflow'
-    return pipe
-
-
-def said(caplog):
-    """What this package had to say."""
-    return [record for record in caplog.records if record.name.startswith('lakonlab')]
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def images(pipe, prompt=PROMPTS[0], seed=1, **call):
-    call = {'generator': generators(seed)[0], 'output_type': 'pt', **CALL, **call}
-    return pipe(prompt, **call).images
+from tests.pipelines.calls import PROMPTS, generators, images, load, said
 
 
 def test_batches_give_the_images_of_single_calls(folders, kind, tmp_path):

@@ -78,6 +78,8 @@ def train(root: Path, family: str, kind: str, iterations: int = 20) -> Trained:
     cfg.model.text_encoder.torch_dtype = 'float32'
     cfg.train_cfg.update(nfe=4, final_step_size_scale=0.5)
     cfg.test_cfg.update(nfe=4, final_step_size_scale=0.5, total_substeps=32)
+    if family == 'Flux':
+        cfg.test_cfg.distilled_guidance_scale = 1.5  # not what the pipelines of diffusers embed by default
     if kind == 'DX':
         cfg.model.diffusion.policy_kwargs = dict(segment_size=1 / 3.5, shift=3.2)
     else:
