@@ -63,11 +63,14 @@ def load_adapter_files(
         subfolder: Folder in it.
         target: Name of the pipeline's module, which may precede the names of the tensors.
         variant: Middle part of the name of the file, such as ``'fp16'``.
-        **hub_options: Of :func:`huggingface_hub.hf_hub_download`, see :data:`HUB_OPTIONS`.
+        **hub_options: Of :func:`huggingface_hub.hf_hub_download`, see :data:`HUB_OPTIONS`; ``proxies`` of its older
+            versions must be None.
 
     Raises:
         AdapterError: There is no such adapter, or it cannot be read.
     """
+    if hub_options.pop('proxies', None):
+        raise ValueError('proxies: the client of the hub takes them from the environment: set HTTPS_PROXY')
     unknown = sorted(set(hub_options) - set(HUB_OPTIONS))
     if unknown:
         raise TypeError(f'load_piflow_adapter has no argument {unknown[0]!r}; it has {", ".join(HUB_OPTIONS)}')

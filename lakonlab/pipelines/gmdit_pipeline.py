@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lakonlab.models.diffusions.gmflow import GMFlow
 from lakonlab.models.diffusions.schedulers import SCHEDULER_MODULES, scheduler_class
-from lakonlab.ops.random_source import TorchSource
+from lakonlab.ops.random_source import PerRowSource, TorchSource
 from lakonlab.pipelines.adapter_files import CONFIG_FILE
 from lakonlab.registry import MODULES
 
@@ -25,6 +25,10 @@ MODEL_INDEX = 'model_index.json'
 NETWORKS = {'transformer': 'GMDiTTransformer2DModel', 'spectrum_net': 'SpectrumMLP'}
 FILES = ('*.json', '*.safetensors', '*/*.json', '*/*.safetensors')
 SUFFIX = 'Scheduler'
+#: Arguments of ``from_pretrained`` of diffusers about how files are read, which here is always the same.
+WITHOUT_EFFECT = ('low_cpu_mem_usage', 'use_safetensors', 'disable_mmap')
+#: Published names of schedulers -> those of :mod:`lakonlab.models.diffusions.schedulers`.
+RENAMED = {'GMFlowODE': 'FlowEulerODE', 'FlowMatchEulerDiscrete': 'FlowEulerODE', 'GMFlowSDE': 'FlowSDE'}
 
 
 class GMDiTPipeline(DiffusionPipeline):
@@ -40,7 +44,7 @@ class GMDiTPipeline(DiffusionPipeline):
     """
 
     _optional_components = ['spectrum_net', 'vae']
-    model_cpu_offload_seq = 'transformer->vae'
+    model_cpu_offload_seq = 'transformer->spectrum_net->vae'
 
     def __init__(
         self,
@@ -76,24 +80,28 @@ class GMDiTPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: Local folder, or repository of the Hugging Face hub.
             torch_dtype: Of the networks and the autoencoder; None for float32.
             dtype: Newer name of it.
-            **kwargs: ``variant`` of the files, such as ``'bf16'``; of :func:`huggingface_hub.snapshot_download`; or
-                components that take the place of those in the folder.
+            **kwargs: ``variant`` of the files, such as ``'bf16'``; of :func:`huggingface_hub.snapshot_download`;
+                components that take the place of those in the folder; those of :data:`WITHOUT_EFFECT`.
 
         Raises:
             ValueError: A component is missing, or of a class that is not known.
         """
         variant = kwargs.pop('variant', None)
+        for name in WITHOUT_EFFECT:
+            kwargs.pop(name, None)
         given = {
             name: kwargs.pop(name) for name in ('transformer', 'spectrum_net', 'vae', 'scheduler') if name in kwargs
         }
+        from huggingface_hub import snapshot_download
+
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
             name = str(pretrained_model_name_or_path)
             folder = Path(snapshot_download(name, allow_patterns=list(FILES), **kwargs))
-        elif kwargs:
-            raise TypeError(f'from_pretrained of a local folder has no argument {sorted(kwargs)[0]!r}')
+        else:
+            unknown = sorted(set(kwargs) - set(inspect.signature(snapshot_download).parameters))
+            if unknown:
+                raise TypeError(f'from_pretrained has no argument {unknown[0]!r}')
         if not (folder / MODEL_INDEX).is_file():
             raise ValueError(f'{str(pretrained_model_name_or_path)!r} is no saved pipeline: it has no {MODEL_INDEX}')
         index = json.loads((folder / MODEL_INDEX).read_text(encoding='utf-8'))
@@ -173,7 +181,8 @@ class GMDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: Classes.
             guidance_scale: Probabilistic guidance, 0 (none) up to, but not, 1.
-            generator: Of the noise and of what the solver draws; one, or one per image for the noise.
+            generator: Of the noise and of what the solver draws; one, or one per image,
+                with which an image does not depend on the batch it is in.
             num_inference_steps: Network evaluations.
             num_inference_substeps: Solver steps for each of them.
             output_mode: ``'mean'`` (GM-ODE) or ``'sample'`` (GM-SDE) of the mixture.
@@ -189,10 +198,13 @@ class GMDiTPipeline(DiffusionPipeline):
         """
         network = self.transformer
         size = network.build_arguments.get('sample_size', 32)
-        labels = torch.as_tensor(list(class_labels), device=self.device)
+        device = self._execution_device
         null = network.build_arguments.get('num_embeds_ada_norm', 1000)
+        labels = _labels(class_labels, null).to(device)
+        if isinstance(generator, (list, tuple)) and len(generator) != len(labels):
+            raise ValueError(f'{len(generator)} generators for {len(labels)} labels: expected one, or one per image')
         shape = (len(labels), network.build_arguments.get('in_channels', 4), size, size)
-        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         conditions = labels
         if guidance_scale not in (0, 1):
             conditions = torch.cat([torch.full_like(labels, null), labels])
@@ -220,11 +232,9 @@ class GMDiTPipeline(DiffusionPipeline):
                 gm2_correction_steps=gm2_correction_steps,
             ),
         ).eval()
-        first = generator[0] if isinstance(generator, list) else generator
+        source = PerRowSource(generator) if isinstance(generator, (list, tuple)) else TorchSource(generator)
         bar = not getattr(self, '_progress_bar_config', {}).get('disable', False)
-        latents = flow.forward_test(
-            noise, guidance_scale, class_labels=conditions, source=TorchSource(first), show_pbar=bar
-        )
+        latents = flow.forward_test(noise, guidance_scale, class_labels=conditions, source=source, show_pbar=bar)
         if output_type == 'latent':
             images = latents
         else:
@@ -238,6 +248,15 @@ class GMDiTPipeline(DiffusionPipeline):
         config = self.vae.config
         latents = latents / config.scaling_factor + (config.get('shift_factor') or 0.0)
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+
+
+def _labels(class_labels: Sequence[int], num_classes: int) -> Tensor:
+    """Labels that the network knows."""
+    labels = [int(label) for label in torch.as_tensor(class_labels).flatten()] if len(class_labels) else []
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels:
+        raise ValueError(f'class_labels={wrong or labels}: expected at least one, from 0 to {num_classes - 1}')
+    return torch.tensor(labels)
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:
@@ -298,6 +317,6 @@ def _read_scheduler(folder: Path) -> Any:
         return scheduler_class('FlowEulerODE')()
     config = json.loads(file.read_text(encoding='utf-8'))
     name = str(config.get('_class_name', 'FlowEulerODEScheduler')).lstrip('_').removesuffix(SUFFIX)
-    kind = scheduler_class('FlowEulerODE' if name in ('GMFlowODE', 'FlowMatchEulerDiscrete') else name)
+    kind = scheduler_class(RENAMED.get(name, name))
     known = inspect.signature(kind.__init__).parameters
     return kind(**{key: value for key, value in config.items() if key in known and not key.startswith('_')})

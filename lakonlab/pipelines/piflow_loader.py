@@ -21,6 +21,7 @@ from lakonlab.pipelines.adapter_files import (
     load_adapter_files,
     weights_name,
 )
+from lakonlab.pipelines.policy_arguments import wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
 from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
 from lakonlab.pipelines.student_lora import is_fused, own_tensors, part_from_base, rejoin_base
@@ -263,7 +264,11 @@ class PiFlowLoaderMixin:
         for place, kind in {'the file': adapter.policy.get('type'), 'policy_type': self.policy_type}.items():
             if has_head and kind not in (None, by_head):
                 raise AdapterError(f'{adapter.where!r}: {place} says {kind!r}, but its head is that of {by_head!r}')
-        return {**adapter.policy, **self.policy_kwargs, 'type': by_head}
+        policy = {**adapter.policy, **self.policy_kwargs, 'type': by_head}
+        problem = wrong_argument(by_head, {name: value for name, value in policy.items() if name != 'type'})
+        if problem is not None:
+            raise AdapterError(f'{adapter.where!r}: {problem}')
+        return policy
 
     def _adopt_schedule(self, student: Student) -> None:
         """Let the adapter set the shift of diffusers' scheduler; one without a recipe unless the user has done so."""

@@ -7,6 +7,7 @@ ends.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,9 @@ def flow_map_of(scheduler: Any, final_step_size_scale: float | None) -> FlowMapS
             raise ValueError(
                 f"dynamic_shifting_type={config.dynamic_shifting_type!r} of the scheduler: pipelines know only 'exp'"
             )
-        return type(scheduler).from_config(config, **own)
+        known = inspect.signature(type(scheduler).__init__).parameters
+        fields = {name: value for name, value in config.items() if name in known and name not in ('self', 'kwargs')}
+        return type(scheduler)(**{**fields, **own})
     kind = type(scheduler).__name__
     if kind != 'FlowMatchEulerDiscreteScheduler':
         raise ValueError(

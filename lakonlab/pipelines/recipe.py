@@ -9,6 +9,8 @@ from typing import Any
 
 #: Entry of an adapter's safetensors metadata that holds its recipe, as JSON.
 RECIPE_KEY = 'piflow_recipe'
+COUNTS = ('nfe', 'total_substeps')
+SMALLEST = {'shift': 1e-6}
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,21 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Recipe:
-        """A recipe from plain data; what later versions may have added is left out."""
+        """A recipe from plain data; what later versions may have added is left out.
+
+        Raises:
+            ValueError: It is no recipe, or a value is not one of its setting.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f'its recipe is {values!r}, expected settings with names')
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        settings = {name: value for name, value in values.items() if name in known and value is not None}
+        for name, value in settings.items():
+            kind, least = (int, 1) if name in COUNTS else ((int, float), SMALLEST.get(name, 0))
+            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+                expected = 'an integer of at least 1' if name in COUNTS else f'a number of at least {least}'
+                raise ValueError(f'{name}={value!r} of its recipe: expected {expected}')
+        return cls(**settings)
 
 
 #: Of all published adapters, whose files carry none.

@@ -95,3 +95,52 @@ def test_save_and_load_whatever_the_index_says(pipe, tmp_path):
     torch.testing.assert_close(sample(again, output_type='pt'), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match='has no model_index'):
         GMDiTPipeline.from_pretrained(tmp_path / 'vae')
+
+
+@pytest.mark.parametrize('with_spectrum', [True, False])
+def test_generators_of_images(pipe, with_spectrum):
+    """Not only the noise: also what the solver draws."""
+    if not with_spectrum:
+        pipe.spectrum_net = None
+    pipe.scheduler = FlowSDEScheduler()
+    call = dict(output_mode='sample', **CALL)
+
+    def draw(labels, *seeds):
+        return pipe(labels, generator=[torch.Generator().manual_seed(seed) for seed in seeds], **call).images
+
+    both = draw([1, 3], 7, 8)
+    torch.testing.assert_close(both, torch.cat([draw([1], 7), draw([3], 8)]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(draw([3, 1], 8, 7), both.flip(0), rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match='2 generators for 1 labels'):
+        draw([1], 7, 8)
+
+
+def test_wrong_labels(pipe):
+    for labels, named in (([5], r'\[5\]'), ([-1, 2], r'\[-1\]'), ([], r'\[\]')):
+        with pytest.raises(ValueError, match=rf'class_labels={named}: expected at least one, from 0 to 4'):
+            sample(pipe, labels)
+    assert torch.equal(sample(pipe, torch.tensor([1, 3])), sample(pipe))
+
+
+def test_offloading(pipe):
+    """Everything computes where the hooks bring the networks, the spectrum network included."""
+    pipe.scheduler = FlowSDEScheduler()
+    call = dict(output_mode='sample', output_type='pt')
+    expected = sample(pipe, **call)
+    pipe.enable_model_cpu_offload(device='cpu')
+    assert all(hasattr(part, '_hf_hook') for part in (pipe.transformer, pipe.spectrum_net, pipe.vae))
+    torch.testing.assert_close(sample(pipe, **call), expected, rtol=0, atol=1e-5)
+    place = torch.device('meta')
+    pipe.transformer._hf_hook.execution_device = place
+    assert pipe._execution_device == place
+
+
+def test_arguments_and_schedulers_of_published_folders(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / 'scheduler' / 'scheduler_config.json'
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, '_class_name': 'GMFlowSDEScheduler'}))
+    again = GMDiTPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=True, use_safetensors=True, token='x')
+    assert type(again.scheduler) is FlowSDEScheduler
+    with pytest.raises(TypeError, match="no argument 'color'"):
+        GMDiTPipeline.from_pretrained(tmp_path, color=1)

@@ -279,3 +279,23 @@ def test_refusals(folders, kind, tmp_path):
         pipe.load_piflow_adapter(tmp_path / 'adapter')
     with pytest.raises(ValueError, match="temperature='cold'"):
         images(pipe, temperature='cold')
+    wrong = dict(num_inference_steps=0, total_substeps=-3, final_step_size_scale=0, temperature=5)
+    for name, value in {**wrong, 'total_substeps ': 0}.items():
+        with pytest.raises(ValueError, match=f'{name.strip()}={value}: expected'):
+            images(pipe, **{name.strip(): value})
+
+
+def test_nothing_is_said_in_vain(folders, kind, tmp_path, caplog):
+    """Also by diffusers, also about schedulers that were made of others."""
+    pipe = load(folders, kind, tmp_path)
+    pipe.scheduler = FlowMapSDEScheduler.from_config(
+        pipe.scheduler.config, shift=3.2, use_dynamic_shifting=False, final_step_size_scale=0.5
+    )
+    caplog.clear()
+    spoken = logging.getLogger('diffusers')
+    spoken.addHandler(caplog.handler)
+    try:
+        images(pipe)
+    finally:
+        spoken.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -134,3 +134,47 @@ def test_names_with_the_module_before_them(pipe, tmp_path):
     write_adapter(tmp_path, pipe.transformer, tensors=tensors)
     assert pipe.load_piflow_adapter(tmp_path) == 'transformer_piflow'
     assert json.loads((tmp_path / 'config.json').read_text()) == pipe.transformer.piflow.adapter_config
+
+
+@pytest.mark.parametrize(
+    ('policy', 'match'),
+    [
+        (dict(momentum_x=1), "GMFlow policy has no argument 'momentum_x'; it has checkpointing"),
+        (dict(eps='small'), "eps='small' of the GMFlow policy: expected a positive number"),
+    ],
+)
+def test_arguments_of_policies(pipe, tmp_path, policy, match):
+    write_adapter(tmp_path, pipe.transformer, policy=dict(type='GMFlow', **policy))
+    refused(pipe, tmp_path, match)
+
+
+def test_misspelt_arguments_of_policies(pipe, tmp_path):
+    write_adapter(tmp_path, pipe.transformer, kind='DX', policy=dict(type='DX', segment_size=0.5))
+    told = PiFluxPipeline(**pipe.components, policy_kwargs=dict(segment_siz=1 / 3.5))
+    refused(told, tmp_path, "DX policy has no argument 'segment_siz'; it has segment_size")
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'match'),
+    [
+        (['a'], r"its recipe is \['a'\], expected settings"),
+        (dict(nfe='4'), "nfe='4' of its recipe: expected an integer"),
+        (dict(nfe=0), 'nfe=0 of its recipe'),
+        (dict(total_substeps=2.5), r'total_substeps=2\.5 of its recipe'),
+        (dict(shift=[3.2]), r'shift=\[3\.2\] of its recipe: expected a number'),
+        (dict(shift=0), 'shift=0 of its recipe'),
+    ],
+)
+def test_recipes(pipe, tmp_path, recipe, match):
+    write_adapter(tmp_path, pipe.transformer, recipe=recipe)
+    refused(pipe, tmp_path, match)
+
+
+def test_arguments_of_loading(pipe, tmp_path):
+    write_adapter(tmp_path, pipe.transformer)
+    for name in ('my.name', ''):
+        with pytest.raises(ValueError, match='expected a name without dots'):
+            pipe.load_piflow_adapter(tmp_path, adapter_name=name)
+    with pytest.raises(ValueError, match='set HTTPS_PROXY'):
+        pipe.load_piflow_adapter(tmp_path, proxies={'https': 'localhost'})
+    assert pipe.load_piflow_adapter(tmp_path, 'transformer', 'mine', proxies=None) == 'mine'
