@@ -1,10 +1,11 @@
 """Where every random number of a training or sampling step comes from.
 
 A step never calls ``torch.rand`` itself: it asks a *source* for a draw by name (``raw_t``, ``noise``, ``dropout``,
-``student_intervals``, ``teacher_intervals``, ``label_dropout``, ...). The first dimension of a draw is the batch. Three
+``student_intervals``, ``teacher_intervals``, ``label_dropout``, ...). The first dimension of a draw is the batch. Four
 sources cover all uses: :class:`SeededSource` (training: each row is a function of seed, step, name and row, so that
 neither resuming nor splitting a batch over ranks changes it), :class:`TorchSource` (a ``torch.Generator`` or torch's
-global state, as users of diffusers expect) and :class:`RecordedSource` (replays given tensors, for tests).
+global state, as users of diffusers expect), :class:`PerRowSource` (a generator per row) and :class:`RecordedSource`
+(replays given tensors, for tests).
 """
 
 from __future__ import annotations
@@ -77,6 +78,34 @@ class TorchSource(RandomSource):
 
     def normal(self, name, shape, dtype=torch.float32, device='cpu'):
         return self._draw(torch.randn, shape, dtype, device)
+
+
+class PerRowSource(RandomSource):
+    """Draws each row from a generator of its own, so that a row does not depend on the batch it is in.
+
+    Args:
+        generators: One per row.
+
+    Raises:
+        ValueError: A draw has another number of rows.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]):
+        self.sources = [TorchSource(generator) for generator in generators]
+
+    def _rows(self, shape: Sequence[int], draw) -> Tensor:
+        if shape[0] != len(self.sources):
+            raise ValueError(f'{shape[0]} rows are drawn, but there are {len(self.sources)} generators')
+        return torch.cat([draw(source, (1, *shape[1:])) for source in self.sources])
+
+    def uniform(self, name, shape, dtype=torch.float32, device='cpu'):
+        return self._rows(shape, lambda source, row: source.uniform(name, row, dtype, device))
+
+    def normal(self, name, shape, dtype=torch.float32, device='cpu'):
+        return self._rows(shape, lambda source, row: source.normal(name, row, dtype, device))
+
+    def rows(self, start: int, count: int) -> RandomSource:
+        return PerRowSource([source.generator for source in self.sources[start : start + count]])
 
 
 class RecordedSource(RandomSource):

@@ -58,6 +58,21 @@ def dynamic_shift(
     raise ValueError(f"dynamic_shifting_type={kind!r}: expected 'exp' or 'sqrt'")
 
 
+def shift_for(
+    seq_len: int | None, *, shift: float, use_dynamic_shifting: bool, dynamic_shifting_type: str, **lengths: float
+) -> float:
+    """The shift that a set of shift settings gives a latent of ``seq_len`` pixels.
+
+    Raises:
+        ValueError: Dynamic shifting without a length.
+    """
+    if not use_dynamic_shifting:
+        return shift
+    if seq_len is None:
+        raise ValueError('use_dynamic_shifting=True needs seq_len, the number of latent pixels')
+    return dynamic_shift(seq_len, kind=dynamic_shifting_type, **lengths)
+
+
 def stretch_to_terminal(sigmas: Tensor, terminal_sigma: float) -> Tensor:
     """Stretch a decreasing grid of noise levels so that its last one becomes ``terminal_sigma``.
 

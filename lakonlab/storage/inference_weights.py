@@ -21,30 +21,46 @@ STAGED_BYTES = 1 << 30
 """A larger file for an object store is made on a disk rather than in memory, where its tensors are already."""
 
 
-def add_inference_weights(checkpoint: AnyPath, role: str) -> dict[str, Record]:
+def add_inference_weights(
+    checkpoint: AnyPath,
+    role: str,
+    metadata: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
+    lora_factor: float = 1.0,
+) -> dict[str, Record]:
     """Write the weights of a network of a checkpoint as one file, named as published adapters are.
 
     Args:
         checkpoint: Directory of the checkpoint.
         role: ``diffusion_ema`` or ``diffusion``.
+        metadata: Of the file.
+        texts: Name -> content of files beside it.
+        lora_factor: What the product of low-rank matrices is multiplied with, which goes into the second of them.
 
     Returns:
-        ``export/diffusion_pytorch_model.safetensors``, the name of the file in the directory -> its size and checksum.
+        Names of the files, ``export/diffusion_pytorch_model.safetensors`` and those beside it -> size and checksum.
     """
     prefix = f'{role}.denoising.'
     tensors = {
         re.sub(r'(\.lora_[AB])\.default(?=\.)', r'\1', name.removeprefix(prefix)): tensor
         for name, tensor in read_tensors(checkpoint, 'model', prefix).items()
     }
-    return {f'{FOLDER}/{FILE}': _write(checkpoint / FOLDER / FILE, tensors)}
+    if lora_factor != 1:
+        second = [name for name in tensors if name.endswith('.lora_B.weight')]
+        tensors.update({name: tensors[name] * lora_factor for name in second})
+    publisher, folder = publisher_of(checkpoint), checkpoint / FOLDER
+    records = {f'{FOLDER}/{FILE}': _write(folder / FILE, tensors, {**META, **(metadata or {})})}
+    for name, text in (texts or {}).items():
+        records[f'{FOLDER}/{name}'] = publisher.write(folder / name, text.encode())
+    return records
 
 
-def _write(path: AnyPath, tensors: Mapping[str, Tensor]) -> Record:
+def _write(path: AnyPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Record:
     from safetensors.torch import save, save_file
 
     size = sum(tensor.nbytes for tensor in tensors.values())
     if isinstance(path, Path) or size <= STAGED_BYTES:
-        return publisher_of(path).write(path, save(dict(tensors), META))
+        return publisher_of(path).write(path, save(dict(tensors), dict(metadata)))
     with files.staged(path.url, size) as local:
-        save_file(dict(tensors), local, META)
+        save_file(dict(tensors), local, dict(metadata))
         return {'size': local.stat().st_size, 'sha256': sha256_of(local)}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lakonlab.ops.random_source import RecordedSource, SeededSource, TorchSource
+from lakonlab.ops.random_source import PerRowSource, RecordedSource, SeededSource, TorchSource
 
 
 @settings(max_examples=50)
@@ -78,3 +78,17 @@ def test_recorded_source_says_what_is_missing():
 def test_wrong_number_of_rows_is_refused():
     with pytest.raises(ValueError, match='row_ids'):
         SeededSource(0, row_ids=[1, 2]).normal('noise', (3, 4))
+
+
+def test_a_generator_per_row():
+    def source(*seeds):
+        return PerRowSource([torch.Generator().manual_seed(seed) for seed in seeds])
+
+    both = source(1, 2)
+    first = both.normal('noise', (2, 3)), both.uniform('raw_t', (2,))
+    parts = [source(1), source(1, 2).rows(1, 1)]
+    for index, part in enumerate(parts):
+        assert torch.equal(part.normal('noise', (1, 3)), first[0][index : index + 1])
+        assert torch.equal(part.uniform('raw_t', (1,)), first[1][index : index + 1])
+    with pytest.raises(ValueError, match='3 rows are drawn, but there are 2 generators'):
+        both.normal('noise', (3,))

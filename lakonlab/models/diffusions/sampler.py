@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.ops.random_source import RandomSource, TorchSource
-from lakonlab.ops.time_shift import dynamic_shift, unwarp, warp
+from lakonlab.ops.time_shift import shift_for, unwarp, warp
 from lakonlab.registry import MODULES
 
 
@@ -105,18 +105,3 @@ class ContinuousTimeStepSampler:
         if warp_t:
             t = self.warp_t(t, seq_len)
         return t * self.num_timesteps if scale_t else t
-
-
-def shift_for(
-    seq_len: int | None, *, shift: float, use_dynamic_shifting: bool, dynamic_shifting_type: str, **lengths: float
-) -> float:
-    """The shift that a set of shift settings gives a latent of ``seq_len`` pixels.
-
-    Raises:
-        ValueError: Dynamic shifting without a length.
-    """
-    if not use_dynamic_shifting:
-        return shift
-    if seq_len is None:
-        raise ValueError('use_dynamic_shifting=True needs seq_len, the number of latent pixels')
-    return dynamic_shift(seq_len, kind=dynamic_shifting_type, **lengths)

@@ -38,7 +38,7 @@ class CheckpointHook(Hook):
         save_optimizer: Whether the optimiser's state is saved; without it a run cannot be resumed exactly.
         asynchronous: Whether to write in a process beside each process of the run while training goes on.
         export: ``'ema'`` or ``'student'``: every checkpoint holds its weights for inference too, in the folder
-            ``export``; None for none.
+            ``export``, those of a student as an adapter that the pipelines load; None for none.
         by_epoch: Only False: intervals count iterations.
 
     Raises:
@@ -137,6 +137,8 @@ class CheckpointHook(Hook):
             CheckpointError: This write failed (when waiting), or the one before did.
             RuntimeError: The processes do not agree on what they save.
         """
+        from lakonlab.runner.export_adapter import describe_adapter
+
         with phase('checkpoint'):
             strategy = runner.strategy
             require_agreement(strategy.ranks, runner.facts(step), f'at the checkpoint of iteration {step}')
@@ -153,7 +155,9 @@ class CheckpointHook(Hook):
                 names.append(None)
                 self.last_saved = step
                 afterwards = [partial(prune, runner.checkpoint_dir, step, self.max_keep_ckpts, self.must_save_interval)]
-            extra = None if self.export is None else partial(add_inference_weights, role=EXPORTS[self.export])
+            extra = None
+            if self.export is not None:
+                extra = partial(add_inference_weights, role=EXPORTS[self.export], **describe_adapter(runner.cfg))
             confirm = partial(publisher_of(runner.checkpoint_dir).confirm, runner.checkpoint_dir, runner.holder)
             job = SaveJob(
                 runner.checkpoint_dir, step, state, runner.config_text, tuple(names), extra, confirm, tuple(afterwards)

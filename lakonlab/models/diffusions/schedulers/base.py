@@ -18,9 +18,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from lakonlab.models.diffusions.sampler import shift_for
 from lakonlab.ops.random_source import RandomSource
-from lakonlab.ops.time_shift import stretch_to_terminal, warp
+from lakonlab.ops.time_shift import shift_for, stretch_to_terminal, warp
 
 
 class FlowSchedulerOutput(BaseOutput):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401 - how saved pipelines know what this is
 from torch import Tensor
 
 from lakonlab.models.diffusions.schedulers.base import FlowScheduler, FlowSchedulerOutput, remaining_noise_ratio

@@ -1,0 +1,1 @@
+"""Generation with the pipelines of diffusers and adapters of pi-Flow."""

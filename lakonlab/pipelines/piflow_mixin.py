@@ -1,0 +1,247 @@
+"""What makes few-step generators of the pipelines of diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
+from lakonlab.pipelines.piflow_loader import PiFlowLoaderMixin
+from lakonlab.pipelines.policy_scheduler import PolicyScheduler, auto_temperature, flow_map_of
+from lakonlab.pipelines.recipe import PUBLISHED
+from lakonlab.pipelines.student import Student
+from lakonlab.pipelines.student_lora import is_active
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_STEPS, DEFAULT_SUBSTEPS = 4, 128
+TOLERANCE = 1e-6
+
+
+class PiFlowPipelineMixin(PiFlowLoaderMixin):
+    """Lets a text-to-image pipeline of diffusers sample from students of pi-Flow, through its own code.
+
+    ``class PiXPipeline(PiFlowPipelineMixin, XPipeline)`` is all that another pipeline needs, with ``latent_layout``
+    and ``unguided`` if they differ. Until an adapter is loaded, only what is not a call works as in the base class.
+
+    Args:
+        *args: Of the pipeline.
+        policy_type: Of adapters whose file does not tell, ``'GMFlow'`` or ``'DX'``; None to tell by their head.
+        policy_kwargs: Further arguments of the policy, which take precedence over those that the file states.
+        **kwargs: Of the pipeline.
+    """
+
+    unguided: Mapping[str, Any] = {}
+    """Arguments with which the pipeline evaluates the transformer once per step."""
+
+    def __init__(self, *args, policy_type: str | None = None, policy_kwargs: Mapping | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.policy_type, self.policy_kwargs = policy_type, dict(policy_kwargs or {})
+        self._reported: set[str] = set()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if '__init__' not in vars(cls):  # diffusers learns from its signature what a pipeline consists of
+            cls.__init__ = _constructor_like(super().__init__)
+
+    def __call__(
+        self,
+        *args,
+        num_inference_steps: int | None = None,
+        total_substeps: int | None = None,
+        temperature: str | float = 'auto',
+        final_step_size_scale: float | None = None,
+        **kwargs,
+    ):
+        """Generate images.
+
+        Args:
+            *args: Of the base pipeline, such as the prompt.
+            num_inference_steps: Network evaluations; None for the number that the adapter was trained for, or 4.
+            total_substeps: Substeps of the policy over the whole schedule; None for the adapter's, or 128.
+            temperature: Of a mixture, on all but the last step; smaller is more conservative. ``'auto'`` is the
+                adapter's own at its own number of steps, else ``(num_inference_steps - 1) / 10``, at most 1.
+            final_step_size_scale: Length of the last step relative to the others; None for the scheduler's own, where
+                it has one, else the adapter's, or 0.5.
+            **kwargs: Of the base pipeline, such as ``height``, ``width``, ``generator``, ``latents``, ``sigmas``
+                (schedule times, before the shift, at which the steps begin), ``callback_on_step_end`` (called once per
+                network evaluation).
+
+        Returns:
+            What the base pipeline returns. Latents are in float32, arranged as there.
+
+        Raises:
+            ValueError: No adapter is loaded, guidance was asked for, or a setting is not one that can be sampled with.
+        """
+        student = self._student_of('transformer')
+        _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale)
+        parent = super().__call__
+        call = dict(num_inference_steps=num_inference_steps, total_substeps=total_substeps, temperature=temperature)
+        with self._alone():
+            return self._sample(student, parent, args, kwargs, **call, final_step_size_scale=final_step_size_scale)
+
+    @contextlib.contextmanager
+    def _alone(self):
+        mine = object()
+        if self.__dict__.setdefault('_sampling', mine) is not mine:  # atomic, unlike a look before it
+            raise RuntimeError(
+                f'this {type(self).__name__} is sampling already: use one pipeline per thread; they can share a base'
+            )
+        try:
+            yield
+        finally:
+            del self.__dict__['_sampling']
+
+    def _sample(
+        self, student, parent, args, kwargs, num_inference_steps, total_substeps, temperature, final_step_size_scale
+    ):
+        arguments = dict(inspect.signature(parent).bind_partial(*args, **kwargs).arguments)
+        arguments.update(arguments.pop('kwargs', {}))
+        embedded = self._recipe('guidance_scale')
+        takes_scale = 'guidance_scale' in inspect.signature(parent).parameters and 'guidance_scale' not in self.unguided
+        if embedded is not None and takes_scale:
+            arguments.setdefault('guidance_scale', embedded)  # what it was distilled with, not the default of the base
+        self._refuse_guidance(arguments)
+        sigmas = arguments.pop('sigmas', None)
+        num_steps = arguments.pop('num_inference_steps', None) or num_inference_steps
+        num_steps = len(sigmas) if sigmas is not None else num_steps or self._recipe('nfe') or DEFAULT_STEPS
+        grid = self._grid(student, final_step_size_scale)
+        self._report(student, grid, num_steps)
+        latent = arguments.get('output_type') == 'latent'
+        stand_in = PolicyScheduler(
+            grid,
+            student,
+            total_substeps or self._recipe('total_substeps') or DEFAULT_SUBSTEPS,
+            self._temperature(student, temperature, num_steps),
+            sigmas,
+            arguments.get('generator'),
+            None if latent or getattr(self, 'vae', None) is None else self.vae.dtype,
+        )
+        own = self.scheduler
+        self.__dict__['scheduler'] = stand_in  # not through setattr, which would change the pipeline's config
+        try:
+            return parent(**{**arguments, **self.unguided, 'num_inference_steps': num_steps})
+        finally:
+            self.__dict__['scheduler'] = own
+
+    def prepare_latents(self, *args, **kwargs):
+        """As in the base class, in float32."""
+        parent = super().prepare_latents
+        bound = inspect.signature(parent).bind_partial(*args, **kwargs)
+        bound.arguments['dtype'] = torch.float32
+        return parent(*bound.args, **bound.kwargs)
+
+    def _student_of(self, target: str) -> Student:
+        student = getattr(getattr(self, target, None), 'piflow', None)
+        if student is None:
+            raise ValueError(
+                f'{type(self).__name__} has no adapter of pi-Flow in its {target}: call load_piflow_adapter first'
+            )
+        return student
+
+    def _recipe(self, name: str) -> Any:
+        recipe = self._student_of('transformer').recipe
+        return None if recipe is None else getattr(recipe, name)
+
+    def _refuse_guidance(self, arguments: Mapping[str, Any]) -> None:
+        switches = {'true_cfg_scale': 1.0, **self.unguided}
+        asked = [name for name, value in arguments.items() if name.startswith('negative_') and value is not None]
+        asked += [name for name, off in switches.items() if arguments.get(name, off) not in (None, off)]
+        if asked:
+            raise ValueError(
+                f'{", ".join(asked)}: the guidance of the teacher is distilled into the student, which takes one '
+                'evaluation per step and no negative prompt'
+            )
+
+    def _grid(self, student: Student, final_step_size_scale: float | None) -> FlowMapSDEScheduler:
+        if final_step_size_scale is None and not isinstance(self.scheduler, FlowMapSDEScheduler):
+            own = self._recipe('final_step_size_scale')
+            final_step_size_scale = PUBLISHED.final_step_size_scale if own is None else own
+        return flow_map_of(self.scheduler, final_step_size_scale)
+
+    def _temperature(self, student: Student, temperature: str | float, num_steps: int) -> float | None:
+        if student.policy_type != 'GMFlow':
+            if temperature not in ('auto', 1):
+                raise ValueError(f'temperature={temperature}: the {student.policy_type} policy has none')
+            return None
+        if temperature != 'auto':
+            return float(temperature)
+        own = self._recipe('temperature')
+        return own if own is not None and num_steps == self._recipe('nfe') else auto_temperature(num_steps)
+
+    def _report(self, student: Student, grid: FlowMapSDEScheduler, num_steps: int) -> None:
+        """Say once what contradicts the adapter."""
+        config, recipe = grid.config, student.recipe
+        what = f'{student.where!r} was trained for'
+        if recipe is None and student.layout == 'tokens':
+            recipe = PUBLISHED
+            what = f'{student.where!r} carries no recipe; published adapters were trained for'
+        shift = 'dynamic' if config.use_dynamic_shifting else config.shift
+        problems = []
+        trained = recipe.shift if recipe is not None else None
+        if student.policy_type == 'DX':
+            trained = student.policy_kwargs.get('shift', 1.0)
+            what = f'{student.where!r} was trained for'
+        if trained is not None and not _same(shift, trained):
+            problems.append(f'shift={trained}, but the scheduler has {shift}')
+        if recipe is not None and recipe.final_step_size_scale is not None:
+            own, here = recipe.final_step_size_scale, config.final_step_size_scale
+            if not _same(own, here):
+                problems.append(f'final_step_size_scale={own}, but it is sampled with {here}')
+        if recipe is not None and recipe.nfe is not None and num_steps < recipe.nfe:
+            problems.append(f'{recipe.nfe} steps, but num_inference_steps={num_steps}')
+        if student.policy_type == 'DX' and student.policy_kwargs.get('mode', 'grid') == 'grid':
+            longest = 1 / (num_steps - 1 + config.final_step_size_scale) if num_steps > 1 else 1.0
+            segment = student.policy_kwargs.get('segment_size', 1.0)
+            if longest > segment + TOLERANCE:
+                problems.append(
+                    f'segments of {segment:.4g} in schedule time, but {num_steps} steps have {longest:.4g}: take more'
+                )
+        for problem in problems:
+            self._say(f'{what} {problem}')
+        name = student.adapter_name
+        if name is not None and not is_active(self.transformer, name):
+            self._say(
+                f'the adapter {name!r} of pi-Flow is not active, so that the student is incomplete: include it in '
+                f'set_adapters([{name!r}, ...])'
+            )
+
+    def _say(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
+            logger.warning(message)
+
+
+def _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale) -> None:
+    """Refuse arguments of a call that nothing can be sampled with."""
+    for name, value in {'num_inference_steps': num_inference_steps, 'total_substeps': total_substeps}.items():
+        if value is not None and (int(value) != value or value < 1):
+            raise ValueError(f'{name}={value}: expected an integer of at least 1')
+    if temperature != 'auto' and (isinstance(temperature, str) or not 0 <= temperature <= 1):
+        raise ValueError(f"temperature={temperature!r}: expected 'auto' or a number between 0 and 1")
+    if final_step_size_scale is not None and not final_step_size_scale > 0:
+        raise ValueError(f'final_step_size_scale={final_step_size_scale}: expected a positive number')
+
+
+def _same(one: Any, other: Any) -> bool:
+    return not isinstance(one, str) and abs(one - other) <= TOLERANCE
+
+
+def _constructor_like(parent):
+    """A constructor whose signature is that of a pipeline's, and the arguments of :class:`PiFlowPipelineMixin`."""
+    own = inspect.signature(PiFlowPipelineMixin.__init__).parameters
+    signature = inspect.signature(parent)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [own[name] for name in ('policy_type', 'policy_kwargs') if name not in signature.parameters]
+
+    def __init__(self, *args, **kwargs):  # noqa: N807
+        PiFlowPipelineMixin.__init__(self, *args, **kwargs)
+
+    __init__.__signature__ = signature.replace(parameters=parameters + added)
+    __init__.__annotations__ = dict(getattr(parent, '__annotations__', {}))
+    return __init__

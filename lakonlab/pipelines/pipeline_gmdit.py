@@ -1,0 +1,5 @@
+"""Newer name of :mod:`lakonlab.pipelines.gmdit_pipeline`."""
+
+from lakonlab.pipelines.gmdit_pipeline import GMDiTPipeline
+
+__all__ = ['GMDiTPipeline']

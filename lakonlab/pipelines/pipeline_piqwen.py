@@ -1,0 +1,5 @@
+"""Newer name of :mod:`lakonlab.pipelines.piqwen_pipeline`."""
+
+from lakonlab.pipelines.piqwen_pipeline import PiQwenImagePipeline
+
+__all__ = ['PiQwenImagePipeline']

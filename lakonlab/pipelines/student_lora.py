@@ -1,0 +1,70 @@
+"""Low-rank matrices of a student: whether they take part, fusing them, and writing them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from lakonlab.pipelines.student import OUTPUT, Student, inner_name
+
+
+def is_active(student: nn.Module, adapter_name: str) -> bool:
+    """Whether low-rank matrices are there, and take part in the passes of all layers that have them."""
+    layers = [module for module in student.modules() if adapter_name in getattr(module, 'lora_A', ())]
+    return bool(layers) and all(
+        adapter_name in layer.active_adapters and not layer.disable_adapters for layer in layers
+    )
+
+
+def is_fused(student: nn.Module) -> bool:
+    """Whether low-rank matrices are added to the weights of their layers."""
+    return any(getattr(module, 'merged_adapters', None) for module in student.modules())
+
+
+def _adapted_layers(student: nn.Module) -> Iterator[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in student.modules():
+        if isinstance(module, BaseTunerLayer):
+            yield module.get_base_layer()
+
+
+def part_from_base(student: nn.Module) -> None:
+    """Give layers that have low-rank matrices weights of their own, since fusing changes these in place."""
+    record: Student = student.piflow
+    for layer in _adapted_layers(student):
+        if layer not in record.parted:
+            record.parted[layer] = {name: value for name, value in layer._parameters.items() if value is not None}
+            for name, value in record.parted[layer].items():
+                setattr(layer, name, copy.deepcopy(value))
+
+
+def rejoin_base(student: nn.Module) -> None:
+    """Share the weights of the base again, once nothing is fused; no rounding error of fusing stays."""
+    record: Student = student.piflow
+    if is_fused(student):
+        return
+    for layer, shared in record.parted.items():
+        for name, value in shared.items():
+            value.data = value.data.to(getattr(layer, name).device)
+            setattr(layer, name, value)
+    record.parted.clear()
+
+
+def own_tensors(student: nn.Module) -> dict[str, Tensor]:
+    """Published name -> tensor of all that a student has of its own, low-rank matrices included."""
+    from peft import get_peft_model_state_dict
+
+    record: Student = student.piflow
+    state = {name.replace('.base_layer.', '.'): value for name, value in student.state_dict().items()}
+    tensors = {name: state[_state_name(name, state)] for name in record.overlay}
+    if record.adapter_name is not None:
+        tensors.update(get_peft_model_state_dict(student, adapter_name=record.adapter_name))
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _state_name(published: str, state: Iterable[str]) -> str:
+    name = f'{OUTPUT}.{inner_name(published)}' if published.startswith(OUTPUT) else published
+    return name if name in state else published

@@ -1,0 +1,54 @@
+"""What the web demos of published pipelines do: build the pipelines, then serve a page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline
+from lakonlab.ui.text_to_image_app import add_server_arguments, missing_gradio, serve, text_to_image_app
+
+
+def generator_of(pipes: Mapping[int, Any]):
+    """What makes an image for the page.
+
+    Args:
+        pipes: Number of network evaluations from which on -> pipeline.
+    """
+    import torch
+
+    def generate(prompt: str, seed: int, width: int, height: int, steps: int):
+        pipe = pipes[max(count for count in pipes if count <= steps)]
+        generator = torch.Generator().manual_seed(seed)
+        return pipe(prompt, width=width, height=height, num_inference_steps=steps, generator=generator).images[0]
+
+    return generate
+
+
+def run_app(published: tuple[PublishedPipeline, ...], title: str, steps: tuple[int, int, int, int]) -> int:
+    """The whole of a demo script.
+
+    Args:
+        published: The pipelines, which share a base; each is used from its number of evaluations on. A command line
+            that names another adapter has it for all numbers.
+        title: Of the page.
+        steps: See :func:`~lakonlab.ui.text_to_image_app.text_to_image_app`.
+    """
+    first = published[0]
+    parser = argparse.ArgumentParser(description=title)
+    add_pipeline_arguments(parser, first)
+    add_server_arguments(parser)
+    args = parser.parse_args()
+    try:
+        import gradio  # noqa: F401 - before anything is loaded
+    except ImportError as error:
+        raise missing_gradio(error) from error
+    pipes = {first.steps: build_pipeline(args, first)}
+    if args.adapter == first.adapter and args.subfolder is None:
+        # their own components, but with the transformer that the adapter was loaded into
+        parts = {**pipes[first.steps].components, 'transformer': pipes[first.steps].transformer.piflow.base}
+        pipes.update({other.steps: build_pipeline(args, other, parts) for other in published[1:]})
+    app = text_to_image_app(generator_of(pipes), title, width=first.width, height=first.height, steps=steps)
+    serve(app, args)
+    return 0

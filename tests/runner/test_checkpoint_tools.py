@@ -1,0 +1,135 @@
+"""The tools that look after checkpoints."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lakonlab.models.architecture.adapters import merge_lora, read_lora
+from lakonlab.runner.checkpoint_tools import clean_checkpoints, count_parameters, save_inference_weights
+from lakonlab.runner.convert_lora import convert_flux_lora
+from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
+
+LORA = 'layer.lora_A.default.weight'
+
+
+def tensors(scale=1.0):
+    names = {'weight': (3, 4), LORA: (2, 4)}
+    roles = ('diffusion', 'diffusion_ema')
+    return {f'{role}.denoising.{name}': torch.full(shape, scale) for role in roles for name, shape in names.items()}
+
+
+def save(run, step, name=None, **options):
+    return write_checkpoint(run, step, {'model': tensors(**options)}, {}, name=name)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def inference(path, **options):
+    return Namespace(**{'path': str(path), 'out_path': None, 'dtype': 'float16', 'ema_only': False, **options})
+
+
+def test_weights_for_inference(tmp_path, capsys):
+    save(tmp_path, 3)
+    assert save_inference_weights(inference(tmp_path / 'latest')) == 0
+    state = load_file(tmp_path / 'iter_3_inference.safetensors')
+    assert state.keys() == tensors().keys()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    out = tmp_path / 'elsewhere' / 'average.safetensors'
+    save_inference_weights(inference(tmp_path / 'iter_3', out_path=str(out), ema_only=True, dtype='float32'))
+    assert all(name.startswith('diffusion_ema.') for name in load_file(out))
+    save(tmp_path, 4, scale=1e6)
+    with pytest.raises(CheckpointError, match='choose another --dtype'):
+        save_inference_weights(inference(tmp_path))
+    assert 'tensors' in capsys.readouterr().out
+
+
+def test_published_checkpoint(tmp_path):
+    torch.save({'meta': {'iter': 5}, 'state_dict': tensors()}, tmp_path / 'iter_5.pth')
+    save_inference_weights(inference(tmp_path / 'iter_5.pth'))
+    assert load_file(tmp_path / 'iter_5_inference.safetensors').keys() == tensors().keys()
+
+
+def test_counts(tmp_path, capsys):
+    path = save(tmp_path, 3)
+    count_parameters(Namespace(path=str(path), ema_only=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f'{role}: 20 parameters, 0.00 M (12 of layers, 8 of LoRA)' for role in ('diffusion', 'diffusion_ema')
+    ]
+    save_file({'a': torch.zeros(1500, 1000)}, tmp_path / 'x.safetensors')
+    count_parameters(Namespace(path=str(tmp_path / 'x.safetensors'), ema_only=False))
+    assert capsys.readouterr().out == 'weights: 1,500,000 parameters, 1.50 M\n'
+
+
+def clean(path, answer='no', **options):
+    asked = []
+
+    def ask(question):
+        asked.append(question)
+        return answer
+
+    options = {'dry_run': False, 'yes': False, 'save_inf': False, 'dtype': 'float32', **options}
+    clean_checkpoints(Namespace(path=str(path), **options), ask)
+    return asked
+
+
+def test_cleaning(tmp_path, capsys):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    save(tmp_path, 2, name='best_frechet_distance')
+    everything = names(tmp_path)
+    assert clean(tmp_path, dry_run=True) == []
+    assert len(clean(tmp_path, 'no')) == len(clean(tmp_path, '')) == 1
+    assert names(tmp_path) == everything
+    assert 'iter_2, iter_1 will be removed' in capsys.readouterr().out
+    clean(tmp_path, 'y', save_inf=True)
+    kept = ['best_frechet_distance', 'iter_1_inference.safetensors', 'iter_2_inference.safetensors', 'iter_3']
+    assert [name for name in names(tmp_path) if not name.startswith('.')] == kept
+    assert clean(tmp_path, 'y') == []
+
+
+def test_a_damaged_newest_is_no_reason_to_remove_what_the_run_goes_on_from(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    next((tmp_path / 'iter_3' / 'model').iterdir()).write_bytes(b'')
+    clean(tmp_path, yes=True)
+    assert [name for name in names(tmp_path) if not name.startswith('.')] == ['iter_2', 'iter_3']
+
+
+def test_cleaning_of_published_checkpoints(tmp_path):
+    for name in ('iter_100', 'iter_200', 'iter_300', 'best_fid_iter_100'):
+        (tmp_path / f'{name}.pth').write_bytes(b'x')
+    (tmp_path / 'latest.pth').symlink_to('iter_200.pth')
+    clean(tmp_path, yes=True)
+    assert names(tmp_path) == ['best_fid_iter_100.pth', 'iter_200.pth', 'iter_300.pth', 'latest.pth']
+
+
+def test_lora_of_comfy(tmp_path):
+    """The same change of the weights, in the layout of diffusers."""
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, 3072, generator=generator), torch.randn(3072, 2, generator=generator)
+    state = {
+        'lora_unet_double_blocks_0_img_attn_proj.lora_down.weight': down,
+        'lora_unet_double_blocks_0_img_attn_proj.lora_up.weight': up,
+        'lora_unet_double_blocks_0_img_attn_proj.alpha': torch.tensor(1.0),
+    }
+    save_file(state, tmp_path / 'comfy.safetensors')
+    convert_flux_lora(Namespace(source=str(tmp_path / 'comfy.safetensors'), target=str(tmp_path / 'ours.safetensors')))
+    layer = 'transformer_blocks.0.attn.to_out.0'
+    result = load_file(tmp_path / 'ours.safetensors')
+    assert sorted(result) == [f'transformer.{layer}.lora_{side}.weight' for side in 'AB']
+    lora, alphas = read_lora(str(tmp_path / 'ours.safetensors'))
+    assert not alphas
+    network = torch.nn.Module()
+    path = network
+    for part in layer.split('.')[:-1]:
+        path.add_module(part, torch.nn.Module())
+        path = path.get_submodule(part)
+    path.add_module('0', torch.nn.Linear(3072, 3072, bias=False))
+    torch.nn.init.zeros_(network.get_submodule(layer).weight)
+    merge_lora(network, lora)
+    torch.testing.assert_close(network.get_submodule(layer).weight, 0.5 * up @ down, rtol=1e-5, atol=1e-5)
