@@ -3,15 +3,21 @@
 
 python benchmarks/metrics.py                       10,000 and 50,000 features of 2,048 numbers
 python benchmarks/metrics.py --counts 10000 --only frechet
+python benchmarks/metrics.py --seconds 300         leaves out what takes longer
 
-Features are random, with a spectrum that falls as that of pool features does. One thread; processor time, so that
-whatever else the machine does is not counted.
+Features are random, with a spectrum that falls as that of pool features does. ``spectrum`` is FID from the moments on
+of two covariances that are much alike and whose eigenvalues fall from 10 to 1e-5. Every measurement is a process of its
+own with one thread; processor time, so that whatever else the machine does is not counted, and the most memory that was
+held beyond the features.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import ctypes
+import gc
+import importlib
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
@@ -29,8 +35,6 @@ from lakonlab.evaluation.inception_score import inception_score
 from lakonlab.evaluation.kernel_distance import kernel_distance
 from lakonlab.evaluation.manifold import precision_recall
 
-PARTS = ('frechet', 'moments', 'kernel', 'manifold', 'score')
-
 
 def random_features(count: int, size: int, seed: int, shift: float) -> Tensor:
     """Features that are not negative and correlated, whose covariance has eigenvalues that fall over five decades."""
@@ -42,18 +46,6 @@ def random_features(count: int, size: int, seed: int, shift: float) -> Tensor:
         for rows in torch.arange(count).split(2048)
     ]
     return torch.cat(parts)
-
-
-def measured(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a function returns, and the processor seconds it took."""
-    start = time.process_time()
-    value = function()
-    return value, time.process_time() - start
-
-
-def peak_gigabytes() -> float:
-    """The most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def moments_of(features: Tensor) -> Moments:
@@ -77,90 +69,160 @@ def by_torch_fidelity(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray,
     return fid_statistics_to_metric(*statistics, verbose=False)['frechet_inception_distance']
 
 
-def compare_frechet(features: Tensor, reference: Tensor) -> None:
-    """From the moments on."""
-    values = []
-    for part in (features, reference):
-        moments = moments_of(part)
-        values += [moments.mean(), moments.covariance()]
-    arrays = [value.numpy() for value in values]
-    ours, seconds = measured(lambda: frechet_distance(*values))
-    print(f'  FID from moments   ours            {seconds:9.2f} s   {ours:.10g}')
-    for name, function in (('scipy sqrtm', by_square_root), ('torch-fidelity', by_torch_fidelity)):
-        theirs, their_seconds = measured(lambda function=function: function(*arrays))
-        difference = abs(ours / theirs - 1)
-        print(
-            f'                     {name:15} {their_seconds:9.2f} s   {theirs:.10g}   relative difference '
-            f'{difference:.1e}   {their_seconds / seconds:.1f} times ours'
-        )
+def arrays_of(features: Tensor, reference: Tensor) -> list[np.ndarray]:
+    """Mean and covariance of each."""
+    moments = [moments_of(part) for part in (features, reference)]
+    return [value.numpy() for part in moments for value in (part.mean(), part.covariance())]
 
 
-def compare_moments(features: Tensor) -> None:
+def similar_moments(size: int) -> list[np.ndarray]:
+    """Two covariances that are much alike, with eigenvalues over six decades, and means that are the same."""
+    generator = torch.Generator().manual_seed(5)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    first = basis * torch.logspace(1, -5, size, dtype=torch.float64) @ basis.T
+    turn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.eye(size, dtype=torch.float64) + 3e-4 * (turn - turn.T))
+    second = 1.03 * turn @ first @ turn.T
+    mean = np.zeros(size)
+    return [mean, ((first + first.T) / 2).numpy(), mean, ((second + second.T) / 2).numpy()]
+
+
+def by_us(*arrays: np.ndarray) -> float:
+    return frechet_distance(*map(torch.from_numpy, arrays))
+
+
+def covariance_of_fidelity(features: Tensor) -> float:
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
-    ours, seconds = measured(lambda: moments_of(features).covariance())
-    theirs, their_seconds = measured(lambda: fid_features_to_statistics(features)['sigma'])
-    difference = (ours.numpy() - theirs).max() / theirs.max()
-    print(f'  moments            ours, float64   {seconds:9.2f} s   in batches of 256, as they come')
-    print(f'                     torch-fidelity  {their_seconds:9.2f} s   relative difference {difference:.1e}')
+    return float(np.linalg.norm(fid_features_to_statistics(features)['sigma']))
 
 
-def compare_kernel(features: Tensor, reference: Tensor) -> None:
+def kernel_of_fidelity(features: Tensor, reference: Tensor) -> float:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    ours, seconds = measured(lambda: kernel_distance(features, reference, num_subsets=10))
-    theirs, their_seconds = measured(lambda: kid_features_to_metric(features, reference, kid_subsets=10, verbose=False))
-    difference = abs(ours.mean / theirs['kernel_inception_distance_mean'] - 1)
-    print(f'  KID, 10 subsets    ours            {seconds:9.2f} s   {ours.mean:.8g}')
-    print(f'                     torch-fidelity  {their_seconds:9.2f} s   relative difference {difference:.1e}')
+    found = kid_features_to_metric(features, reference, kid_subsets=10, verbose=False)
+    return found['kernel_inception_distance_mean']
 
 
-def compare_manifold(features: Tensor, reference: Tensor) -> None:
+def manifold_of_fidelity(features: Tensor, reference: Tensor) -> float:
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    before = peak_gigabytes()
-    ours, seconds = measured(lambda: precision_recall(features, reference))
-    held = peak_gigabytes() - before
-    print(f'  precision, recall  ours            {seconds:9.2f} s   {ours}   {held:.2f} GB')
-    theirs, their_seconds = measured(lambda: calculate_precision_recall_part(features, reference))
-    more = peak_gigabytes() - before
-    print(f'                     torch-fidelity  {their_seconds:9.2f} s   {theirs}   {more:.2f} GB')
+    return sum(calculate_precision_recall_part(features, reference)[:2])
 
 
-def compare_score(count: int) -> None:
+def score_of_fidelity(logits: Tensor) -> float:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    logits = 3 * torch.randn(count, 1008, generator=torch.Generator().manual_seed(0))
-    ours, seconds = measured(lambda: inception_score(logits))
-    theirs, their_seconds = measured(lambda: isc_features_to_metric(logits, 10, shuffle=False))
-    difference = abs(ours.mean / theirs['inception_score_mean'] - 1)
-    print(f'  inception score    ours            {seconds:9.2f} s   {ours.mean:.8g}')
-    print(f'                     torch-fidelity  {their_seconds:9.2f} s   relative difference {difference:.1e}')
+    return isc_features_to_metric(logits, 10, shuffle=False)['inception_score_mean']
+
+
+def manifold_of_us(features: Tensor, reference: Tensor) -> float:
+    found = precision_recall(features, reference)
+    return found.precision + found.recall
+
+
+FRECHET = {'ours': by_us, 'scipy sqrtm': by_square_root, 'torch-fidelity': by_torch_fidelity}
+PARTS: dict[str, dict[str, Callable[..., float]]] = {
+    'frechet': FRECHET,
+    'spectrum': FRECHET,
+    'moments': {
+        'ours': lambda features, _: moments_of(features).covariance().norm().item(),
+        'torch-fidelity': lambda features, _: covariance_of_fidelity(features),
+    },
+    'kernel': {
+        'ours': lambda features, reference: kernel_distance(features, reference, num_subsets=10).mean,
+        'torch-fidelity': kernel_of_fidelity,
+    },
+    'manifold': {'ours': manifold_of_us, 'torch-fidelity': manifold_of_fidelity},
+    'score': {'ours': lambda logits: inception_score(logits).mean, 'torch-fidelity': score_of_fidelity},
+}
+"""What is computed -> who computes it -> the function, of what :func:`inputs_of` returns, to a number to compare."""
+
+
+IMPORTED = {
+    'ours': (),
+    'scipy sqrtm': ('scipy.linalg',),
+    'torch-fidelity': tuple(f'torch_fidelity.metric_{metric}' for metric in ('fid', 'kid', 'prc', 'isc')),
+}
+"""What is imported before the clock starts."""
+
+
+def inputs_of(part: str, count: int, size: int) -> list[Any]:
+    """Arguments of the functions of a part."""
+    if part == 'spectrum':
+        return similar_moments(size)
+    if part == 'score':
+        return [3 * torch.randn(count, 1008, generator=torch.Generator().manual_seed(0))]
+    features = [random_features(count, size, seed, 0.02 * seed) for seed in (2, 1)]
+    return arrays_of(*features) if part == 'frechet' else features
+
+
+def held(name: str) -> int:
+    """Bytes of memory of this process: ``VmRSS``, or ``VmHWM``, the most since it was last reset."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{name}:'))
+
+
+def measure(part: str, name: str, count: int, size: int, connection: Any) -> None:
+    """Send the value, the processor seconds and the bytes of one measurement, in a process of its own."""
+    torch.set_num_threads(1)
+    for module in IMPORTED[name]:
+        importlib.import_module(module)
+    function, inputs = PARTS[part][name], inputs_of(part, count, size)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not free memory of this measurement
+    Path('/proc/self/clear_refs').write_text('5')
+    before, start = held('VmRSS'), time.process_time()
+    value = function(*inputs)
+    connection.send((value, time.process_time() - start, held('VmHWM') - before))
+
+
+def measured(part: str, name: str, count: int, size: int, limit: float) -> tuple[float, float, int] | None:
+    """What :func:`measure` sends; None if it takes longer than a limit in seconds, or fails."""
+    context = multiprocessing.get_context('spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(part, name, count, size, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(limit) else None
+    except EOFError:
+        return None
+    finally:
+        process.terminate()
+        process.join()
+
+
+def compare(part: str, count: int, size: int, limit: float) -> None:
+    """Print a line for each that computes a part."""
+    ours = None
+    for name in PARTS[part]:
+        found = measured(part, name, count, size, limit)
+        if found is None:
+            print(
+                f'  {part:9} {name:15} no result: it failed, as said above, or took more than {limit:.0f} s', flush=True
+            )
+            continue
+        value, seconds, memory = found
+        line = f'  {part:9} {name:15} {seconds:9.2f} s {memory / 2**30:7.2f} GB   {value:.10g}'
+        if name == 'ours':
+            ours = value, seconds
+        elif ours is not None:
+            line += f'   relative difference {abs(ours[0] / value - 1):.1e}   {seconds / ours[1]:.1f} times ours'
+        print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--counts', type=int, nargs='+', default=[10000, 50000])
     parser.add_argument('--size', type=int, default=2048, help='numbers of a feature')
-    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        '--manifold-limit', type=int, default=10000, help='features of precision and recall (time grows as the square)'
-    )
+    parser.add_argument('--only', nargs='+', choices=list(PARTS), default=list(PARTS))
+    parser.add_argument('--seconds', type=float, default=3600, help='most time of a measurement')
     args = parser.parse_args()
-    torch.set_num_threads(1)
     for count in args.counts:
-        features, reference = (random_features(count, args.size, seed, 0.02 * seed) for seed in (2, 1))
-        print(f'{count} features of {args.size} numbers')
-        if 'frechet' in args.only:
-            compare_frechet(features, reference)
-        if 'moments' in args.only:
-            compare_moments(features)
-        if 'kernel' in args.only:
-            compare_kernel(features, reference)
-        if 'manifold' in args.only:
-            compare_manifold(features[: args.manifold_limit], reference[: args.manifold_limit])
-        if 'score' in args.only:
-            compare_score(count)
+        print(f'{count} features of {args.size} numbers', flush=True)
+        for part in args.only:
+            compare(part, count, args.size, args.seconds)
 
 
 if __name__ == '__main__':

@@ -57,6 +57,23 @@ def test_singular_covariances_and_symmetry(rank):
     assert frechet_distance(mean, covariance_1, mean, covariance_1) == pytest.approx(0, abs=1e-11)
 
 
+@pytest.mark.parametrize('decades', [3, 6, 9, 13])
+@pytest.mark.parametrize('apart', [1e-4, 1e-2, 1.0])
+def test_spectra_that_fall_far(decades, apart):
+    """Against singular values of the roots themselves, of covariances in bases that are little or far turned."""
+    size, generator = 96, torch.Generator().manual_seed(decades)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    turn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    deviations = torch.logspace(0.5, (1 - decades) / 2, size, dtype=torch.float64)
+    root_1 = basis * deviations
+    root_2 = torch.linalg.matrix_exp(apart * (turn - turn.T) / size**0.5) @ basis * (deviations * (1 + apart))
+    # the distance is that of the best rotation of one root onto the other
+    left, _, right = torch.linalg.svd(root_2.T @ root_1)
+    expected = (root_1 - root_2 @ left @ right).square().sum().item()
+    mean = torch.zeros(size)
+    assert frechet_distance(mean, root_1 @ root_1.T, mean, root_2 @ root_2.T) == pytest.approx(expected, rel=1e-6)
+
+
 def test_covariances_of_no_spread():
     mean, covariance = torch.ones(4), torch.zeros(4, 4)
     assert frechet_distance(mean, covariance, 2 * mean, covariance) == 4
