@@ -176,3 +176,23 @@ def test_calls_at_the_same_time(folders, tmp_path):
     with pytest.raises(ValueError, match='callback_on_step_end_tensor_inputs'):
         images(pipe, callback_on_step_end_tensor_inputs=['nothing'])
     assert torch.equal(images(pipe), expected)
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_offloading(folders, kind, tmp_path, when):
+    """Hooks are where they belong, whether the adapter comes before or after them."""
+    pipe = load(folders, kind)
+    folder = write_adapter(tmp_path / 'adapter', pipe.transformer)
+    plain = load(folders, kind)
+    plain.load_piflow_adapter(folder)
+    expected = images(plain)
+    if when == 'before':
+        pipe.load_piflow_adapter(folder)
+    pipe.enable_model_cpu_offload(device='cpu')
+    if when == 'after':
+        pipe.load_piflow_adapter(folder)
+    assert hasattr(pipe.transformer, '_hf_hook')
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+    pipe.unload_piflow_adapter()
+    pipe.load_piflow_adapter(folder)
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
