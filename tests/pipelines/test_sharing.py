@@ -74,12 +74,13 @@ def test_the_base_keeps_its_schedule(folders, tmp_path):
     assert pipe.scheduler is own
 
 
-def test_a_schedule_that_was_chosen_is_kept(folders, tmp_path):
+def test_a_schedule_that_was_chosen_is_kept(folders, tmp_path, caplog):
     pipe = load(folders, PiFluxPipeline, tmp_path)
     chosen = FlowMatchEulerDiscreteScheduler(shift=1.5)
     pipe.scheduler = chosen
     pipe.save_pretrained(tmp_path / 'saved')
     assert PiFluxPipeline.from_pretrained(tmp_path / 'saved').scheduler.config.shift == 1.5
+    assert not said(caplog)
     pipe.unload_piflow_adapter()
     assert pipe.scheduler is chosen
 
