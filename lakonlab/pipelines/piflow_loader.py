@@ -42,6 +42,7 @@ class PiFlowLoaderMixin:
     """See :data:`lakonlab.pipelines.student.ROW_ORDER_OF`."""
     policy_type: str | None = None
     policy_kwargs: Mapping[str, Any] = {}
+    _adopts_schedules = True
 
     def load_piflow_adapter(
         self,
@@ -243,10 +244,11 @@ class PiFlowLoaderMixin:
         index = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
         for child in sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else ():
             saved = index.get(child.name, {})
-            own = pipe.scheduler
-            pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
-            if not saved.get('sets_scheduler', True) or 'scheduler' in kwargs:
-                pipe.scheduler = own
+            pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
+            try:
+                pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
+            finally:
+                del pipe._adopts_schedules
         return pipe
 
     @classmethod
@@ -273,7 +275,7 @@ class PiFlowLoaderMixin:
     def _adopt_schedule(self, student: Student) -> None:
         """Let the adapter set the shift of diffusers' scheduler; one without a recipe unless the user has done so."""
         own, recipe = self.scheduler, student.recipe
-        if not isinstance(own, FlowMatchEulerDiscreteScheduler):
+        if not self._adopts_schedules or not isinstance(own, FlowMatchEulerDiscreteScheduler):
             return
         config = own.config
         is_fixed = not config.use_dynamic_shifting and not config.get('shift_terminal')

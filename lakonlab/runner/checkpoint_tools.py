@@ -20,6 +20,7 @@ from lakonlab.storage.checkpoint import (
     require_checkpoint,
     tensor_info,
 )
+from lakonlab.storage.paths import is_remote
 from lakonlab.storage.published_checkpoint import read_published_checkpoint
 from lakonlab.storage.publisher import publisher_of
 from lakonlab.storage.remote_path import AnyPath, as_path
@@ -65,6 +66,8 @@ def save_inference_weights(args: Namespace) -> int:
     """
     from safetensors.torch import save_file
 
+    if args.out_path is None and is_remote(args.path):
+        raise CheckpointError(f'{args.path} is no local place: say where to write the weights with --out-path')
     state, stem = model_state(args.path)
     state = {name: tensor for name, tensor in state.items() if name.startswith(EMA if args.ema_only else NETWORKS)}
     if not state:
@@ -151,7 +154,7 @@ def clean_checkpoints(args: Namespace, ask: Callable[[str], str] = input) -> int
     print(f'{run_dir}: {_named(paths)} {"would" if args.dry_run else "will"} be removed')  # noqa: T201
     if args.dry_run:
         return 0
-    if not args.yes and ask(f'remove {len(paths)} checkpoints? [y/N] ').strip().lower() not in ('y', 'yes'):
+    if not args.yes and not _agreed(ask, f'remove {len(paths)} checkpoints? [y/N] '):
         print('nothing was removed')  # noqa: T201
         return 0
     for path in paths:
@@ -171,6 +174,13 @@ def clean_checkpoints(args: Namespace, ask: Callable[[str], str] = input) -> int
         logger.info('removed %s', path)
     print(f'removed {len(paths)}')  # noqa: T201
     return 0
+
+
+def _agreed(ask: Callable[[str], str], question: str) -> bool:
+    try:
+        return ask(question).strip().lower() in ('y', 'yes')
+    except EOFError:  # nobody is there to answer
+        return False
 
 
 def _named(paths: Iterable[AnyPath]) -> str:

@@ -37,6 +37,7 @@ SCHEDULER_FOLDER = 'scheduler'
 #: Of diffusers' own scheduler for DX policies.
 PIFLOW_SCHEDULER_FOLDER = 'piflow_scheduler'
 SAME = 1e-6
+PUBLISHED_MLP_RATIO = 4.0
 UP_MATRIX = '.lora_B.weight'
 #: Number of timesteps of diffusers' flow pipelines.
 NUM_TRAIN_TIMESTEPS = 1000
@@ -235,12 +236,19 @@ def adapter_config(denoising: Mapping[str, Any]) -> dict[str, Any]:
         )
     config = {name: denoising.get(name, default) for name, default in known.items()}
     points = [config.pop(name) for name in ('n_grid', 'p_order') if name in config]
+    if config.get('mlp_ratio') == PUBLISHED_MLP_RATIO:
+        del config['mlp_ratio']  # published networks have no such argument
+    if 'logweights_channels' in config and config['logweights_channels'] is None:
+        config['logweights_channels'] = config['patch_size'] ** 2
     name = denoising['type']
     if issubclass(kind, MODULES.get('DiffusersTransformer')):
         config.pop('patch_size', None)  # published tokens are cut outside of the transformer
         if points:  # the transformer as it is in diffusers, with a wider output layer
             name = name.removeprefix('DX')
             width = config['in_channels'] if config.get('out_channels') is None else config['out_channels']
+            defaults = inspect.signature(getattr(diffusers, name).__init__).parameters
+            if 'guidance_embeds' in defaults:
+                config.setdefault('guidance_embeds', defaults['guidance_embeds'].default)
             config.update(patch_size=1, out_channels=width * next(n for n in points if n is not None))
     return _plain({'_class_name': name, '_diffusers_version': diffusers.__version__, **config})
 

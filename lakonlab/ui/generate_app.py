@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline
+from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline, reported
 from lakonlab.ui.text_to_image_app import add_server_arguments, missing_gradio, serve, text_to_image_app
 
 
@@ -44,6 +44,11 @@ def run_app(published: tuple[PublishedPipeline, ...], title: str, steps: tuple[i
         import gradio  # noqa: F401 - before anything is loaded
     except ImportError as error:
         raise missing_gradio(error) from error
+    return reported(parser, lambda: _serve(published, title, steps, args))
+
+
+def _serve(published, title, steps, args) -> int:
+    first = published[0]
     pipes = {first.steps: build_pipeline(args, first)}
     if args.adapter == first.adapter and args.subfolder is None:
         # their own components, but with the transformer that the adapter was loaded into

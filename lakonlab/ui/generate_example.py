@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline
+from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline, reported
 
 SEED = 42
 TIMED_CALLS = 3
@@ -109,7 +109,7 @@ def run_example(published: PublishedPipeline, prompt: str, description: str) -> 
     parser.add_argument('--out', type=Path, help=f'file to write; by default {published.name}_<steps>nfe.png')
     parser.add_argument('--benchmark', action='store_true', help='say how long an image takes, and where the time goes')
     args = parser.parse_args()
-    return generate(args, published)
+    return reported(parser, lambda: generate(args, published))
 
 
 def generate(args: argparse.Namespace, published: PublishedPipeline, say: Callable[[str], None] = print) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,10 +62,22 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser, published: Published
     parser.add_argument(
         '--offload',
         choices=OFFLOADS,
+        nargs='?',
+        const='model',
         default='none',
-        help='keep on the device only the module, or layer, that computes',
+        help='keep on the device only the module, or layer, that computes; without a value: the module',
     )
     parser.add_argument('--compile', action='store_true', help='compile the repeated blocks of the transformer')
+
+
+def reported(parser: argparse.ArgumentParser, action: Callable[[], int]) -> int:
+    """Do something; what a user can mend about the adapter ends the script without a traceback."""
+    from lakonlab.pipelines.adapter_files import AdapterError
+
+    try:
+        return action()
+    except AdapterError as error:
+        parser.exit(1, f'error: {error}\n')
 
 
 def build_pipeline(args: argparse.Namespace, published: PublishedPipeline, parts: Mapping[str, Any] | None = None):

@@ -1,5 +1,6 @@
 """The example scripts, on tiny bases and adapters."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from PIL import Image
 
-from lakonlab.ui.generate_example import Timing
+from lakonlab.ui.generate_example import Timing, run_example
+from lakonlab.ui.pipeline_options import GMFLUX, add_pipeline_arguments
 from tests import tiny_components
 from tests.pipelines.adapters import write_adapter
 
@@ -47,3 +49,22 @@ def test_timing():
         '3.000 s per image, 0.500 s per evaluation, of which following the policy takes 25.0%'
     )
     assert str(timing).endswith('prompt and autoencoder 1.000 s')
+
+
+def test_what_is_wrong_with_an_adapter_is_no_traceback(tmp_path, monkeypatch, capsys):
+    base = tiny_components.flux_folder(tmp_path / 'base')
+    options = ['--model', str(base), '--adapter', str(base), '--device', 'cpu', '--dtype', 'float32']
+    monkeypatch.setattr(sys, 'argv', ['example', *options])
+    with pytest.raises(SystemExit) as ended:
+        run_example(GMFLUX, 'a red heart', 'An example.')
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: '{base}' has no diffusion_pytorch_model.safetensors")
+    assert 'subfolder: transformer' in last
+
+
+def test_offload_without_a_value():
+    parser = argparse.ArgumentParser()
+    add_pipeline_arguments(parser, GMFLUX)
+    chosen = {tuple(words): parser.parse_args(words).offload for words in ([], ['--offload'], ['--offload=sequential'])}
+    assert list(chosen.values()) == ['none', 'model', 'sequential']

@@ -53,19 +53,24 @@ def test_latents(name, style, tmp_path):
     case = load('pipelines')[name]
     params, inputs = case['params'], case['in']
     family = params['family']
-    save_file(case['adapter'], tmp_path / 'diffusion_pytorch_model.safetensors', params['adapter_metadata'])
+    folder = tmp_path / 'student_4step'
+    folder.mkdir()
+    save_file(case['adapter'], folder / 'diffusion_pytorch_model.safetensors', params['adapter_metadata'])
     base = base_of(family, case['base'])
-    (tmp_path / 'config.json').write_text(json.dumps({'_class_name': type(base).__name__}))
-    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    (folder / 'config.json').write_text(json.dumps(params['adapter_config']))
+    theirs = FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if family == 'flux' else 1.0,
+        use_dynamic_shifting=True,
+        shift_terminal=None if family == 'flux' else 0.02,  # as Qwen-Image has it
+    )
     pipe = pipeline_of(family, base, theirs)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_piflow_adapter(tmp_path)
-    settings = dict(shift=3.2, use_dynamic_shifting=False)
+    pipe.load_piflow_adapter(tmp_path, subfolder='student_4step')
+    settings = dict(shift=3.2, shift_terminal=None, use_dynamic_shifting=False)
     if style == 'ours':
+        del settings['shift_terminal']  # which it does not have
         pipe.scheduler = FlowMapSDEScheduler.from_config(theirs.config, **settings, final_step_size_scale=0.5)
     elif style == 'diffusers':
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **settings)
-    call = dict(params['call'])
-    call.pop('temperature', None)
-    latents = pipe(**inputs, **call).images
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(theirs.config, **settings)
+    latents = pipe(**inputs, **params['call']).images
     assert_close(latents, case['out']['latents'], 2e-4)

@@ -74,12 +74,13 @@ def test_the_base_keeps_its_schedule(folders, tmp_path):
     assert pipe.scheduler is own
 
 
-def test_a_schedule_that_was_chosen_is_kept(folders, tmp_path):
+def test_a_schedule_that_was_chosen_is_kept(folders, tmp_path, caplog):
     pipe = load(folders, PiFluxPipeline, tmp_path)
     chosen = FlowMatchEulerDiscreteScheduler(shift=1.5)
     pipe.scheduler = chosen
     pipe.save_pretrained(tmp_path / 'saved')
     assert PiFluxPipeline.from_pretrained(tmp_path / 'saved').scheduler.config.shift == 1.5
+    assert not said(caplog)
     pipe.unload_piflow_adapter()
     assert pipe.scheduler is chosen
 
@@ -176,3 +177,23 @@ def test_calls_at_the_same_time(folders, tmp_path):
     with pytest.raises(ValueError, match='callback_on_step_end_tensor_inputs'):
         images(pipe, callback_on_step_end_tensor_inputs=['nothing'])
     assert torch.equal(images(pipe), expected)
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_offloading(folders, kind, tmp_path, when):
+    """Hooks are where they belong, whether the adapter comes before or after them."""
+    pipe = load(folders, kind)
+    folder = write_adapter(tmp_path / 'adapter', pipe.transformer)
+    plain = load(folders, kind)
+    plain.load_piflow_adapter(folder)
+    expected = images(plain)
+    if when == 'before':
+        pipe.load_piflow_adapter(folder)
+    pipe.enable_model_cpu_offload(device='cpu')
+    if when == 'after':
+        pipe.load_piflow_adapter(folder)
+    assert hasattr(pipe.transformer, '_hf_hook')
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+    pipe.unload_piflow_adapter()
+    pipe.load_piflow_adapter(folder)
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)

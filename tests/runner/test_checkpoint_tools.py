@@ -133,3 +133,21 @@ def test_lora_of_comfy(tmp_path):
     torch.nn.init.zeros_(network.get_submodule(layer).weight)
     merge_lora(network, lora)
     torch.testing.assert_close(network.get_submodule(layer).weight, 0.5 * up @ down, rtol=1e-5, atol=1e-5)
+
+
+def test_nobody_answers(tmp_path, capsys):
+    for step in (1, 2):
+        save(tmp_path, step)
+    before = names(tmp_path)
+
+    def ask(question):
+        raise EOFError
+
+    assert clean_checkpoints(Namespace(path=str(tmp_path), dry_run=False, yes=False, save_inf=False), ask) == 0
+    assert names(tmp_path) == before
+    assert 'nothing was removed' in capsys.readouterr().out
+
+
+def test_weights_of_a_remote_run_need_a_place():
+    with pytest.raises(CheckpointError, match='say where to write the weights with --out-path'):
+        save_inference_weights(inference('s3://bucket/run/latest'))

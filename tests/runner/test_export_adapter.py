@@ -9,12 +9,12 @@ import torch
 
 from lakonlab.config.load import load_config
 from lakonlab.pipelines.recipe import Recipe
-from lakonlab.runner.export_adapter import describe_adapter, recipe_of, scaled_lora
+from lakonlab.runner.export_adapter import adapter_config, describe_adapter, recipe_of, scaled_lora
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 MANIFESTS = Path(__file__).parents[1] / 'data' / 'manifests'
-STUDENTS = sorted(path.name.split('.')[:2] for path in MANIFESTS.glob('pi[qf]*.adapter.json.gz'))
-STUDENTS = [f'{folder}/{name}' for folder, name in STUDENTS if folder in ('piqwen', 'piflux')]
+STUDENTS = sorted(path.name.split('.')[:2] for path in MANIFESTS.glob('*.adapter.json.gz'))
+STUDENTS = [f'{folder}/{name}' for folder, name in STUDENTS]
 
 
 @pytest.mark.parametrize('name', STUDENTS)
@@ -27,8 +27,6 @@ def test_files_of_published_students(name):
     expected = recorded['config_json']
     for content in (config, expected):
         content.pop('_diffusers_version')
-    if not expected.get('guidance_embeds', True):
-        del expected['guidance_embeds']  # of a transformer that has none
     # the transformer as it is in diffusers, by its own name, which readers of published adapters know
     expected['_class_name'] = expected['_class_name'].removeprefix('DX')
     assert config == expected
@@ -36,6 +34,17 @@ def test_files_of_published_students(name):
         recorded['safetensors_metadata']['policy_config']
     )
     assert described['lora_factor'] == 1
+    assert len(STUDENTS) == 11
+
+
+def test_configs_that_leave_out_or_change_arguments():
+    denoising = dict(load_config(CONFIGS / 'piqwen/gmqwen_k8_piid_4step_32gpus.py').model.diffusion.denoising)
+    del denoising['logweights_channels']
+    assert adapter_config(denoising)['logweights_channels'] == 4
+    denoising = load_config(
+        CONFIGS / 'piflow_imagenet/gmdit_k32_imagenet_piid_1step_8gpus.py'
+    ).model.diffusion.denoising
+    assert adapter_config({**denoising, 'mlp_ratio': 3.0})['mlp_ratio'] == 3.0
 
 
 def test_recipes():
