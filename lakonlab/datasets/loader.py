@@ -14,6 +14,7 @@ from lakonlab.datasets.collate import collate
 from lakonlab.datasets.order import data_order
 from lakonlab.datasets.random_items import RandomItems
 from lakonlab.datasets.sampler import EvaluationBatchSampler, StreamBatchSampler
+from lakonlab.held_signals import allow_signals, signals_held, start_resource_tracker
 
 ONLY_WITH_WORKERS = ('persistent_workers', 'prefetch_factor', 'multiprocessing_context', 'timeout', 'worker_init_fn')
 FIXED_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -32,8 +33,22 @@ OPEN_FILES = 65536
 def _apart_from_signals(own: Callable[[int], None] | None, worker: int) -> None:
     """Let a worker outlive a signal to the process group of its run, which then saves and ends its workers itself."""
     os.setpgid(0, 0)
+    allow_signals()
     if own is not None:
         own(worker)
+
+
+class _Loader(DataLoader):
+    """A loader whose workers, and the server that may fork them, do not end by a signal to all processes of a run.
+
+    Workers get signals once they have left the process group of the run; the server never, and ends with the run.
+    """
+
+    def __iter__(self):
+        if self.num_workers:
+            start_resource_tracker()
+        with signals_held():
+            return super().__iter__()
 
 
 def _allow_open_files() -> None:
@@ -145,4 +160,4 @@ def build_dataloader(
     options.setdefault('collate_fn', collate)
     if has_random_items:
         dataset = RandomItems(dataset, seed)
-    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers_per_gpu, **options)
+    return _Loader(dataset, batch_sampler=batch_sampler, num_workers=workers_per_gpu, **options)

@@ -7,15 +7,13 @@ A writer ends with the process it belongs to.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lakonlab.held_signals import signals_held
 from lakonlab.parallel.store import serve_store
 from lakonlab.parallel.writer_process import READY
 from lakonlab.phases import beat
@@ -148,7 +147,7 @@ class CheckpointWriter:
             root = str(Path(__file__).parents[2])  # also where the package is used from a source tree
             environment['PYTHONPATH'] = os.pathsep.join(filter(None, (root, os.environ.get('PYTHONPATH'))))
             command = [sys.executable, '-m', 'lakonlab.parallel.writer_process', str(theirs.fileno())]
-            with _signals_held():  # one that reaches the new process too must not end it before it ignores them
+            with signals_held():  # one that reaches the new process too must not end it before it ignores them
                 self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
         self._connection = Connection(ours.detach())
         self._connection.send((os.getpid(), self.ranks.rank, self.ranks.world_size, address))
@@ -341,16 +340,3 @@ class CheckpointWriter:
                 self._memory.close()
                 self._memory = None
             self._store = None
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Delay signals; processes that are started meanwhile do not get them before they allow it."""
-    if not hasattr(signal, 'pthread_sigmask'):  # not a POSIX system
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,7 +1,11 @@
 import itertools
+import os
 import resource
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,3 +236,38 @@ def test_many_batches_may_be_loaded_ahead():
         assert [first, *rest] == ids(build_dataloader(Digits(), 1, shuffle=True), 151)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+SIGNALLED = """
+import multiprocessing.forkserver, os, signal, time
+from lakonlab.datasets.loader import build_dataloader
+from tests.datasets.test_loader import Shaken
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    loader = build_dataloader(
+        Shaken(), 2, infinite=False, workers_per_gpu=1, multiprocessing_context='forkserver', prefetch_factor=1
+    )
+    batches = iter(loader)
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.5)
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    print(os.waitpid(server, os.WNOHANG), 1 + len(list(batches)), len(loader))
+"""
+
+
+def test_workers_and_their_server_outlive_a_signal_to_all_processes_of_a_run(tmp_path):
+    """A worker whose parent, the server, has gone would leave as soon as it has waited for some seconds."""
+    script = tmp_path / 'load.py'
+    script.write_text(SIGNALLED)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, 'PYTHONPATH': str(root)},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    number = -(-len(Shaken()) // 2)
+    assert done.stdout.split('\n')[0] == f'(0, 0) {number} {number}', done.stderr
