@@ -146,8 +146,8 @@ class PromptExport(Metric):
         """
 
     def read_metadata(self, text: str) -> Any:
-        """What the file of the benchmark says."""
-        raise NotImplementedError
+        """What the file of the benchmark says; layouts without such a file refuse it."""
+        raise ValueError(f'{type(self).__name__}.metadata={self.metadata_path!r}: its layout has none; leave it out')
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.export_size
