@@ -11,8 +11,11 @@ hand on.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,7 @@ from lakonlab.models.architecture.heads import (
 )
 from lakonlab.ops.random_source import RandomSource
 
+NORM, OUTPUT = 'norm_out', 'proj_out'
 PARTS = ('means', 'logweights', 'logstds')
 
 
@@ -280,3 +284,32 @@ def grid_output(
 
 #: ``head.type`` -> what makes the head from the other arguments.
 HEADS = {'GMFlow': mixture_output, 'DX': grid_output}
+
+
+def build_head(
+    head: Mapping[str, Any] | None, channels: int, patch_size: int, row_order: str
+) -> PlainOutput | MixtureOutput | GridOutput:
+    """The head that a config describes.
+
+    Args:
+        head: ``dict(type=<one of HEADS>, ...)``; None for the transformer's own output.
+        channels: ``C``.
+        patch_size: ``P``.
+        row_order: See :data:`~lakonlab.models.architecture.heads.ROW_ORDERS`.
+
+    Raises:
+        ValueError: The type or an argument is unknown.
+    """
+    if head is None:
+        return PlainOutput()
+    options = dict(head)
+    kind = options.pop('type', None)
+    if kind not in HEADS:
+        raise ValueError(f'head.type={kind!r}: expected one of {", ".join(HEADS)}')
+    known = list(inspect.signature(HEADS[kind]).parameters)[3:]
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f'; did you mean {near[0]!r}?' if near else f'; it has {", ".join(known)}'
+            raise ValueError(f'head.{name}: no argument of a head of type {kind!r}{hint}')
+    return HEADS[kind](channels, patch_size, row_order, **options)

@@ -228,14 +228,18 @@ def test_a_training_step_equals_its_micro_batches(weights, family):
     prompts = {name: value for name, value in given(family).items() if name.startswith(('encoder', 'pooled'))}
     data = {**tiny.batch(family, 4), 'prompt_embed_kwargs': prompts}
     found = []
-    for size in (4, 2, 1):
+    for size, seed in ((4, 1), (2, 1), (1, 1), (4, 2)):
         model = student(weights, family, sections=dict(grad_accum_batch_size=size))
         optimizer = {'diffusion': torch.optim.SGD(tiny.trainable(model).values(), lr=0.0)}
-        logs = model.train_step(data, optimizer, running_status={'iteration': 3}, source=SeededSource(1, 3))
+        logs = model.train_step(data, optimizer, running_status={'iteration': 3}, source=SeededSource(seed, 3))
         found.append((logs['log_vars'], gradients(model)))
-    for logs, grads in found[1:]:
-        assert logs['loss_diffusion'] == pytest.approx(found[0][0]['loss_diffusion'], rel=1e-6)
-        assert_near(grads, found[0][1])
+    whole, *parts, otherwise = found
+    # sums in another order round by some 1e-6, depending on the machine and its number of threads; other draws show
+    for logs, grads in parts:
+        assert logs['loss_diffusion'] == pytest.approx(whole[0]['loss_diffusion'], rel=1e-6)
+        assert_near(grads, whole[1], 1e-5)
+    with pytest.raises(AssertionError):
+        assert_near(otherwise[1], whole[1], 1e-2)
 
 
 @families

@@ -14,21 +14,21 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from lakonlab.models.architecture.diffusers.build_transformer import build_transformer
+from lakonlab.models.architecture.diffusers.configured_weights import fill, load_adapter, load_configured
 from lakonlab.models.architecture.diffusers.positions import Layout, check_positions, make_positions
 from lakonlab.models.architecture.freezing import compute_like, freeze, select
 from lakonlab.models.architecture.heads import ROW_ORDERS, cut_tokens, fold_tokens, require_positive
-from lakonlab.models.architecture.loading import PretrainedError, load_strictly, locate_weights, read_weights
+from lakonlab.models.architecture.loading import load_strictly, locate_weights
 from lakonlab.models.architecture.lora import add_lora, copy_adapter
 from lakonlab.models.architecture.network import Network, at_least
-from lakonlab.models.architecture.packed_head import HEADS, MixtureLayer, PlainOutput, hand_on_condition
+from lakonlab.models.architecture.packed_head import NORM, OUTPUT, PlainOutput, build_head, hand_on_condition
 from lakonlab.models.architecture.roles import (
     EMA,
     STUDENT,
@@ -44,12 +44,8 @@ from lakonlab.models.architecture.row_dropout import RowCheckpoint, drop_by_row,
 from lakonlab.ops.random_source import RandomSource
 from lakonlab.registry import MODULES
 
-if TYPE_CHECKING:
-    from lakonlab.models.architecture.adapters import Adapter
-
 logger = logging.getLogger(__name__)
 
-NORM, OUTPUT = 'norm_out', 'proj_out'
 #: What teacher and student must have in common to share a base, besides its weights.
 PROPERTIES_OF_BASE = (
     'torch_dtype',
@@ -191,11 +187,11 @@ class DiffusersTransformer(Network):
             if self.head.needs_condition:
                 hand_on_condition(tree.get_submodule(NORM))
             self.backbone.set_out_channels(self._packed_channels(layer))
-        adapter = self._load()
+        adapter = load_configured(self)
         if self.uses_lora:
             add_lora(tree, **self.lora, untouched=() if layer is None else (OUTPUT,))
             self.backbone.find_adapted()
-            self._load_adapter(adapter, dict(self.role_state()))
+            load_adapter(self, adapter, dict(self.role_state()))
         self.to(self.torch_dtype)
         if self.freeze:
             self._freeze()
@@ -227,7 +223,7 @@ class DiffusersTransformer(Network):
         if layer is not None:
             own = self.role_state()
             if not any(tensor.is_meta for tensor in teachers.values()):
-                self._fill(own, self.head.from_output_layer(teachers, own, OUTPUT))
+                fill(own, self.head.from_output_layer(teachers, own, OUTPUT))
         shared = {id(tensor) for tensor in teacher.role_state().values()}
         own = {name: tensor for name, tensor in self.role_state().items() if id(tensor) not in shared}
         if self.pretrained_adapter is not None:
@@ -235,7 +231,7 @@ class DiffusersTransformer(Network):
             if not self._is_meta():
                 from lakonlab.models.architecture.adapters import read_adapter
 
-                self._load_adapter(read_adapter(self.pretrained_adapter), own)
+                load_adapter(self, read_adapter(self.pretrained_adapter), own)
         if not self.freeze_exclude_fp32:
             for tensor in own.values():
                 if tensor.is_floating_point():
@@ -287,20 +283,7 @@ class DiffusersTransformer(Network):
                 f'are no multiple of {area}'
             )
         self.channels = output.out_features // area
-        if head is None:
-            self.head = PlainOutput()
-            return
-        options = dict(head)
-        kind = options.pop('type', None)
-        if kind not in HEADS:
-            raise ValueError(f'head.type={kind!r}: expected one of {", ".join(HEADS)}')
-        known = list(inspect.signature(HEADS[kind]).parameters)[3:]
-        for name in options:
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f'; did you mean {near[0]!r}?' if near else f'; it has {", ".join(known)}'
-                raise ValueError(f'head.{name}: no argument of a head of type {kind!r}{hint}')
-        self.head = HEADS[kind](self.channels, self.patch_size, self.row_order, **options)
+        self.head = build_head(head, self.channels, self.patch_size, self.row_order)
         if self.head.needs_condition and not hasattr(tree, NORM):
             raise ValueError(
                 f'{type(tree).__name__} has no {NORM!r}, which would know the condition: set constant_logstd'
@@ -323,122 +306,10 @@ class DiffusersTransformer(Network):
             return layer.out_features // (self.patch_size * self.patch_size)
         return (layer.means.out_features + layer.logweights.out_features) // (self.patch_size * self.patch_size) + 1
 
-    def _load_adapter(self, adapter: Adapter | None, own: Mapping[str, Tensor]) -> None:
-        """Put an export into the student's adapters and own layers.
-
-        Args:
-            adapter: The export; None for nothing.
-            own: Published name -> tensor that the export may change, and, if it is an adapter or of the head, must.
-        """
-        if adapter is None:
-            return
-        lora = {_with_adapter_name(name): tensor for name, tensor in adapter.lora.items()}
-        state = {**adapter.tensors, **lora}
-        everything = self.role_state()
-        problems = {
-            'are of the base that the student shares with its teacher (name their modules in freeze_exclude, or set '
-            'tie_teacher=False)': [name for name in state if name in everything and name not in own],
-            'are none of this student': [name for name in state if name not in everything],
-            'are missing': [n for n in own if n not in state and ('.lora_' in n or n.startswith(OUTPUT))],
-            'have another shape': [n for n in state if n in own and own[n].shape != state[n].shape],
-        }
-        if any(problems.values()):
-            listed = '; '.join(f'{len(names)} {what}: {_some(names)}' for what, names in problems.items() if names)
-            raise PretrainedError(
-                f'pretrained_adapter={self.pretrained_adapter!r}: of its tensors {listed}. The head and '
-                'lora_target_modules and lora_rank must be those that it was trained with.'
-            )
-        self._fill(own, state)
-
     def _is_meta(self) -> bool:
         return any(parameter.is_meta for parameter in self.backbone.tree.parameters())
 
     # -- weights
-
-    def _load(self) -> Adapter | None:
-        """Read what the config names, straight into place: a transformer that is loaded is built without memory.
-
-        Returns:
-            The export whose matrices have yet to become those of the student's adapters.
-        """
-        named = {'pretrained': [self.pretrained], 'pretrained_adapter': [self.pretrained_adapter]}
-        named['pretrained_lora'] = self.pretrained_lora
-        changes = [key for key, paths in named.items() if key != 'pretrained' and any(paths)]
-        if self.pretrained is None and changes:
-            raise ValueError(f'{" and ".join(changes)} need pretrained, the weights that they change')
-        if torch.get_default_device().type == 'meta':
-            for key, paths in named.items():
-                for path in paths:
-                    if path is not None:
-                        locate_weights(path, key)
-            return None
-        if self.pretrained is None:
-            output = self.transformer.get_submodule(OUTPUT)
-            if isinstance(output, MixtureLayer):
-                output.init_means()
-            return None
-        state = read_weights(self.pretrained)
-        if not changes:
-            self.load_published(self.remap_pretrained(state), self.pretrained)
-            return None
-        from lakonlab.models.architecture.adapters import merge_lora, read_adapter, read_lora
-
-        styles = [read_lora(path, self.lora_converter) for path in self.pretrained_lora]
-        if not isinstance(self.head, PlainOutput):
-            styles = [
-                self._merge_into_output(state, *style, scale)
-                for style, scale in zip(styles, self.pretrained_lora_scale, strict=True)
-            ]
-        adapter = None if self.pretrained_adapter is None else read_adapter(self.pretrained_adapter)
-        if adapter is not None:
-            state = self._overlay(state, adapter.tensors)
-        self.load_published(self.remap_pretrained(state), self.pretrained)
-        # files are mapped privately: changing the weights below never reaches them
-        self.to(self.torch_dtype)
-        if adapter is not None and not self.uses_lora:
-            merge_lora(self.transformer, adapter.lora, key=f'pretrained_adapter={self.pretrained_adapter!r}')
-        for path, (lora, alphas), scale in zip(self.pretrained_lora, styles, self.pretrained_lora_scale, strict=True):
-            merge_lora(self.transformer, lora, scale, alphas, key=f'pretrained_lora={path!r}')
-        return adapter if self.uses_lora else None
-
-    def _merge_into_output(
-        self, state: dict[str, Tensor], lora: dict[str, Tensor], alphas: dict[str, float], scale: float
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Merge matrices for the output layer while it is still the base's, before it becomes a head.
-
-        Returns:
-            The other matrices, and their alphas.
-        """
-        from lakonlab.models.architecture.adapters import SIDES, merged
-
-        names = [OUTPUT + side for side in SIDES]
-        weight = f'{OUTPUT}.weight'
-        if not all(name in lora for name in names) or weight not in state:
-            return lora, alphas
-        state[weight] = merged(state[weight], lora, OUTPUT, scale, alphas)
-        others = {name: tensor for name, tensor in lora.items() if name not in names}
-        return others, {layer: alpha for layer, alpha in alphas.items() if layer != OUTPUT}
-
-    def _overlay(self, state: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A base with the layers of an adapter; what the base's output layer was is gone."""
-        own = self.role_state()
-        foreign = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
-        head = [name for name in own if name.startswith(OUTPUT)]
-        missing = [name for name in head if name not in tensors] if any(name in tensors for name in head) else []
-        if missing:
-            raise PretrainedError(
-                f'pretrained_adapter={self.pretrained_adapter!r} lacks {len(missing)} tensors of the head: '
-                f'{_some(missing)}'
-            )
-        if foreign:
-            raise PretrainedError(
-                f'pretrained_adapter={self.pretrained_adapter!r} holds {len(foreign)} tensors that are none of this '
-                f'student, or have another shape there: {_some(foreign)}'
-            )
-        replaced = {name for name in state if name.startswith(f'{OUTPUT}.')}
-        if not any(name.startswith(OUTPUT) for name in tensors):
-            replaced = set()
-        return {**{name: tensor for name, tensor in state.items() if name not in replaced}, **tensors}
 
     def remap_pretrained(self, state: dict[str, Tensor], source: RandomSource | None = None) -> dict[str, Tensor]:
         """See the base class; a teacher's output layer becomes the head."""
@@ -457,11 +328,6 @@ class DiffusersTransformer(Network):
             assign=True,
             name_of=lambda name: self._published_name(name) or name,
         )
-
-    @staticmethod
-    def _fill(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        for name, tensor in state.items():
-            own[name].data.copy_(tensor)
 
     def _published_name(self, name: str) -> str | None:
         """Name of a tensor or module of the tree in published files; None for another role's."""
@@ -665,13 +531,3 @@ class DiffusersTransformer(Network):
         mask = mask[:, used]
         prepared[self.text_mask] = None if self.attend_to_padding or bool(mask.all()) else mask
         return prepared
-
-
-def _with_adapter_name(name: str) -> str:
-    """``x.lora_A.weight`` of a file as ``x.lora_A.default.weight``."""
-    head, _, tail = name.rpartition('.')
-    return f'{head}.default.{tail}'
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
