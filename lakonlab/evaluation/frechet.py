@@ -42,7 +42,9 @@ class Moments:
         centred = features - self._shift
         self.count += len(features)
         self._sum += centred.sum(dim=0)
-        self._products += centred.T @ centred
+        for start in range(0, centred.shape[1], BLOCK):  # of a symmetric matrix, the lower half
+            stop = start + BLOCK
+            self._products[start:, start:stop].addmm_(centred[:, start:].T, centred[:, start:stop])
 
     def mean(self) -> Tensor:
         """The mean.
@@ -63,7 +65,8 @@ class Moments:
         """
         if self.count < 2:
             raise ValueError(f'a covariance needs at least 2 samples, got {self.count}')
-        return (self._products - torch.outer(self._sum, self._sum) / self.count) / (self.count - 1)
+        lower = (self._products - torch.outer(self._sum, self._sum) / self.count).tril_()
+        return (lower + lower.tril(-1).T) / (self.count - 1)
 
 
 def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
