@@ -45,40 +45,52 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
             f'{neighbours} nearest neighbours cannot be found among {len(features)} generated and {len(reference)} '
             'real images: expected at least 1 and less than the fewer of them'
         )
-    centre = reference.double().mean(dim=0).to(features.dtype)
-    features = features - centre.to(features.device)
-    reference = reference.to(features) - centre.to(features.device)
-    radii, real_radii = (_squared_radii(part, neighbours) for part in (features, reference))
+    centre = reference.mean(dim=0, dtype=torch.float64).to(features)
+    generated, real = _Members(features - centre), _Members(reference.to(features) - centre)
+    radii, real_radii = (_squared_radii(members, neighbours) for members in (generated, real))
     is_precise = torch.zeros(len(features), dtype=torch.bool)
     is_recalled = torch.zeros(len(reference), dtype=torch.bool)
-    for rows in _blocks(len(features), BLOCK_ROWS):
-        for columns in _blocks(len(reference), BLOCK_COLUMNS):
-            distances = _squared_distances(features[rows], reference[columns])
+    for rows in _blocks(0, len(features), BLOCK_ROWS):
+        for columns in _blocks(0, len(reference), BLOCK_COLUMNS):
+            distances = _squared_distances(generated, rows, real, columns)
             is_precise[rows] |= (distances <= real_radii[columns]).any(dim=1).cpu()
             is_recalled[columns] |= (distances <= radii[rows, None]).any(dim=0).cpu()
     return PrecisionRecall(is_precise.double().mean().item(), is_recalled.double().mean().item())
 
 
-def _squared_radii(members: Tensor, neighbours: int) -> Tensor:
+class _Members:
+    """A set of features (N, D), with their squared lengths (N,) in float64."""
+
+    def __init__(self, features: Tensor):
+        self.features = features
+        parts = features.split(BLOCK_ROWS)
+        self.squares = torch.cat([part.double().square_().sum(dim=1) for part in parts])
+
+
+def _squared_radii(members: _Members, neighbours: int) -> Tensor:
     """Squared distance of each member to its k-th nearest neighbour, shape (N,), float64."""
-    radii = members.new_empty(len(members), dtype=torch.float64)
-    for rows in _blocks(len(members), BLOCK_ROWS):
-        nearest = None
-        for columns in _blocks(len(members), BLOCK_COLUMNS):
-            distances = _squared_distances(members[rows], members[columns])
-            found = distances.topk(min(neighbours + 1, distances.shape[1]), dim=1, largest=False).values
-            nearest = found if nearest is None else torch.cat([nearest, found], dim=1)
-        # the nearest of all is the member itself
-        radii[rows] = nearest.kthvalue(neighbours + 1, dim=1).values
-    return radii
+    count = len(members.squares)
+    # the nearest of all is the member itself
+    nearest = members.squares.new_full((count, neighbours + 1), torch.inf)
+
+    def take_in(rows: slice, distances: Tensor) -> None:
+        found = distances.topk(min(neighbours + 1, distances.shape[1]), dim=1, largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], found], dim=1).topk(neighbours + 1, dim=1, largest=False).values
+
+    for rows in _blocks(0, count, BLOCK_ROWS):
+        take_in(rows, _squared_distances(members, rows, members, rows))
+        for columns in _blocks(rows.stop, count, BLOCK_COLUMNS):  # of a pair, the distance is computed once
+            distances = _squared_distances(members, rows, members, columns)
+            take_in(rows, distances)
+            take_in(columns, distances.T.contiguous())
+    return nearest.amax(dim=1)
 
 
-def _squared_distances(left: Tensor, right: Tensor) -> Tensor:
-    """Squared Euclidean distances, shape (N, M), float64."""
-    products = (left @ right.T).double()
-    squares = [part.double().square().sum(dim=1) for part in (left, right)]
-    return products.mul_(-2).add_(squares[0][:, None]).add_(squares[1]).clamp_(min=0)
+def _squared_distances(left: _Members, rows: slice, right: _Members, columns: slice) -> Tensor:
+    """Squared Euclidean distances of parts of two sets, shape (n, m), float64."""
+    products = (left.features[rows] @ right.features[columns].T).double()
+    return products.mul_(-2).add_(left.squares[rows, None]).add_(right.squares[columns]).clamp_(min=0)
 
 
-def _blocks(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _blocks(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
