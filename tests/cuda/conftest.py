@@ -16,7 +16,8 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason='there is no CUDA device')
+    hidden = ': they are run by themselves, pytest tests/cuda' if os.environ.get('CUDA_VISIBLE_DEVICES') == '' else ''
+    skip = pytest.mark.skip(reason=f'no CUDA device is visible{hidden}')
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(skip)

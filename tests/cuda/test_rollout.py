@@ -8,6 +8,7 @@ from lakonlab.ops.mixture_rollout import backend_module
 from lakonlab.ops.random_source import SeededSource
 from lakonlab.ops.rollout_schedule import rollout_schedule
 from tests.cuda.device import DEVICE, tf32
+from tests.ops.mixture_rollout import test_triton_backend as kernels
 from tests.policy_cases import KINDS, Case, build, ingredients
 
 CASES = {
@@ -58,6 +59,13 @@ def test_policies(kind, name, dtype, allow_tf32):
     for key, value in exact.items():
         # a policy that amplifies rounding does so everywhere
         assert error(found[key], value) < max(PRECISION[dtype], 3 * error(on_cpu[key], value)), key
+
+
+@pytest.mark.parametrize('name', kernels.CASES)
+def test_kernels(name):
+    results = {dtype: kernels.rollout_and_gradients(name, 'triton', dtype, DEVICE) for dtype in PRECISION}
+    kernels.assert_double_precision(results[torch.float64], name)
+    kernels.assert_as_precise_as_torch(results[torch.float32], name)
 
 
 def test_kernels_are_used():
