@@ -1,6 +1,7 @@
 # make demo   create the environment if needed and run the main job on real handwritten digits
 #             ALL=1 adds the DX and data-free students, SEEDS=n repeats it over n seeds, ARGS='...' is passed on
-# make test   create the environment if needed, check style, run the fast tests (test-all: the slow ones too)
+# make test   create the environment if needed, check style, run the fast tests (test-all: the slow ones too; test-cuda:
+#             those that need a GPU, from which the others hide it)
 # make clean  remove the environment and caches; results of runs stay
 #
 # CONSTRAINTS= installs the newest versions that pyproject.toml allows instead of the recorded set.
@@ -21,7 +22,7 @@ TEST_STAMP := $(STAMP)-test
 TEXT_ENCODER := $(VENV)/.installed-text-encoder
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint format env clean
+.PHONY: demo test test-all test-cuda lint format env clean
 
 demo: $(STAMP)
 	$(BIN)/python demo/digits.py $(if $(filter-out 0 no false,$(ALL)),--all) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
@@ -31,6 +32,9 @@ test: lint
 
 test-all: lint $(TEXT_ENCODER)
 	$(BIN)/python -m pytest -rs $(ARGS)
+
+test-cuda: $(TEST_STAMP)
+	$(BIN)/python -m pytest -rs tests/cuda $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check

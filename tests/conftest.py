@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+from pathlib import Path
 
 from hypothesis import settings
 
@@ -14,3 +15,12 @@ os.environ.setdefault('MKL_CBWR', 'AUTO')
 settings.register_profile('search', deadline=None)
 settings.register_profile('fixed', deadline=None, derandomize=True, database=None)
 settings.load_profile('fixed')
+
+CUDA_TESTS = Path(__file__).parent / 'cuda'
+
+
+def pytest_configure(config):
+    """Hide GPUs from tests that compare with what CPUs compute, unless CUDA_VISIBLE_DEVICES shows them some."""
+    paths = [(config.invocation_params.dir / arg.partition('::')[0]).resolve() for arg in config.args]
+    if not all(path.is_relative_to(CUDA_TESTS) for path in paths):
+        os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')

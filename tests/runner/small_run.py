@@ -130,13 +130,17 @@ def config(world_size: int = 2, strategy: str = 'fsdp2', **changes: Any) -> Conf
 
 
 @contextlib.contextmanager
-def small_runner(ranks, folder: Path, cfg: Config | None = None, **changes: Any) -> Iterator[Runner]:
+def small_runner(
+    ranks, folder: Path, cfg: Config | None = None, device: str = 'cpu', deterministic: bool = False, **changes: Any
+) -> Iterator[Runner]:
     """The run as one process of a group, in a folder, at its starting point.
 
     Args:
         ranks: The processes; of several, a group of their own is made for plain data, as launchers do.
         folder: Working directory.
         cfg: The config; None for :func:`config`.
+        device: Where it trains.
+        deterministic: Whether to allow deterministic algorithms only.
         **changes: See :func:`config`.
     """
     before = Path.cwd()
@@ -145,7 +149,10 @@ def small_runner(ranks, folder: Path, cfg: Config | None = None, **changes: Any)
     group = dist.new_group(backend='gloo') if ranks.world_size > 1 else None
     try:
         yield Runner.from_cfg(
-            cfg or config(ranks.world_size, **changes), ranks=dataclasses.replace(ranks, group=group), device='cpu'
+            cfg or config(ranks.world_size, **changes),
+            deterministic=deterministic,
+            ranks=dataclasses.replace(ranks, group=group),
+            device=device,
         )
     finally:
         os.chdir(before)

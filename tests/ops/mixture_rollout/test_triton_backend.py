@@ -1,7 +1,7 @@
 """The Triton kernels against the torch backend.
 
 Triton's interpreter runs them without a GPU. It has to be chosen before triton is imported, so this file, run as a
-program, computes all cases in a process of its own and saves them; where there is a GPU, they run on it too.
+program, computes all cases in a process of its own and saves them. On a GPU, tests/cuda runs them.
 """
 
 import functools
@@ -97,13 +97,6 @@ def test_rollout_and_gradients_in_double_precision(interpreted, name):
 @pytest.mark.parametrize('name', SINGLE)
 def test_single_precision_is_as_precise_as_torch(interpreted, name):
     assert_as_precise_as_torch({key: interpreted[f'{name}.float32.{key}'] for key in NAMES}, name)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
-@pytest.mark.parametrize('name', CASES)
-def test_on_a_gpu(name):
-    assert_double_precision(rollout_and_gradients(name, 'triton', torch.float64, 'cuda'), name)
-    assert_as_precise_as_torch(rollout_and_gradients(name, 'triton', torch.float32, 'cuda'), name)
 
 
 @pytest.mark.parametrize(('components', 'channels'), [(32, 4), (8, 16), (8, 64)])
