@@ -206,7 +206,7 @@ class SmallRun:
 
     def step(self) -> dict[str, float]:
         """Take one step of training and average; what was logged."""
-        data = select_rows(batch_of(self.kind, self.iteration), self.rows)
+        data = self.strategy.to_device(select_rows(batch_of(self.kind, self.iteration), self.rows))
         outputs = self.model.train_step(
             data,
             self.optimizers,
@@ -230,7 +230,7 @@ class SmallRun:
         self.model.eval()
         for role in roles:
             outputs = self.model.val_step(
-                {**data, 'noise': noise[self.rows]},
+                self.strategy.to_device({**data, 'noise': noise[self.rows]}),
                 role=role,
                 test_cfg_override=dict(num_timesteps=2) if role == 'teacher' else {},
                 source=SeededSource(4, first_row=self.rows.start),
