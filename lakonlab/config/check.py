@@ -290,7 +290,7 @@ class _Checker(Walker):
 
     def _best_checkpoint(self, entry: Mapping[str, Any], path: str) -> None:
         """The best checkpoint has a place to go, and a number that says which one it is."""
-        from lakonlab.evaluation.best import number_that_decides
+        from lakonlab.evaluation.best import numbers_that_decide
 
         found = f'{path}.save_best_ckpt: found {entry["save_best_ckpt"]!r}'
         if self.cfg.get('checkpoint_config') is None:
@@ -308,7 +308,7 @@ class _Checker(Walker):
         if any(kind is None for kind, _ in found):  # which has been reported
             return
         try:
-            number_that_decides(
+            numbers_that_decide(
                 [kind.better_of(arguments) for kind, arguments in found], entry.get('best_metric'), path
             )
         except ValueError as error:

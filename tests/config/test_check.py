@@ -387,10 +387,12 @@ def test_best_checkpoint_needs_a_place_and_a_number():
     check_config(with_entry(save_best_ckpt=False, best_metric='fid'))  # as published files have it
     check_config(with_entry(**wanted))
     check_config(with_entry(**wanted, best_metric='reference_rmse'))
+    check_config(with_entry(**wanted, best_metric=['reference_rmse']))
     distances = [{'type': 'InceptionMetrics', 'reference': 'a.npz', 'prefix': 'patch'}]
     check_config(with_entry(save_best_ckpt=True, metrics=distances, best_metric='patch_fid'))
     for options, message in (
         ({'best_metric': 'fid'}, r"0\.best_metric: found 'fid', expected .* 'reference_rmse'"),
+        ({'best_metric': ['reference_rmse', 'fid']}, r"0\.best_metric: found \['reference_rmse', 'fid'\], expected"),
         ({'best_metric': 'samples_per_second'}, r"0\.best_metric: found 'samples_per_second', expected .*'reference"),
         ({'metrics': {'type': 'SamplingSpeed'}}, r'0\.best_metric: found None, but no metric of this entry'),
         ({'interval': None}, r'0\.save_best_ckpt: found True, but interval=None'),
