@@ -296,6 +296,7 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'log_artifact': 'logs and checkpoints are not uploaded',
         'out_suffix': 'logs and checkpoints are not uploaded',
         'with_step': 'curves count iterations',
+        'commit': 'all of an iteration is one row, sent when the next one begins',
     },
 }
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
