@@ -349,6 +349,17 @@ def test_best_checkpoint_needs_a_place():
         hook.before_train(runner)
 
 
+def test_entries_do_not_share_a_best_checkpoint():
+    hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    twin, _ = hook_and_runner(save_best_ckpt=True, **RMSE)
+    other, _ = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
+    runner.hooks = [hook, other, hook_and_runner(**RMSE)[0]]
+    hook.before_train(runner)
+    runner.hooks.append(twin)
+    with pytest.raises(ValueError, match='another entry keeps the best checkpoint of val_p_reference_rmse too'):
+        hook.before_train(runner)
+
+
 def test_results_file(tmp_path):
     results = run_evaluations(Model(), config(**RMSE))
     write_results(tmp_path / 'run' / 'results.json', results, name='run', checkpoint=Path('a/b'))
