@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 
 from lakonlab.datasets.noise import seeded_noise
-from lakonlab.evaluation.initial_noise import RecordingSource, noise_hashes
+from lakonlab.evaluation.initial_noise import RecordingSource, digest, noise_hashes
 from lakonlab.evaluation.results import run_evaluations
 from lakonlab.evaluation.viewer import read_page, side_by_side
 from lakonlab.ops.random_source import SeededSource
@@ -82,6 +82,14 @@ def test_hashes_are_of_shape_and_values():
     assert [found == before for found, before in zip(noise_hashes(changed), hashes)] == [True, False, True]
 
 
+def test_one_hash_of_many_samples():
+    assert digest({1: 'a', 2: 'b'}) == digest({2: 'b', 1: 'a'})
+    others = ({1: 'b', 2: 'a'}, {1: 'a'}, {1: 'a', 3: 'b'})
+    assert digest({1: 'a', 2: 'b'}) not in {digest(other) for other in others}
+    assert digest({1: 'a', 2: None}) is None
+    assert digest({}) is None
+
+
 def test_a_source_that_hashes_draws_the_same():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         plain, recording = SeededSource(3, row_ids=[5, 2]), RecordingSource(3, row_ids=[5, 2])
@@ -106,6 +114,9 @@ def test_what_hashes_depend_on(tmp_path, data):
         processes=run_threads(lambda ranks: run(tmp_path / 'd', batch_size=2, ranks=ranks, **data), 2)[0],
     )
     for other in same.values():
+        assert read_page(other).columns[0].facts['initial_noise'] == digest(
+            {i: found for i, (found,) in enumerate(noise)}
+        )
         assert all(item.shares_noise for item in side_by_side([page, other], tmp_path / 'both.html').items)
 
 
@@ -156,7 +167,7 @@ def test_files_keep_it(tmp_path):
 
 
 def test_real_images_started_from_none(tmp_path):
-    digits = dict(type='Digits', split='val')
+    data = dict(workers_per_gpu=0, val=dict(type='Digits', split='val'), val_dataloader=dict(samples_per_gpu=100))
     entry = dict(type='GenerativeEvalHook', data='val', viz_dir=str(tmp_path), viz_num=3, generate=False)
-    (results,) = run_evaluations(Sampler(), dict(name='run', data=dict(val=digits), evaluation=[entry]))
+    (results,) = run_evaluations(Sampler(), dict(name='run', data=data, evaluation=[entry]))
     assert noise_of(results['page']) == [[None]] * 3
