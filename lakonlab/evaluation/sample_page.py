@@ -8,7 +8,7 @@ from typing import Any
 from lakonlab.evaluation.images import ImageFolder, image_name
 from lakonlab.evaluation.viewer import Column, Gallery, Item, url_from
 
-FACTS = ('num_samples', 'nfe', 'quantize', 'sample_kwargs', 'sampling_seed', 'protocol')
+FACTS = ('num_samples', 'nfe', 'quantize', 'sample_kwargs', 'sampling_seed', 'initial_noise', 'protocol')
 
 
 def gallery(title: str, results: Mapping[str, Any], folder: ImageFolder, page: str) -> Gallery:
@@ -22,7 +22,12 @@ def gallery(title: str, results: Mapping[str, Any], folder: ImageFolder, page: s
     """
     facts = {key: results[key] for key in FACTS if results.get(key) is not None}
     items = [
-        Item(number, folder.captions[number], [url_from(page, str(folder.path / image_name(number)))])
+        Item(
+            number,
+            folder.captions[number],
+            [url_from(page, str(folder.path / image_name(number)))],
+            [folder.noise[number]],
+        )
         for number in sorted(folder.captions)
     ]
     return Gallery(title, [Column(title, results['metrics'], facts)], items)
