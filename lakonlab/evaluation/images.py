@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from lakonlab.storage import files
@@ -25,6 +25,8 @@ logger = logging.getLogger('lakonlab.evaluation')
 
 GRID_FILE = 'grid.png'
 ORIGIN_FILE = 'samples.json'
+NOISE_TEXT = 'initial-noise'
+"""Keyword of the text in the file of a sample that holds the hash of the noise it started from."""
 OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}|{re.escape(ORIGIN_FILE)}')
 UPLOADS = 8
 """Images that are sent to a remote folder at the same time."""
@@ -102,6 +104,7 @@ class ImageFolder:
 
     Attributes:
         captions: Number of each sample that was written -> its caption.
+        noise: The same -> hash of the noise it started from, or None; its file holds it too.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class ImageFolder:
         self.limit = limit
         self.grid_limit = grid_limit
         self.captions: dict[int, str] = {}
+        self.noise: dict[int, str | None] = {}
         self._shown: dict[int, np.ndarray] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._sent: deque[Future] = deque()
@@ -128,13 +132,20 @@ class ImageFolder:
             if origin is not None:
                 files.write_text(str(self.path / ORIGIN_FILE), _origin_text(origin))
 
-    def add(self, images: Tensor, ids: Sequence[int], captions: Sequence[str] | None = None) -> None:
+    def add(
+        self,
+        images: Tensor,
+        ids: Sequence[int],
+        captions: Sequence[str] | None = None,
+        noise: Sequence[str | None] | None = None,
+    ) -> None:
         """Write samples.
 
         Args:
             images: Shape (B, C, H, W), float in [0, 1].
             ids: Number of each sample.
             captions: What the page says about each; None for nothing.
+            noise: Hash of the noise that each started from; None where it is not known.
 
         Raises:
             OSError: One of these or of those before could not be written.
@@ -143,7 +154,9 @@ class ImageFolder:
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
-            self._save(pixels if images.shape[1] > 1 else pixels[..., 0], image_name(ids[row]))
+            started_from = None if noise is None else noise[row]
+            self._save(pixels if images.shape[1] > 1 else pixels[..., 0], image_name(ids[row]), started_from)
+            self.noise[ids[row]] = started_from
             self.captions[ids[row]] = '' if captions is None else captions[row]
             if ids[row] < self.grid_limit:
                 self._shown[ids[row]] = pixels
@@ -168,9 +181,11 @@ class ImageFolder:
             self._threads = None
         return grid
 
-    def _save(self, pixels: np.ndarray, name: str) -> None:
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, 'PNG')
+    def _save(self, pixels: np.ndarray, name: str, noise: str | None = None) -> None:
+        content, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+        if noise is not None:
+            texts.add_text(NOISE_TEXT, noise)
+        Image.fromarray(pixels).save(content, 'PNG', pnginfo=texts)
         if isinstance(self.path, Path):
             files.write_bytes(self.path / name, content.getvalue())
             return
@@ -179,6 +194,18 @@ class ImageFolder:
         if len(self._sent) >= 2 * UPLOADS:
             self._sent.popleft().result()
         self._sent.append(self._threads.submit(files.write_bytes, str(self.path / name), content.getvalue()))
+
+
+class Written(NamedTuple):
+    """What files hold of some samples.
+
+    Args:
+        images: Shape (B, C, H, W), float in [0, 1].
+        noise: Hash of the noise that each started from; None for one whose file does not say.
+    """
+
+    images: Tensor
+    noise: list[str | None]
 
 
 class WrittenImages:
@@ -193,29 +220,31 @@ class WrittenImages:
         self.path = as_path(path)
         self._names = set(files.list_names(str(self.path))) if is_of(self.path, origin) else set()
 
-    def read(self, ids: Sequence[int]) -> Tensor | None:
-        """The images of some samples.
+    def read(self, ids: Sequence[int]) -> Written | None:
+        """What was written of some samples.
 
         Args:
             ids: Number of each sample.
 
         Returns:
-            Shape (B, C, H, W), float in [0, 1]; None if one of them is missing or cannot be read.
+            Their images; None if one of them is missing or cannot be read.
         """
         if any(image_name(number) not in self._names for number in ids):
             return None
         try:
-            return torch.stack([_read(str(self.path / image_name(number))) for number in ids])
+            images, noise = zip(*(_read(str(self.path / image_name(number))) for number in ids), strict=True)
+            return Written(torch.stack(images), list(noise))
         except (ValueError, RuntimeError, OSError, SyntaxError) as error:
             logger.warning('images of samples %s are made again: %s', ', '.join(map(str, ids[:4])), error)
             return None
 
 
-def _read(path: str) -> Tensor:
-    """An image (C, H, W) with the channels that it was written with."""
+def _read(path: str) -> tuple[Tensor, str | None]:
+    """An image (C, H, W) with the channels that it was written with, and the hash of its noise."""
     with Image.open(io.BytesIO(files.read_bytes(path))) as image:
         pixels = np.array(image if image.mode == 'L' else image.convert('RGB'))
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 255
+        noise = image.info.get(NOISE_TEXT)
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 255, noise
 
 
 def image_name(number: int) -> str:
