@@ -16,7 +16,7 @@ from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluatio
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.preparation import QUANTISATIONS
-from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.mmengine_parts import Hook
@@ -58,7 +58,7 @@ class GenerativeEvalHook(Hook):
         metric_cpu_offload: Move the networks of metrics to the CPU after each evaluation.
 
     Attributes:
-        owed: Iteration whose evaluation was given up when the run was asked to stop; None if there is none.
+        owed: Iteration whose evaluation was given up when the run was asked to stop, or failed; None if there is none.
 
     Raises:
         ValueError: An argument has an impossible value.
@@ -127,6 +127,9 @@ class GenerativeEvalHook(Hook):
                 [metric.better for metric in self.metrics], best_metric, f'evaluation {self.name}'
             )
             self.best = [BestValue(f'{self.name}_{number}', better) for number, better in rules.items()]
+        compared = [metric.title for metric in self.metrics if metric.needs_reference]
+        if compared and reference_kwargs is None:
+            raise ValueError(needs_reference_kwargs(f'evaluation {self.name}', compared))
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()
         self._loader = None
@@ -273,35 +276,49 @@ class GenerativeEvalHook(Hook):
             )
 
     def before_train_epoch(self, runner) -> None:
-        """Make up for an evaluation in which the run was stopped."""
+        """Make up for an evaluation in which the run was stopped, or which failed."""
         owed, self.owed = self.owed, None
         if owed == runner.iter:
             self._evaluate(runner, owed)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far."""
+        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far.
+
+        What fails in all processes at the same place, as it does unless networks are divided among them, does so after
+        the run is saved, by which all of them are needed.
+        """
         if self.is_due(runner.iter + 1):
             self._evaluate(runner, runner.iter + 1)
 
     def _evaluate(self, runner, iteration: int) -> None:
-        run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
-        strategy = runner.strategy
+        if runner.failure is not None:  # of another evaluation
+            self.owed = iteration
+            return
         try:
-            with phase('evaluation'):
-                results, grid = self.run(
-                    runner.model,
-                    runner.cfg.data,
-                    run_name,
-                    str(iteration),
-                    seed=runner.seed,
-                    ranks=strategy.ranks,
-                    is_divided=strategy.is_sharded,
-                    stop=lambda: runner.is_asked_to_stop,
-                )
+            self._evaluate_and_log(runner, iteration)
         except EvaluationStoppedError as stopped:
             logger.info('%s; it will be made when the run goes on', stopped)
-            self.owed, strategy.stop_requested = iteration, True
-            return
+            self.owed, runner.strategy.stop_requested = iteration, True
+        except Exception as error:
+            if not runner.strategy.ranks.is_common(error):  # other processes wait for this one, and cannot be told
+                raise
+            self.owed = iteration
+            runner.end_with(error)
+
+    def _evaluate_and_log(self, runner, iteration: int) -> None:
+        run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
+        strategy = runner.strategy
+        with phase('evaluation'):
+            results, grid = self.run(
+                runner.model,
+                runner.cfg.data,
+                run_name,
+                str(iteration),
+                seed=runner.seed,
+                ranks=strategy.ranks,
+                is_divided=strategy.is_sharded,
+                stop=lambda: runner.is_asked_to_stop,
+            )
         numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
 
         def log() -> None:

@@ -383,7 +383,8 @@ def test_best_checkpoint_needs_a_place_and_a_number():
         values['evaluation'] = [{**values['evaluation'][0], **entry}]
         return Config(values)
 
-    wanted = {'save_best_ckpt': True, 'metrics': [{'type': 'SamplingSpeed'}, {'type': 'ReferenceRMSE'}]}
+    metrics = [{'type': 'SamplingSpeed'}, {'type': 'ReferenceRMSE'}]
+    wanted = {'save_best_ckpt': True, 'metrics': metrics, 'reference_kwargs': {'role': 'teacher'}}
     check_config(with_entry(save_best_ckpt=False, best_metric='fid'))  # as published files have it
     check_config(with_entry(**wanted))
     check_config(with_entry(**wanted, best_metric='reference_rmse'))
@@ -709,3 +710,14 @@ def test_sampling_unlike_training_is_noted(key, value, path, caplog):
     with caplog.at_level(logging.WARNING, 'lakonlab.config'):
         check_config(Config(values))
     assert f'{path}.{key} is {value}: samples differ from what is trained' in caplog.text
+
+
+@pytest.mark.parametrize('metrics', [{'type': 'ReferenceRMSE'}, [{'type': 'ColorStats'}, {'type': 'ReferenceLPIPS'}]])
+@pytest.mark.parametrize('planning', [False, True])
+def test_what_is_compared_needs_something_to_compare_with(metrics, planning):
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    values['evaluation'] = [{**values['evaluation'][0], 'metrics': metrics}]
+    with pytest.raises(ConfigError, match=r'evaluation\.0: Reference\w+ compares with reference samples, but referenc'):
+        check_config(Config(values), planning=planning)
+    values['evaluation'][0]['reference_kwargs'] = {'role': 'teacher'}
+    check_config(Config(values), planning=planning)

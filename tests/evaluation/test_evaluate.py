@@ -205,6 +205,10 @@ def test_interval(interval, due):
         (dict(save_best_ckpt=True), 'evaluation val.best_metric: found None, but no metric'),
         (dict(save_best_ckpt=True, interval=None, metrics=dict(type='ReferenceRMSE')), 'never evaluates'),
         (
+            dict(metrics=[dict(type='ColorStats'), dict(type='ReferenceRMSE')]),
+            'evaluation val: ReferenceRMSE compares with reference samples, but reference_kwargs is not set',
+        ),
+        (
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
             "found 'fid', expected numbers of metrics of this entry: 'reference_rmse'",
         ),
@@ -238,7 +242,8 @@ def hook_and_runner(ranks=ALONE, **entry):
         checkpoint_hook=SimpleNamespace(
             save_best=lambda step, name, value: done.append(('best', step, name, value))
         ),
-        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False,
+        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False, failure=None,
+        end_with=lambda error: setattr(runner, 'failure', error),
         strategy=SimpleNamespace(ranks=ranks, is_sharded=False, stop_requested=False),
     )  # fmt: skip
     hook.before_train(runner)
@@ -279,12 +284,39 @@ def test_only_the_main_process_logs_and_all_save_the_best(tmp_path, monkeypatch)
 
 
 def test_an_error_of_the_log_ends_all():
+    """When they have saved; what is the best is found when the evaluation is made again."""
+
     def evaluated(ranks):
-        hook, runner = hook_and_runner(ranks, **RMSE)
+        hook, runner = hook_and_runner(ranks, save_best_ckpt=True, **RMSE)
         runner.visualizer.add_scalars = None
         hook.after_train_iter(runner, 0)
+        return type(runner.failure), hook.owed, hook.best[0].value, runner.done
 
-    assert [type(error) for error in run_threads(evaluated, 2)] == [TypeError] * 2
+    assert run_threads(evaluated, 2) == [(TypeError, 1, None, [])] * 2
+
+
+def test_evaluations_after_one_that_failed_are_owed_too():
+    hook, runner = hook_and_runner(**RMSE)
+    runner.failure = error = OSError('of another one')
+    hook.after_train_iter(runner, 0)
+    assert (hook.owed, runner.failure, runner.done) == (1, error, [])
+
+
+def test_an_error_of_one_process_is_raised_at_once():
+    """The others, which wait for it in a network that is divided, cannot save."""
+
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, **RMSE)
+        runner.strategy.is_sharded = True
+        if ranks.rank == 0:
+            return hook.after_train_iter(runner, 0)
+        runner.model.val_step = None
+        with pytest.raises(TypeError):
+            hook.after_train_iter(runner, 0)
+        ranks.table.barrier.abort()  # as a launcher ends the others
+        return runner.failure, hook.owed
+
+    assert run_threads(evaluated, 2)[1] == (None, None)
 
 
 def test_best_checkpoint_is_saved_when_a_number_improves():

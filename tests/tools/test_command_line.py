@@ -159,7 +159,7 @@ def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
         ({'cfg_options': ['evaluation=[]']}, 'evaluation=[]: nothing to evaluate'),
         (
             {'cfg_options': [*SMALL, 'model.inference_only=True', 'evaluation.0.reference_kwargs=None']},
-            'set reference_kwargs in this entry',
+            'evaluation.0: ReferenceRMSE compares with reference samples, but reference_kwargs is not set',
         ),
     ],
 )
