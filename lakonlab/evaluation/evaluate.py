@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
+from lakonlab.evaluation.initial_noise import digest
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
@@ -89,8 +90,9 @@ def evaluate(
     Returns:
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
         ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
-        arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and width of
-        the images, which every protocol repeats.
+        arguments with ``sampling_seed``, None for real images, ``initial_noise``, a hash of that of all samples, None
+        where it is not known, ``quantize``, and ``image_sizes``, height and width of the images, which every protocol
+        repeats.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -108,6 +110,7 @@ def evaluate(
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
     sizes: set[tuple[int, int]] = set()
+    hashes: dict[int, str | None] = {}
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe
@@ -140,6 +143,7 @@ def evaluate(
             if images is not None:
                 images.add(batch.images, batch.ids, captions_of(batch), batch.noise)
             sizes.add(tuple(batch.images.shape[-2:]))
+            hashes.update(zip(batch.ids, batch.noise or [None] * len(batch.ids), strict=True))
             batch.images = quantised(batch.images, quantize)
             if batch.reference is not None:
                 batch.reference = quantised(batch.reference, quantize)
@@ -156,7 +160,8 @@ def evaluate(
             numbers.update(metric.compute())
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
-        common = dict(sampling_seed=sampling_seed, quantize=quantize, image_sizes=image_sizes)
+        noise = digest(hashes)
+        common = dict(sampling_seed=sampling_seed, initial_noise=noise, quantize=quantize, image_sizes=image_sizes)
         return dict(
             metrics=numbers,
             protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
@@ -167,6 +172,7 @@ def evaluate(
             generated=generate,
             sample_kwargs=dict(sample_kwargs or {}),
             sampling_seed=sampling_seed,
+            initial_noise=noise,
             quantize=quantize,
             image_sizes=image_sizes,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,

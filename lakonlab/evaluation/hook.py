@@ -264,11 +264,20 @@ class GenerativeEvalHook(Hook):
         What the metrics need is loaded now, so that what is missing is found before anything is trained.
 
         Raises:
-            ValueError: It has none, or what metrics need does not fit.
+            ValueError: It has none, or another evaluation's best checkpoints would take the same one, or what metrics
+                need does not fit.
         """
         self.share(runner.hooks)
         if self.interval is not None:
             runner.strategy.ranks.on_main(self.bind)
+        evaluations = [hook for hook in runner.hooks if isinstance(hook, GenerativeEvalHook)]
+        names = [best.name for hook in evaluations for best in hook.best]
+        shared = [best.name for best in self.best if names.count(best.name) > 1]
+        if shared:
+            raise ValueError(
+                f'evaluation {self.name}: another entry keeps the best checkpoint of {", ".join(shared)} too, in the '
+                'same place; give one of them a prefix of its own, or set save_best_ckpt=False in it'
+            )
         if self.best and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '

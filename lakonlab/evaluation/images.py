@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from lakonlab.evaluation.sample_grid import sample_grid, shrunk
 from lakonlab.storage import files
 from lakonlab.storage.remote_path import AnyPath, as_path
 
@@ -30,8 +30,6 @@ NOISE_TEXT = 'initial-noise'
 OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}|{re.escape(ORIGIN_FILE)}')
 UPLOADS = 8
 """Images that are sent to a remote folder at the same time."""
-GREY = 96
-GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -45,48 +43,6 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
-    """Arrange images of one size in rows.
-
-    Args:
-        pixels: Shape (N, H, W, 3), uint8, N at least 1.
-        columns: Images per row; None for a square.
-        padding: Grey pixels between images.
-
-    Returns:
-        One image, shape (rows, columns, 3), uint8.
-    """
-    count, height, width, _ = pixels.shape
-    factor = max(1, GRID_CELL // max(height, width))
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = height * factor, width * factor
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), GREY, np.uint8)
-    for index, image in enumerate(pixels):
-        top = padding + index // columns * (height + padding)
-        left = padding + index % columns * (width + padding)
-        grid[top : top + height, left : left + width] = image
-    return grid
-
-
-def in_one_size(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Images of several sizes in cells of the largest height and width, centred on grey.
-
-    Args:
-        images: Each of shape (H, W, 3), uint8; at least one.
-
-    Returns:
-        Shape (N, H, W, 3), uint8.
-    """
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    cells = np.full((len(images), height, width, 3), GREY, np.uint8)
-    for cell, image in zip(cells, images):
-        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
-        cell[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return cells
 
 
 class ImageFolder:
@@ -159,7 +115,7 @@ class ImageFolder:
             self.noise[ids[row]] = started_from
             self.captions[ids[row]] = '' if captions is None else captions[row]
             if ids[row] < self.grid_limit:
-                self._shown[ids[row]] = pixels
+                self._shown[ids[row]] = shrunk(pixels)
 
     def finish(self) -> np.ndarray | None:
         """Write the grid, and wait for what is on its way.
@@ -172,7 +128,8 @@ class ImageFolder:
         """
         grid = None
         if self._shown:
-            grid = make_grid(in_one_size([self._shown[number] for number in sorted(self._shown)]))
+            shown = sorted(self._shown)
+            grid = sample_grid([self._shown[number] for number in shown], [self.captions[number] for number in shown])
             self._save(grid, GRID_FILE)
         while self._sent:
             self._sent.popleft().result()

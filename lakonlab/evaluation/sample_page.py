@@ -8,7 +8,7 @@ from typing import Any
 from lakonlab.evaluation.images import ImageFolder, image_name
 from lakonlab.evaluation.viewer import Column, Gallery, Item, url_from
 
-FACTS = ('num_samples', 'nfe', 'quantize', 'sample_kwargs', 'sampling_seed', 'protocol')
+FACTS = ('num_samples', 'nfe', 'quantize', 'sample_kwargs', 'sampling_seed', 'initial_noise', 'protocol')
 
 
 def gallery(title: str, results: Mapping[str, Any], folder: ImageFolder, page: str) -> Gallery:

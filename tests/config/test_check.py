@@ -377,6 +377,42 @@ def test_published_names_and_options_of_hooks(caplog):
         assert caplog.text.count(f'evaluation.{key} ') == 1
 
 
+def with_metric(**metric) -> Config:
+    """A config of the published style that measures with one metric."""
+    values = load_config(PUBLISHED_STYLE).to_dict()
+    values['evaluation'] = [{**values['evaluation'][0], 'metrics': [metric]}]
+    return Config(values)
+
+
+PUBLISHED_NETWORK = 'https://host/metrics/inception-2015-12-05.pt'
+
+
+@pytest.mark.parametrize(
+    'wanted', [{'type': 'StyleGAN', 'inception_path': PUBLISHED_NETWORK}, {'type': 'StyleGAN'}, None]
+)
+def test_the_published_inception_network_is_the_one_that_is_used(caplog, wanted):
+    cfg = with_metric(type='InceptionMetrics', reference='a.npz', inception_args=wanted)
+    with caplog.at_level(logging.INFO, 'lakonlab.config'):
+        check_config(cfg)
+    assert 'evaluation.metrics.inception_args (the network is that of inception-2015-12-05' in caplog.text
+    assert 'inception_args' not in cfg.evaluation[0].metrics[0]
+
+
+@pytest.mark.parametrize(
+    'wanted',
+    [{'type': 'pytorch'}, {'type': 'StyleGAN', 'inception_path': 'mine.pt'}, {'type': 'StyleGAN', 'size': 3}, 'a.pt'],
+)
+def test_another_inception_network_is_not_dropped_silently(wanted):
+    with pytest.raises(ConfigError, match=r'inception_args: found .*name another network by extractor'):
+        check_config(with_metric(type='InceptionMetrics', reference='a.npz', inception_args=wanted))
+
+
+@pytest.mark.parametrize('kind', ['HPSv2', 'HPSv3', 'VQAScore', 'CLIPSimilarity', 'ColorStats'])
+def test_metrics_refuse_arguments_that_they_do_not_have(kind):
+    with pytest.raises(ConfigError, match=r'metrics\.0\.inception_args'):
+        check_config(with_metric(type=kind, inception_args={'type': 'StyleGAN'}))
+
+
 def test_best_checkpoint_needs_a_place_and_a_number():
     def with_entry(**entry) -> Config:
         values = load_config(PUBLISHED_STYLE).to_dict()

@@ -10,7 +10,7 @@ from torch import nn
 
 from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
-from lakonlab.evaluation.images import in_one_size, make_grid, to_uint8
+from lakonlab.evaluation.images import to_uint8
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.results import run_evaluations, write_results
 from lakonlab.ranks import ALONE
@@ -158,29 +158,13 @@ def test_images_and_grid(tmp_path):
     (results,) = run_evaluations(Model(), config(viz_num=12, viz_dir=str(tmp_path)))
     files = sorted(path.name for path in Path(results['images']).iterdir())
     assert files == [f'{number:09d}.png' for number in range(12)] + ['grid.png', 'mine.png']
-    assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 34 + 2, 3 * 34 + 2)
+    assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 66 + 2, 3 * (66 + 12) + 2)  # captions of one line
     assert np.array(Image.open(tmp_path / 'default' / '000000003.png')).shape == (8, 8)
 
 
 def test_quantisation_rounds_and_clips():
     pixels = to_uint8(torch.tensor([-1.0, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 2.0]).reshape(6, 1, 1, 1))
     assert pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 255, 255]
-
-
-def test_grid_is_row_by_row():
-    pixels = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(40, 1).repeat(40, 2).repeat(3, 3)
-    grid = make_grid(pixels, columns=3)
-    assert grid.shape == (2 * 42 + 2, 3 * 42 + 2, 3)
-    assert [grid[10 + 42 * row, 10 + 42 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 96]
-
-
-def test_images_of_several_sizes_are_centred_in_one_grid():
-    images = [np.full((4, 8, 3), 10, np.uint8), np.full((6, 2, 3), 20, np.uint8)]
-    cells = in_one_size(images)
-    assert cells.shape == (2, 6, 8, 3)
-    assert cells[0, :, 0, 0].tolist() == [96, 10, 10, 10, 10, 96]
-    assert cells[1, 0, :, 0].tolist() == [96, 96, 96, 20, 20, 96, 96, 96]
-    assert [(cells[row] != 96).sum() for row in range(2)] == [4 * 8 * 3, 6 * 2 * 3]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +241,7 @@ def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
         hook.after_train_iter(runner, runner.iter)
     scalars, grid = runner.done
     assert scalars == ({'val_p_reference_rmse': pytest.approx(1.0)}, 5, 'now.json')
-    assert grid == ('val_p', (70, 70, 3), 5)
+    assert grid == ('val_p', (2 * (66 + 12) + 2, 2 * 66 + 2, 3), 5)
     assert Path('viz/run/val_p/5/grid.png').is_file()
 
 
@@ -394,6 +378,17 @@ def test_best_checkpoint_needs_a_place():
     hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
     runner.checkpoint_hook = None
     with pytest.raises(ValueError, match='save_best_ckpt=True, but checkpoint_config is not set'):
+        hook.before_train(runner)
+
+
+def test_entries_do_not_share_a_best_checkpoint():
+    hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    twin, _ = hook_and_runner(save_best_ckpt=True, **RMSE)
+    other, _ = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
+    runner.hooks = [hook, other, hook_and_runner(**RMSE)[0]]
+    hook.before_train(runner)
+    runner.hooks.append(twin)
+    with pytest.raises(ValueError, match='another entry keeps the best checkpoint of val_p_reference_rmse too'):
         hook.before_train(runner)
 
 
