@@ -331,6 +331,12 @@ class GenerativeEvalHook(Hook):
         numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
 
         def log() -> None:
+            absent = [best.name for best in self.best if best.name not in numbers]
+            if absent:
+                raise ValueError(
+                    f'evaluation {self.name}.best_metric: {", ".join(absent)} has not been computed, only '
+                    f'{", ".join(numbers)}; the metric that promised it is at fault'
+                )
             if numbers:
                 runner.visualizer.add_scalars(numbers, step=iteration, file_path=f'{runner.timestamp}.json')
             if grid is not None:

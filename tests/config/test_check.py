@@ -428,6 +428,7 @@ def test_best_checkpoint_needs_a_place_and_a_number():
     distances = [{'type': 'InceptionMetrics', 'reference': 'a.npz', 'prefix': 'patch'}]
     check_config(with_entry(save_best_ckpt=True, metrics=distances, best_metric='patch_fid'))
     for options, message in (
+        ({'metrics': distances, 'best_metric': 'patch_kid'}, r"'patch_kid', expected .*: 'patch_fid', 'patch_is'"),
         ({'best_metric': 'fid'}, r"0\.best_metric: found 'fid', expected .* 'reference_rmse'"),
         ({'best_metric': ['reference_rmse', 'fid']}, r"0\.best_metric: found \['reference_rmse', 'fid'\], expected"),
         ({'best_metric': 'samples_per_second'}, r"0\.best_metric: found 'samples_per_second', expected .*'reference"),

@@ -279,6 +279,24 @@ def test_an_error_of_the_log_ends_all():
     assert run_threads(evaluated, 2) == [(TypeError, 1, None, [])] * 2
 
 
+@METRICS.register_module()
+class BreaksItsWord(Brightest):
+    """Says that it gives a number, which it does not."""
+
+    better = {'promised': 'higher'}
+
+
+def test_a_number_that_decides_has_to_be_there():
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, save_best_ckpt=True, metrics=[dict(type='BreaksItsWord')])
+        hook.after_train_iter(runner, 0)
+        return str(runner.failure)
+
+    first, second = run_threads(evaluated, 2)
+    assert first == second
+    assert 'val_p.best_metric: val_p_promised has not been computed, only val_p_brightest' in first
+
+
 def test_evaluations_after_one_that_failed_are_owed_too():
     hook, runner = hook_and_runner(**RMSE)
     runner.failure = error = OSError('of another one')
