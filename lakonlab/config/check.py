@@ -241,6 +241,8 @@ class _Checker(Walker):
         return [key for key, value in self.section('data').items() if isinstance(value, Mapping) and 'type' in value]
 
     def _hooks(self) -> None:
+        from lakonlab.evaluation.entries import clashes, entries_of
+
         for section in ('custom_hooks', 'evaluation'):
             entries = self.cfg.get(section) or []
             if not isinstance(entries, (list, tuple)):
@@ -256,6 +258,9 @@ class _Checker(Walker):
                 elif entry.get('type') == 'ExponentialMovingAverageHook':
                     self._momentum(entry, path)
                     self._averages(entry, path)
+        evaluations = self.cfg.get('evaluation') or []
+        if isinstance(evaluations, (list, tuple)):
+            self.problems += clashes(entries_of(evaluations))
         if self.cfg.get('checkpoint_config') is not None:
             section = self.section('checkpoint_config')
             node = {'type': 'CheckpointHook', **section}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
+from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, run_name
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
@@ -44,7 +44,7 @@ class GenerativeEvalHook(Hook):
         sample_kwargs: ``role`` (``'student'``, ``'ema'``, ``'teacher'``; by default the average, if there is one)
             and ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
-        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of the run>/<data>_<prefix>``.
+        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of work_dir>/<data>_<prefix>``.
         viz_num: Samples written as images; None for all, 0 for none.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured instead of samples.
@@ -85,7 +85,7 @@ class GenerativeEvalHook(Hook):
     ):
         self.data = data
         self.prefix = prefix
-        self.name = f'{data}_{prefix}' if prefix else data
+        self.name = entry_name(data, prefix)
         self.interval = _checked_interval(interval)
         self.sample_kwargs = check_sample_kwargs(sample_kwargs, f'evaluation {self.name}: sample_kwargs')
         self.reference_kwargs = None
@@ -136,12 +136,21 @@ class GenerativeEvalHook(Hook):
         self.owed: int | None = None
 
     def share(self, hooks: Sequence[Hook]) -> None:
-        """Use the networks and reference samples of the first evaluation of the run.
+        """Use the networks and reference samples of the first evaluation of the run, and nothing else of another one.
 
         Args:
             hooks: All hooks of the run.
+
+        Raises:
+            ValueError: Two evaluations have the same name, or folder of images.
         """
-        first = next(hook for hook in hooks if isinstance(hook, GenerativeEvalHook))
+        evaluations = [hook for hook in hooks if isinstance(hook, GenerativeEvalHook)]
+        problems = clashes(
+            [Entry('evaluation', hook.name, hook.viz_dir if hook.viz_num != 0 else None) for hook in evaluations]
+        )
+        if problems:
+            raise ValueError('; '.join(problems))
+        first = evaluations[0]
         self.extractors, self.references = first.extractors, first.references
 
     def is_due(self, iteration: int) -> bool:
@@ -163,7 +172,7 @@ class GenerativeEvalHook(Hook):
         self,
         model: nn.Module,
         data: Mapping[str, Any],
-        run_name: str,
+        run: str,
         tag: str,
         loader: str = 'val_dataloader',
         seed: int = 0,
@@ -178,7 +187,7 @@ class GenerativeEvalHook(Hook):
         Args:
             model: Has ``val_step``.
             data: Section ``data`` of the config.
-            run_name: Name of the run, for the default folder of images.
+            run: Name of the run, for the default folder of images.
             tag: Name of the weights that are evaluated: the iteration, or the checkpoint.
             loader: Key of the loader arguments in ``data``.
             seed: Seed of what the sampler draws beyond the data set's noise.
@@ -196,7 +205,7 @@ class GenerativeEvalHook(Hook):
         """
         if self._loader is None:
             self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
-        path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
+        path = None if self.viz_num == 0 else as_path(images_folder(self.viz_dir, run, self.name)) / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
         origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
         written = None
@@ -215,7 +224,7 @@ class GenerativeEvalHook(Hook):
             nonlocal grid
             grid = folder.finish() if folder else None
             if folder and folder.captions:
-                gallery(f'{run_name} {self.name} {tag}', results, folder, page).write(page)
+                gallery(f'{run} {self.name} {tag}', results, folder, page).write(page)
             if self.metric_cpu_offload:
                 self.extractors.offload()
 
@@ -268,8 +277,6 @@ class GenerativeEvalHook(Hook):
                 need does not fit.
         """
         self.share(runner.hooks)
-        if self.interval is not None:
-            runner.strategy.ranks.on_main(self.bind)
         evaluations = [hook for hook in runner.hooks if isinstance(hook, GenerativeEvalHook)]
         names = [best.name for hook in evaluations for best in hook.best]
         shared = [best.name for best in self.best if names.count(best.name) > 1]
@@ -283,6 +290,8 @@ class GenerativeEvalHook(Hook):
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
                 'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
             )
+        if self.interval is not None:
+            runner.strategy.ranks.on_main(self.bind)
 
     def before_train_epoch(self, runner) -> None:
         """Make up for an evaluation in which the run was stopped, or which failed."""
@@ -315,13 +324,12 @@ class GenerativeEvalHook(Hook):
             runner.end_with(error)
 
     def _evaluate_and_log(self, runner, iteration: int) -> None:
-        run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
         strategy = runner.strategy
         with phase('evaluation'):
             results, grid = self.run(
                 runner.model,
                 runner.cfg.data,
-                run_name,
+                run_name(runner.work_dir),
                 str(iteration),
                 seed=runner.seed,
                 ranks=strategy.ranks,

@@ -366,6 +366,7 @@ def test_published_names_and_options_of_hooks(caplog):
     values = load_config(PUBLISHED_STYLE).to_dict()
     values['custom_hooks'][0]['type'] = 'ExponentialMovingAverageHookMod'
     values['evaluation'] = [{**entry, **options, 'metric_cpu_offload': True} for entry in values['evaluation'] * 2]
+    values['evaluation'][1].update(prefix='again', viz_dir=None)
     cfg = Config(values)
     with caplog.at_level(logging.INFO, 'lakonlab.config'):
         check_config(cfg)
@@ -758,3 +759,24 @@ def test_what_is_compared_needs_something_to_compare_with(metrics, planning):
         check_config(Config(values), planning=planning)
     values['evaluation'][0]['reference_kwargs'] = {'role': 'teacher'}
     check_config(Config(values), planning=planning)
+
+
+def test_entries_of_evaluation_are_told_apart():
+    def check(*entries):
+        values = load_config(PUBLISHED_STYLE).to_dict()
+        values['data']['val2'] = values['data']['val']
+        values['evaluation'] = [{**values['evaluation'][0], **entry} for entry in entries]
+        check_config(Config(values))
+
+    check({'viz_dir': 'viz/a'}, {'data': 'val2', 'viz_dir': 'viz/b'}, {'prefix': 'x', 'viz_dir': None})
+    check({'viz_dir': 'viz/a'}, {'data': 'val2', 'viz_dir': 'viz/a', 'viz_num': 0})
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.1 and evaluation\.2: found 2 entries of the name 'val2', "
+    ) as found:
+        check({}, {'data': 'val2', 'prefix': ''}, {'data': 'val2', 'prefix': '', 'viz_num': 0})
+    assert 'evaluation.0 and' in str(found.value)  # two folders are the same, too; the third writes no images
+    assert str(found.value).count('\n') == 2
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.0 and evaluation\.1: found 2 entries with viz_dir='s3://bucket/v'"
+    ):
+        check({'viz_dir': 's3://bucket/v'}, {'data': 'val2', 'viz_dir': 's3://bucket/v/'})

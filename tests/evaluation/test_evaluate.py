@@ -245,6 +245,48 @@ def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
     assert Path('viz/run/val_p/5/grid.png').is_file()
 
 
+def test_images_are_called_after_the_work_dir(tmp_path, monkeypatch):
+    """Whatever the config is called, so that two runs of one config do not remove each other's."""
+    monkeypatch.chdir(tmp_path)
+    hook, runner = hook_and_runner(viz_num=4, **RMSE)
+    for runner.work_dir in ('work_dirs/first', 'work_dirs/second'):
+        hook.after_train_iter(runner, 0)
+    run_evaluations(Model(), {**config(viz_num=4), 'work_dir': 'work_dirs/third'}, tag='1')
+    assert [Path(f'viz/{run}/val_p/1/grid.png').is_file() for run in ('first', 'second', 'third', 'run')] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ('entries', 'message'),
+    [
+        ([dict(prefix='q'), dict(prefix='q')], "2 entries of the name 'val_q'"),
+        ([dict(prefix='q'), dict(prefix='', data='val_q')], "2 entries of the name 'val_q'"),
+        (
+            [dict(prefix='q', viz_dir='a', viz_num=1), dict(prefix='r', viz_dir='./a/', viz_num=1)],
+            "entries with viz_dir='a'",
+        ),
+        ([dict(prefix='q', viz_dir='a', viz_num=1), dict(prefix='r', viz_dir='a', viz_num=0)], None),
+    ],
+)
+def test_entries_share_neither_name_nor_folder(tmp_path, monkeypatch, entries, message):
+    monkeypatch.chdir(tmp_path)
+    cfg = config()
+    cfg['evaluation'] = [dict(cfg['evaluation'][0], **entry) for entry in entries]
+    if message is None:
+        run_evaluations(Model(), cfg)
+        return
+    with pytest.raises(ValueError, match=message):
+        run_evaluations(Model(), cfg)
+    _, runner = hook_and_runner()
+    runner.hooks = [HOOKS.build(dict(entry)) for entry in cfg['evaluation']]
+    with pytest.raises(ValueError, match=message):
+        runner.hooks[0].before_train(runner)
+
+
 def evaluate_at(hook, runner, iteration, error):
     """Evaluate weights of an error; what was saved as the best."""
     runner.done.clear()
@@ -401,13 +443,15 @@ def test_best_checkpoint_needs_a_place():
 
 def test_entries_do_not_share_a_best_checkpoint():
     hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
-    twin, _ = hook_and_runner(save_best_ckpt=True, **RMSE)
+    fid = dict(type='InceptionMetrics', reference='a.npz', use_pr=False)
+    entries = dict(metrics=[fid]), dict(prefix='', metrics=[dict(fid, prefix='p')])
+    twins = [GenerativeEvalHook(**{'data': 'val', 'prefix': 'p', 'save_best_ckpt': True, **entry}) for entry in entries]
     other, _ = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
-    runner.hooks = [hook, other, hook_and_runner(**RMSE)[0]]
+    runner.hooks = [hook, other, hook_and_runner(prefix='r', **RMSE)[0]]
     hook.before_train(runner)
-    runner.hooks.append(twin)
-    with pytest.raises(ValueError, match='another entry keeps the best checkpoint of val_p_reference_rmse too'):
-        hook.before_train(runner)
+    runner.hooks = twins
+    with pytest.raises(ValueError, match='another entry keeps the best checkpoint of val_p_fid too'):
+        twins[0].before_train(runner)
 
 
 def test_results_file(tmp_path):
