@@ -19,7 +19,7 @@ from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.initial_noise import digest
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
-from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
 from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
 from lakonlab.evaluation.sampling import device_of, given_noise, sample
@@ -102,7 +102,7 @@ def evaluate(
     needs_reference = any(metric.needs_reference for metric in metrics)
     needs_flops = any(metric.needs_flops for metric in metrics)
     if needs_reference and reference_kwargs is None:
-        raise ConfigError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
+        raise ConfigError(needs_reference_kwargs(name, [metric.title for metric in metrics if metric.needs_reference]))
     if written is not None and quantize != 'uint8':
         raise ConfigError(f"{name}: images in files have 8 bits per channel: set quantize='uint8' to measure them")
     references = references if references is not None else ReferenceSamples()

@@ -12,6 +12,19 @@ from torch import Tensor, nn
 from lakonlab.evaluation.sampling import sample
 
 
+def needs_reference_kwargs(name: str, titles: Sequence[str]) -> str:
+    """Why an evaluation cannot be made.
+
+    Args:
+        name: Config key of the entry.
+        titles: Its metrics that compare with reference samples.
+    """
+    return (
+        f'{name}: {", ".join(titles)} compare{"s" if len(titles) == 1 else ""} with reference samples, but '
+        "reference_kwargs is not set; set it, for example to dict(role='teacher')"
+    )
+
+
 class ReferenceSamples:
     """Reference images by data split and sampling arguments, each generated once.
 
