@@ -32,17 +32,14 @@ SPLIT_NAME = re.compile(r'(train|val|test)\d*')
 LOADER_NAMES = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-def check_config(
-    cfg: Config, training: bool = True, planning: bool = False, evaluating: bool = True, single_process: bool = True
-) -> None:
+def check_config(cfg: Config, training: bool = True, planning: bool = False, single_process: bool = True) -> None:
     """Check a config, and drop keys of the published schema that have no effect here, saying so in the log.
 
     Args:
         cfg: The config; legacy keys are removed from it.
         training: Whether it must hold what training needs; without, what evaluation needs.
-        planning: Whether the run is only planned: what this version does not have is noted in the log, not refused.
-        evaluating: Whether the section ``evaluation`` will be used. What this version does not have is only noted in
-            sections and data sets that are not used.
+        planning: Whether the run is only planned: what can be planned and not run here is noted in the log,
+            not refused.
         single_process: Whether one process runs alone, so that sections for several have no effect.
 
     Raises:
@@ -55,7 +52,6 @@ def check_config(
     drop_legacy_keys(cfg, training)
     checker = _Checker(cfg.to_dict(), training, planning, _strategy_of(cfg, training, planning, single_process))
     checker.run()
-    checker.report_later(unused=_unused(checker, training, evaluating))
     for note in checker.notes:
         logger.warning('config: %s', note)
     alone = [key for key in schema.DISTRIBUTED_KEYS if cfg.get(key)]
@@ -73,16 +69,6 @@ def _strategy_of(cfg: Mapping[str, Any], training: bool, planning: bool, single_
     wrapper = cfg.get('module_wrapper') or 'ddp'
     is_single = not training or (single_process and not planning)
     return 'single' if is_single or wrapper not in schema.MODULE_WRAPPERS else wrapper
-
-
-def _unused(checker: _Checker, training: bool, evaluating: bool) -> list[str]:
-    """Dotted keys of what a run leaves alone."""
-    entries = checker.cfg.get('evaluation') if evaluating else ()
-    used = {entry.get('data', 'val') for entry in entries or () if isinstance(entry, Mapping)}
-    if training:
-        used.add('train')
-    unused = [f'data.{split}' for split in checker.splits() if split not in used]
-    return unused if evaluating else [*unused, 'evaluation']
 
 
 def import_custom_modules(cfg: Mapping[str, Any]) -> None:
@@ -304,7 +290,7 @@ class _Checker(Walker):
 
     def _best_checkpoint(self, entry: Mapping[str, Any], path: str) -> None:
         """The best checkpoint has a place to go, and a number that says which one it is."""
-        from lakonlab.evaluation.best import number_that_decides
+        from lakonlab.evaluation.best import numbers_that_decide
 
         found = f'{path}.save_best_ckpt: found {entry["save_best_ckpt"]!r}'
         if self.cfg.get('checkpoint_config') is None:
@@ -319,10 +305,10 @@ class _Checker(Walker):
         if isinstance(metrics, (list, tuple)):
             keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
         found = [(self.classes.get(key), self.at(key)) for key in keys]
-        if any(kind is None for kind, _ in found):  # which has been reported, or is not part of this version
+        if any(kind is None for kind, _ in found):  # which has been reported
             return
         try:
-            number_that_decides(
+            numbers_that_decide(
                 [kind.better_of(arguments) for kind, arguments in found], entry.get('best_metric'), path
             )
         except ValueError as error:

@@ -296,6 +296,7 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'log_artifact': 'logs and checkpoints are not uploaded',
         'out_suffix': 'logs and checkpoints are not uploaded',
         'with_step': 'curves count iterations',
+        'commit': 'all of an iteration is one row, sent when the next one begins',
     },
 }
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
@@ -332,12 +333,6 @@ OLDER_TRAIN_KEYS: dict[str, str] = {
 
 OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 """Keys of ``test_cfg`` that guide the teacher of files that have ``train_cfg.teacher_guidance_scale``."""
-
-LATER_TYPES: dict[str, tuple[str, ...]] = {}
-"""Registry -> published names that are known and that this version does not have.
-
-A run that needs one is refused; a plan of a run (``--dry-run``) notes it and leaves its arguments unchecked.
-"""
 
 REFUSED_KEYS: dict[str, str] = {
     'fp16': "choose precision by the network's torch_dtype and autocast_dtype",

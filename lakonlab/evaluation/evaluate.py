@@ -21,7 +21,7 @@ from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
 from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
-from lakonlab.evaluation.sampling import device_of, sample
+from lakonlab.evaluation.sampling import device_of, given_noise, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 
@@ -111,33 +111,34 @@ def evaluate(
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe
-        batch, seconds, reference, flops = share.batch, None, None, None
-        pixels = None if written is None else written.read(batch['ids'])
-        if is_divided and written is not None and not all(ranks.all_gather(pixels is not None)):
-            pixels = None  # a network that is divided makes the samples of all processes or of none
-        if pixels is not None:
-            pixels = pixels.to(device_of(model))
+        batch, seconds, reference, flops, noise = share.batch, None, None, None, None
+        found = None if written is None else written.read(batch['ids'])
+        if is_divided and written is not None and not all(ranks.all_gather(found is not None)):
+            found = None  # a network that is divided makes the samples of all processes or of none
+        if found is not None:
+            pixels, noise = found.images.to(device_of(model)), given_noise(batch) or found.noise
         elif generate and warm_up and needs_flops:
             with FlopCounterMode(display=False, custom_mapping=FURTHER_OPERATIONS) as counter:
-                pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
+                pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
             flops = counter.get_total_flops() / len(batch['ids'])
         elif generate:
-            pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
+            pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
         else:
             pixels = real_images(batch)
         if needs_reference:
             reference = references.get(model, batch, data, reference_kwargs, version, make_reference, seed)
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
-            pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts, flops=flops
-        )
+            pixels, batch['ids'], labels, reference, seconds,
+            warm_up=warm_up, prompts=prompts, flops=flops, noise=noise,
+        )  # fmt: skip
         return to_send(made, share.count), pixels.device
 
     def measure(parts: Sequence[SampleBatch], device: torch.device) -> None:
         nonlocal count
         for batch in in_order(parts, dataloader.batch_sampler.samples_per_gpu, device, feed_batch_size):
             if images is not None:
-                images.add(batch.images, batch.ids, captions_of(batch))
+                images.add(batch.images, batch.ids, captions_of(batch), batch.noise)
             sizes.add(tuple(batch.images.shape[-2:]))
             batch.images = quantised(batch.images, quantize)
             if batch.reference is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lakonlab.evaluation.best import BestValue, number_that_decides
+from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
@@ -50,9 +50,9 @@ class GenerativeEvalHook(Hook):
         generate: If False, the real images of the split are measured instead of samples.
         save_best_ckpt: Whether to save the run whenever a number is better than at all evaluations before; it needs
             ``checkpoint_config``.
-        best_metric: Name of that number, such as ``'fid'``, or several of which the first one counts; None for the
-            first one of ``metrics`` that tells better weights from worse ones. Its metric says whether less is better
-            or more.
+        best_metric: Name of that number, such as ``'fid'``, or of several, for each of which a best checkpoint of its
+            own is kept; None for the first one of ``metrics`` that tells better weights from worse ones. Their metrics
+            say whether less is better or more.
         quantize: ``'float'``: metrics see samples as the model makes them; ``'uint8'``: rounded to 8 bits per channel,
             as files have them.
         metric_cpu_offload: Move the networks of metrics to the CPU after each evaluation.
@@ -116,17 +116,17 @@ class GenerativeEvalHook(Hook):
                 f'evaluation {self.name}: metrics has {", ".join(repeated)} more than once, whose numbers would have '
                 'the same names: give each a prefix of its own, or an entry of its own where it takes none'
             )
-        self.best: BestValue | None = None
+        self.best: list[BestValue] = []
         if save_best_ckpt:
             if interval is None:
                 raise ValueError(
                     f'evaluation {self.name}: save_best_ckpt=True, but interval=None never evaluates while training; '
                     'set interval, or save_best_ckpt=False'
                 )
-            number, better = number_that_decides(
+            rules = numbers_that_decide(
                 [metric.better for metric in self.metrics], best_metric, f'evaluation {self.name}'
             )
-            self.best = BestValue(f'{self.name}_{number}', better)
+            self.best = [BestValue(f'{self.name}_{number}', better) for number, better in rules.items()]
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()
         self._loader = None
@@ -256,7 +256,7 @@ class GenerativeEvalHook(Hook):
         return dict(data_split=self.data, sample_kwargs=self.sample_kwargs, generate=self.generate)
 
     def before_train(self, runner) -> None:
-        """Share networks with the other evaluations, and see that the best checkpoint has a place to go.
+        """Share networks with the other evaluations, and see that best checkpoints have a place to go.
 
         What the metrics need is loaded now, so that what is missing is found before anything is trained.
 
@@ -266,7 +266,7 @@ class GenerativeEvalHook(Hook):
         self.share(runner.hooks)
         if self.interval is not None:
             runner.strategy.ranks.on_main(self.bind)
-        if self.best is not None and runner.checkpoint_hook is None:
+        if self.best and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
                 'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
@@ -311,18 +311,20 @@ class GenerativeEvalHook(Hook):
                 runner.visualizer.add_image(self.name, grid, step=iteration)
 
         strategy.ranks.on_main(log)
-        if self.best is not None and self.best.update(numbers[self.best.name], iteration):
-            runner.checkpoint_hook.save_best(iteration, self.best.name, self.best.value)
+        for best in self.best:
+            if best.update(numbers[best.name], iteration):
+                runner.checkpoint_hook.save_best(iteration, best.name, best.value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far and when it was reached, and the evaluation that is owed, as plain data."""
-        return dict(best=None if self.best is None else self.best.state_dict(), owed=self.owed)
+        """The best values so far and when they were reached, and the evaluation that is owed, as plain data."""
+        return dict(best=[best.state_dict() for best in self.best], owed=self.owed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.owed = state.get('owed')
-        if self.best is not None and state['best'] is not None:
-            self.best.load_state_dict(state['best'])
+        found = state['best'] or []  # of versions that kept one: its state, or None
+        if self.best:
+            restore(self.best, [found] if isinstance(found, Mapping) else found)
 
 
 def _checked_interval(interval: int | Mapping[str, Sequence[int]] | None) -> int | dict[str, list[int]] | None:

@@ -112,6 +112,7 @@ def to_send(samples: SampleBatch, count: int) -> SampleBatch:
         warm_up=samples.warm_up,
         prompts=None if samples.prompts is None else list(samples.prompts[:count]),
         flops=samples.flops,
+        noise=None if samples.noise is None else list(samples.noise[:count]),
     )
 
 
@@ -145,6 +146,7 @@ def in_order(
             parts[0].warm_up,
             None if parts[0].prompts is None else [parts[rank].prompts[row] for row, rank in chosen],
             parts[0].flops,
+            [None if parts[rank].noise is None else parts[rank].noise[row] for row, rank in chosen],
         )
 
 

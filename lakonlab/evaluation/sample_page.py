@@ -22,7 +22,12 @@ def gallery(title: str, results: Mapping[str, Any], folder: ImageFolder, page: s
     """
     facts = {key: results[key] for key in FACTS if results.get(key) is not None}
     items = [
-        Item(number, folder.captions[number], [url_from(page, str(folder.path / image_name(number)))])
+        Item(
+            number,
+            folder.captions[number],
+            [url_from(page, str(folder.path / image_name(number)))],
+            [folder.noise[number]],
+        )
         for number in sorted(folder.captions)
     ]
     return Gallery(title, [Column(title, results['metrics'], facts)], items)

@@ -25,6 +25,7 @@ class SampleBatch:
         warm_up: Whether ``seconds`` include what happens once, because the process made no samples before.
         prompts: Text each sample was asked to show; None without texts.
         flops: Floating-point operations of one sample; None where they were not counted.
+        noise: Hash of the noise that each sample started from; None for one of which it is not known.
     """
 
     images: Tensor
@@ -36,6 +37,7 @@ class SampleBatch:
     warm_up: bool = False
     prompts: list[str] | None = None
     flops: float | None = None
+    noise: list[str | None] | None = None
     _features: dict[tuple[int, Preparation], Features] = field(default_factory=dict, repr=False)
 
     def features(self, extractor: FeatureExtractor, preparation: Preparation = AS_THEY_ARE) -> Features:

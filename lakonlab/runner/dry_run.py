@@ -250,9 +250,6 @@ def _length(cfg: Config) -> str:
     micro = (cfg.get('train_cfg') or {}).get('grad_accum_batch_size') or batch
     micro = max(1, min(micro, batch))
     samples = cfg.total_iters * batch
-    kind = cfg.data.train.get('type')
-    if DATASETS.get(kind) is None:
-        return _length_table(cfg, batch, micro, f'unknown, {kind!r} is not part of this version')
     try:
         size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
         epochs = f'{samples / size:,.1f} of {size:,} samples'

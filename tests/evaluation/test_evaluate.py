@@ -10,10 +10,11 @@ from torch import nn
 
 from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
-from lakonlab.evaluation.images import in_one_size, make_grid, to_uint8
+from lakonlab.evaluation.images import to_uint8
+from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.results import run_evaluations, write_results
 from lakonlab.ranks import ALONE
-from lakonlab.registry import HOOKS
+from lakonlab.registry import HOOKS, METRICS
 from tests.evaluation.thread_ranks import run_threads
 
 DIGIT_FEATURES = dict(type='DigitClassifier')
@@ -37,6 +38,25 @@ class Model(nn.Module):
         self.draws.append(source.normal('probe', (len(data['ids']), 1)))
         images = torch.full_like(data['noise'], self.brightness / steps) + self.offset
         return dict(num_samples=len(images), pred_imgs=images)
+
+
+@METRICS.register_module()
+class Brightest(Metric):
+    """Largest value of a pixel."""
+
+    better = {'brightest': 'higher'}
+
+    def reset(self):
+        self.value = 0.0
+
+    def feed(self, batch):
+        self.value = max(self.value, batch.images.max().item())
+
+    def compute(self):
+        return dict(brightest=self.value)
+
+    def protocol(self):
+        return {}
 
 
 def config(**entry):
@@ -138,29 +158,13 @@ def test_images_and_grid(tmp_path):
     (results,) = run_evaluations(Model(), config(viz_num=12, viz_dir=str(tmp_path)))
     files = sorted(path.name for path in Path(results['images']).iterdir())
     assert files == [f'{number:09d}.png' for number in range(12)] + ['grid.png', 'mine.png']
-    assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 34 + 2, 3 * 34 + 2)
+    assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 66 + 2, 3 * (66 + 12) + 2)  # captions of one line
     assert np.array(Image.open(tmp_path / 'default' / '000000003.png')).shape == (8, 8)
 
 
 def test_quantisation_rounds_and_clips():
     pixels = to_uint8(torch.tensor([-1.0, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 2.0]).reshape(6, 1, 1, 1))
     assert pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 255, 255]
-
-
-def test_grid_is_row_by_row():
-    pixels = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(40, 1).repeat(40, 2).repeat(3, 3)
-    grid = make_grid(pixels, columns=3)
-    assert grid.shape == (2 * 42 + 2, 3 * 42 + 2, 3)
-    assert [grid[10 + 42 * row, 10 + 42 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 96]
-
-
-def test_images_of_several_sizes_are_centred_in_one_grid():
-    images = [np.full((4, 8, 3), 10, np.uint8), np.full((6, 2, 3), 20, np.uint8)]
-    cells = in_one_size(images)
-    assert cells.shape == (2, 6, 8, 3)
-    assert cells[0, :, 0, 0].tolist() == [96, 10, 10, 10, 10, 96]
-    assert cells[1, 0, :, 0].tolist() == [96, 96, 96, 20, 20, 96, 96, 96]
-    assert [(cells[row] != 96).sum() for row in range(2)] == [4 * 8 * 3, 6 * 2 * 3]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,7 @@ def test_interval(interval, due):
         (dict(save_best_ckpt=True, interval=None, metrics=dict(type='ReferenceRMSE')), 'never evaluates'),
         (
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
-            "found 'fid', expected a number of a metric of this entry: 'reference_rmse'",
+            "found 'fid', expected numbers of metrics of this entry: 'reference_rmse'",
         ),
         (dict(viz_dir='https://host/viz'), 'viz_dir: .* https:// cannot be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
@@ -232,7 +236,7 @@ def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
         hook.after_train_iter(runner, runner.iter)
     scalars, grid = runner.done
     assert scalars == ({'val_p_reference_rmse': pytest.approx(1.0)}, 5, 'now.json')
-    assert grid == ('val_p', (70, 70, 3), 5)
+    assert grid == ('val_p', (2 * (66 + 12) + 2, 2 * 66 + 2, 3), 5)
     assert Path('viz/run/val_p/5/grid.png').is_file()
 
 
@@ -254,7 +258,7 @@ def test_only_the_main_process_logs_and_all_save_the_best(tmp_path, monkeypatch)
 
     states, done = zip(*run_threads(evaluated, 2), strict=True)
     assert states[0] == states[1]
-    assert states[0]['best']['value'] == pytest.approx(1.0)
+    assert [best['value'] for best in states[0]['best']] == [pytest.approx(1.0)]
     assert done == ([{'val_p_reference_rmse': pytest.approx(1.0)}, 'val_p', 'best'], ['best'])
 
 
@@ -278,9 +282,34 @@ def test_best_checkpoint_is_saved_when_a_number_improves():
     assert evaluate_at(again, runner, 6, 0.75) == []
     assert [step for step, _, _ in evaluate_at(again, runner, 7, 0.25)] == [7]
 
+    of_one = {**hook.state_dict(), 'best': hook.state_dict()['best'][0]}  # as checkpoints before had it
+    older, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    older.load_state_dict(of_one)
+    assert evaluate_at(older, runner, 6, 0.75) == []
+
     other, runner = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
     other.load_state_dict(hook.state_dict())  # of another entry: its values say nothing here
     assert [step for step, _, _ in evaluate_at(other, runner, 6, 0.75)] == [6]
+
+
+def test_several_numbers_have_their_own_best():
+    """Brighter samples are farther from their references, and counted as better by the contrary metric."""
+    entry = {**RMSE, 'metrics': [*RMSE['metrics'], dict(type='Brightest')]}
+    names = ['reference_rmse', 'brightest']
+    hook, runner = hook_and_runner(save_best_ckpt=True, best_metric=names, **entry)
+    saved = [evaluate_at(hook, runner, *when) for when in ((1, 0.5), (2, 0.75), (3, 0.25), (4, 0.5), (5, 1.0))]
+    found = [[(step, name.removeprefix('val_p_'), value) for step, name, value in calls] for calls in saved]
+    assert found == [
+        [(1, 'reference_rmse', 0.5), (1, 'brightest', 0.5)],
+        [(2, 'brightest', 0.75)],
+        [(3, 'reference_rmse', 0.25)],
+        [],
+        [(5, 'brightest', 1.0)],
+    ]
+    again, runner = hook_and_runner(save_best_ckpt=True, best_metric=names[::-1], **entry)
+    again.load_state_dict(json.loads(json.dumps(hook.state_dict())))
+    assert evaluate_at(again, runner, 6, 0.5) == []
+    assert [name for _, name, _ in evaluate_at(again, runner, 7, 0.125)] == ['val_p_reference_rmse']
 
 
 def test_whoever_is_asked_to_stop_all_give_up(tmp_path, monkeypatch):
@@ -300,7 +329,7 @@ def test_whoever_is_asked_to_stop_all_give_up(tmp_path, monkeypatch):
     for given_up, owed, saved in run_threads(evaluated, 2):
         assert given_up == (
             True,
-            {'best': {'name': 'val_p_reference_rmse', 'value': None, 'step': None}, 'owed': 1},
+            {'best': [{'name': 'val_p_reference_rmse', 'value': None, 'step': None}], 'owed': 1},
             [],
         )
         assert owed is None
