@@ -175,6 +175,10 @@ class CosineDiversity(PairwiseDistance):
         self.extractor = extractors.build(self.extractor_config)
         self.preparation = Preparation(self.extractor.input_size if self.resize else None)
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(extractor=self.extractor.protocol())
+
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         return batch.features(self.extractor, self.preparation).embedding.float().cpu()
 
@@ -221,6 +225,10 @@ class LPIPSDiversity(PairwiseDistance):
     def bind(self, extractors: ExtractorPool) -> None:
         self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(network=self.network.protocol())
+
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         self.network.to(batch.images.device)
         return [_as_bytes(image) for image in batch.images.float().cpu()]
@@ -256,6 +264,10 @@ class ReferenceLPIPS(Metric):
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(network=self.network.protocol())
 
     def reset(self) -> None:
         self._distances: list[float] = []

@@ -190,18 +190,25 @@ class InceptionMetrics(FeatureMetric):
     def _subset_size(self) -> int:
         return min(self.kid_max_subset_size, self.num_images, len(self.reference.features))
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        return dict(**super().sources(extractors), reference=self._reference_facts())
+
+    def _reference_facts(self) -> dict[str, Any]:
+        reference = self.reference
+        return dict(
+            path=self.reference_path,
+            sha256=reference.sha256,
+            num_images=reference.num_images,
+            provenance=dict(reference.provenance),
+        )
+
     def protocol(self) -> dict[str, Any]:
         reference = self.reference
         facts = dict(
             **super().protocol(),
             wanted_images=self.wanted_images,
             preparation=self.preparation.protocol(),
-            reference=dict(
-                path=self.reference_path,
-                sha256=reference.sha256,
-                num_images=reference.num_images,
-                provenance=dict(reference.provenance),
-            ),
+            reference=self._reference_facts(),
         )
         if self.use_kid:
             size = self._subset_size()

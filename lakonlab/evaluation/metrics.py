@@ -59,6 +59,20 @@ class Metric(ABC):
             extractors: Where to build them.
         """
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        """The part of the protocol that tells files which can be replaced, and networks, as they are now.
+
+        Before results are kept it is compared with what they are of; a metric whose networks take long to load leaves
+        it out.
+
+        Args:
+            extractors: Where to build networks.
+
+        Returns:
+            Some of the items of :meth:`protocol`.
+        """
+        return {}
+
     def prepare(self, tag: str) -> None:  # noqa: B027 (most metrics write nothing)
         """Get ready for an evaluation, before anything is sampled.
 
@@ -109,6 +123,10 @@ class FeatureMetric(Metric):
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.extractor = extractors.build(self.extractor_config)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(extractor=self.extractor.protocol())
 
     def protocol(self) -> dict[str, Any]:
         return dict(num_images=self.num_images, extractor=self.extractor.protocol())

@@ -15,6 +15,8 @@ from torch import nn
 
 from lakonlab import __version__
 from lakonlab.config.errors import ConfigError
+from lakonlab.evaluation.extractor import ExtractorPool
+from lakonlab.evaluation.kept_results import changes
 from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.dry_run import MISSING, pretrained_files
@@ -117,7 +119,8 @@ def evaluate_checkpoint(
         seed: Seed of the initial weights, where none are loaded, of what samplers draw beyond the noise that a data set
             gives each sample, and of the global random state.
         deterministic: Whether to allow deterministic algorithms only.
-        skip_existing: Keep results of the same entries, weights and seed from the present file.
+        skip_existing: Keep results of the same entries, weights and seed from the present file, unless what their
+            metrics compare with, or see through, has changed.
         timer: Measure sampling speed in every entry.
         reuse_viz: Measure images that an evaluation of the same weights has written, instead of making them again; all
             samples are then measured with 8 bits per channel.
@@ -145,7 +148,7 @@ def evaluate_checkpoint(
     weights = ranks.on_main(lambda: _announced(find_weights(cfg, checkpoint, required=sampling)))
     path = Path(cfg.work_dir) / RESULTS_FILE
     origin, present = ranks.on_main(lambda: _origin_and_present(cfg, weights, seed, path))
-    finished = present if skip_existing else {}
+    finished = ranks.on_main(lambda: _current(entries, present)) if skip_existing else {}
     pending = [entry for entry in entries if _identity(entry) not in finished]
     if len(pending) < len(entries) and ranks.is_main:
         logger.info('%d of %d evaluations are finished in %s and kept', len(entries) - len(pending), len(entries), path)
@@ -212,6 +215,21 @@ def _origin_and_present(
         'fingerprint': _fingerprint(cfg),
     }
     return origin, _finished(path, origin)
+
+
+def _current(entries: Sequence[Mapping[str, Any]], present: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Present results of entries that are still those of the files that their metrics read."""
+    extractors, current = ExtractorPool(), {}
+    for entry in entries:
+        result = present.get(_identity(entry))
+        if result is None:
+            continue
+        changed = changes(entry, result, extractors)
+        if changed:
+            logger.warning('%s is evaluated again: %s', result['name'], '; '.join(changed))
+        else:
+            current[_identity(entry)] = result
+    return current
 
 
 def _build(cfg: Config, checkpoint: AnyPath | None, seed: int, strategy: Any) -> nn.Module:
