@@ -81,26 +81,28 @@ def run_evaluations(
     return results
 
 
+def circumstances() -> dict[str, Any]:
+    """When and with what results are being made, to be kept with those that are: a file may hold older ones."""
+    return dict(
+        finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        num_threads=torch.get_num_threads(),
+    )
+
+
 def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
     """Write results as JSON, all or nothing, and as a table beside it.
 
     Args:
         path: The file, of any scheme that can be written; the table has the same name with the suffix ``.md``.
         evaluations: Results of :func:`run_evaluations`.
-        **facts: What else a reader must know: name of the run, checkpoint, iteration, seed, config.
+        **facts: What else a reader must know of all of them: name of the run, checkpoint, iteration, seed, config.
 
     Returns:
         What was written; numbers that are not finite, which JSON does not have, are texts in it.
     """
-    content = dict(
-        **facts,
-        finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-        torch=torch.__version__,
-        python=platform.python_version(),
-        num_threads=torch.get_num_threads(),
-        evaluations=list(evaluations),
-    )
-    content = finite(content)
+    content = finite(dict(**facts, evaluations=list(evaluations)))
     files.write_text(path, json.dumps(content, indent=1, allow_nan=False, default=str) + '\n')
     files.write_text(files.sibling(path, f'{Path(files.name_of(path)).stem}.md'), results_table(content))
     return content

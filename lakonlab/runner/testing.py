@@ -17,7 +17,7 @@ from lakonlab import __version__
 from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.kept_results import changes
-from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
+from lakonlab.evaluation.results import RESULTS_FILE, circumstances, run_evaluations, write_results
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.dry_run import MISSING, pretrained_files
 from lakonlab.runner.paths import run_directory
@@ -124,7 +124,7 @@ def evaluate_checkpoint(
         timer: Measure sampling speed in every entry.
         reuse_viz: Measure images that an evaluation of the same weights has written, instead of making them again; all
             samples are then measured with 8 bits per channel.
-        command: Command line, for the file.
+        command: Command line, kept with the results that it made.
         strategy: Processes and devices; None for one process.
 
     Returns:
@@ -167,8 +167,9 @@ def evaluate_checkpoint(
             origin=origin,
             reuse=reuse_viz,
         )
+        made = dict(**circumstances(), command=command, versions=_versions(), strategy=strategy.name)
         for entry, result in zip(pending, results, strict=True):
-            fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
+            fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry, 'made': made}
     results_by_entry = {**finished, **fresh}
     kept = {_identity(entry): results_by_entry[_identity(entry)] for entry in entries}
     if splits is not None:
@@ -180,10 +181,6 @@ def evaluate_checkpoint(
         name=cfg.name,
         config=cfg.filename,
         weights=weights.reason,
-        command=command,
-        versions=_versions(),
-        strategy=strategy.name,
-        num_processes=ranks.world_size,
         **origin,
     )
     content = ranks.on_main(lambda: write_results(path, ordered, **facts))

@@ -66,3 +66,13 @@ def test_a_reference_that_has_gone_is_missed(cfg, tmp_path):
     (tmp_path / 'r.safetensors').unlink()
     with pytest.raises(OSError, match=r'r\.safetensors'):
         evaluate_checkpoint(cfg, skip_existing=True)
+
+
+def test_kept_results_say_how_they_were_made(cfg):
+    first = evaluate_checkpoint(cfg, command='first')['evaluations']
+    cfg.evaluation = [dict(cfg.evaluation[0], metrics=[dict(type='ColorStats')]), cfg.evaluation[1]]
+    second = evaluate_checkpoint(cfg, command='second', skip_existing=True)
+    assert [entry['made']['command'] for entry in second['evaluations']] == ['second', 'first']
+    assert second['evaluations'][1] == first[1]
+    assert {'finished', 'torch', 'python', 'versions', 'strategy', 'num_threads'} <= set(first[0]['made'])
+    assert not {'command', 'versions', 'strategy', 'num_threads'} & set(second)  # which would be of all of them

@@ -90,7 +90,8 @@ def test_two_processes(alone, pool, kind):
     images = sorted(file.name for file in (folder / 'viz').rglob('*.png'))
     results, other = pool.run(evaluated, folder, kind)
     assert other == results == json.loads(path.read_text())
-    assert (results['num_processes'], results['strategy']) == (2, kind)
+    for entry in results['evaluations']:
+        assert (entry['num_processes'], entry['made']['strategy']) == (2, kind)
     (numbers, *facts), (expected_numbers, *expected_facts) = without_times(results), without_times(expected)
     assert facts == expected_facts
     assert numbers == [pytest.approx(entry, rel=1e-5) for entry in expected_numbers]
