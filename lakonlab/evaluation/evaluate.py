@@ -87,10 +87,10 @@ def evaluate(
         stop: Whether this process is asked to stop; asked before every round of batches.
 
     Returns:
-        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
-        ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
-        arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and width of
-        the images, which every protocol repeats.
+        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol, with the
+        names of its ``numbers``), ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``,
+        ``num_processes``, and the sampling arguments with ``sampling_seed``, None for real images, ``quantize``, and
+        ``image_sizes``, height and width of the images, which every protocol repeats.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -152,14 +152,19 @@ def evaluate(
         if count == 0:
             raise ConfigError(f'{name}: the data split {data!r} has no samples')
         numbers: dict[str, float] = {}
+        names: dict[str, list[str]] = {}
         for metric in metrics:
-            numbers.update(metric.compute())
+            computed = metric.compute()
+            names[metric.title] = list(computed)
+            numbers.update(computed)
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
         common = dict(sampling_seed=sampling_seed, quantize=quantize, image_sizes=image_sizes)
         return dict(
             metrics=numbers,
-            protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
+            protocol={
+                metric.title: dict(numbers=names[metric.title], **metric.protocol(), **common) for metric in metrics
+            },
             num_samples=count,
             nfe=nfe,
             seconds=time.perf_counter() - start,

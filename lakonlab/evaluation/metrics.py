@@ -310,4 +310,4 @@ class SamplingSpeed(Metric):
         return dict(samples_per_second=count / seconds)
 
     def protocol(self) -> dict[str, Any]:
-        return dict(num_images=self._counted()[0], num_threads=torch.get_num_threads())
+        return dict(num_timed=self._counted()[0], num_threads=torch.get_num_threads())

@@ -111,19 +111,47 @@ def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **
 def results_table(content: Mapping[str, Any]) -> str:
     """Results as a table in Markdown: a row for each evaluation, a column for each number.
 
+    Numbers of other samples than all of the row, or of fewer than were asked for, refer to a note below the table.
+
     Args:
         content: What :func:`write_results` writes.
     """
     evaluations = content['evaluations']
     numbers = list(dict.fromkeys(number for result in evaluations for number in result['metrics']))
-    rows = [['evaluation', 'NFE', 'samples', *numbers]]
+    rows = [['evaluation', 'NFE', 'samples', 'quantize', *numbers]]
+    notes: list[str] = []
     for result in evaluations:
-        values = [result['metrics'].get(number) for number in numbers]
-        cells = [result['name'], result.get('nfe'), result['num_samples'], *values]
-        rows.append(['' if cell is None else f'{cell:.6g}' if isinstance(cell, float) else str(cell) for cell in cells])
+        values = [_text(result['metrics'].get(number)) for number in numbers]
+        for number, note in _restrictions(result).items():
+            notes += [note] if note not in notes else []
+            values[numbers.index(number)] += f' ({notes.index(note) + 1})'
+        facts = [_text(fact) for fact in (result.get('nfe'), result['num_samples'], result.get('quantize'))]
+        rows.append([result['name'], *facts, *values])
     rows = [[cell.replace('|', '\\|') for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ['| ' + ' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + ' |' for row in rows]
     rule = '|' + '|'.join([':' + '-' * (widths[0] + 1), *('-' * (width + 1) + ':' for width in widths[1:])]) + '|'
     facts = [f'{key}: {content[key]}' for key in ('checkpoint', 'iteration', 'seed') if content.get(key) is not None]
-    return '\n'.join([f'# {content.get("name", "results")}', '', *facts, '', lines[0], rule, *lines[1:]]) + '\n'
+    notes = [f'\n({number}) {note}' for number, note in enumerate(notes, start=1)]
+    return '\n'.join([f'# {content.get("name", "results")}', '', *facts, '', lines[0], rule, *lines[1:], *notes]) + '\n'
+
+
+def _text(cell: Any) -> str:
+    return '' if cell is None else f'{cell:.6g}' if isinstance(cell, float) else str(cell)
+
+
+def _restrictions(result: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers that are not of all samples of an evaluation, or of fewer than wanted -> what they are of."""
+    found = {}
+    for facts in (result.get('protocol') or {}).values():
+        counted, wanted = facts.get('num_images'), facts.get('wanted_images')
+        if counted is None:
+            continue
+        if wanted is not None and counted < wanted:
+            note = f'of {counted} samples only, where num_images={wanted}: not comparable with numbers of {wanted}'
+        elif counted != result['num_samples']:
+            note = f'of {counted} samples'
+        else:
+            continue
+        found.update(dict.fromkeys(facts.get('numbers') or (), note))
+    return found

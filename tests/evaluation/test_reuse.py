@@ -11,6 +11,7 @@ from lakonlab.evaluation.results import results_table, run_evaluations, write_re
 from lakonlab.evaluation.viewer import read_page
 from tests.evaluation.test_evaluate import DIGIT_FEATURES, Model, config
 from tests.evaluation.thread_ranks import run_threads
+from tests.runner.test_kept_results import write_reference
 
 ORIGIN = dict(model_sha256='abc', seed=0)
 DISTANCE = dict(type='FrechetDistance', extractor=DIGIT_FEATURES, reference=dict(type='Digits', split='val'))
@@ -110,14 +111,36 @@ def test_numbers_that_json_does_not_have(tmp_path):
 
 def test_table():
     evaluations = [
-        dict(name='val_a|b', nfe=4, num_samples=100, metrics=dict(fid=1.23456789, recall=0.5)),
+        dict(name='val_a|b', nfe=4, num_samples=100, quantize='uint8', metrics=dict(fid=1.23456789, recall=0.5)),
         dict(name='val', nfe=None, num_samples=20, metrics=dict(speed=1e9)),
     ]
     lines = results_table(dict(name='run', checkpoint='c/iter_1', evaluations=evaluations)).splitlines()
     assert lines[:3] == ['# run', '', 'checkpoint: c/iter_1']
     cells = [[cell.strip() for cell in line.replace('\\|', '/').split('|')[1:-1]] for line in lines[-4:]]
-    assert cells[0] == ['evaluation', 'NFE', 'samples', 'fid', 'recall', 'speed']
+    assert cells[0] == ['evaluation', 'NFE', 'samples', 'quantize', 'fid', 'recall', 'speed']
     assert all(cell.startswith(':') != cell.endswith(':') for cell in cells[1])
-    assert cells[2] == ['val_a/b', '4', '100', '1.23457', '0.5', '']
-    assert cells[3] == ['val', '', '20', '', '', '1e+09']
+    assert cells[2] == ['val_a/b', '4', '100', 'uint8', '1.23457', '0.5', '']
+    assert cells[3] == ['val', '', '20', '', '', '', '1e+09']
     assert len({len(line) for line in lines[-4:]}) == 1
+
+
+def test_the_table_tells_which_numbers_are_not_of_all_samples(tmp_path):
+    write_reference(tmp_path / 'r.safetensors')
+    metric = dict(
+        type='InceptionMetrics', reference=str(tmp_path / 'r.safetensors'), extractor=DIGIT_FEATURES, use_pr=False
+    )
+    made = []
+    for wanted, more in ((None, []), (20, [dict(type='ColorStats')]), (1000, [])):
+        results, _ = run(tmp_path, reuse=False, metrics=[dict(metric, num_images=wanted), *more])
+        made.append(dict(results, name=f'wanted {wanted}'))
+    made.append(run(tmp_path, metrics=[metric])[0])
+    header, _, *rows = [line for line in results_table(dict(evaluations=made)).splitlines() if line.startswith('|')]
+    names = [cell.strip() for cell in header.split('|')[1:-1]]
+    rows = [dict(zip(names, (cell.strip() for cell in line.split('|')[1:-1]), strict=True)) for line in rows]
+    assert [row['fid'].partition(' ')[2] for row in rows] == ['', '(1)', '(2)', '']
+    assert [row['is_std'].partition(' ')[2] for row in rows] == ['', '(1)', '(2)', '']
+    assert '(' not in rows[1]['brightness'] != ''
+    assert [row['quantize'] for row in rows] == ['float', 'float', 'float', 'uint8']
+    notes = results_table(dict(evaluations=made)).splitlines()[-3:]
+    assert notes[0] == '(1) of 20 samples'
+    assert notes[2].startswith('(2) of 25 samples only, where num_images=1000: not comparable')

@@ -12,7 +12,7 @@ from lakonlab.runner.testing import evaluate_checkpoint
 from tests.runner.test_testing import config, save
 
 
-def write_reference(path, shift):
+def write_reference(path, shift=0.0):
     moments = Moments()
     moments.update(torch.randn(200, 64, generator=torch.Generator().manual_seed(1)) + shift)
     ReferenceStatistics(moments.mean(), moments.covariance(), 200).save(path)
@@ -23,7 +23,7 @@ def cfg(tmp_path):
     """An entry that compares with a file and sees through another one, and one that does neither."""
     cfg = config(tmp_path)
     save(tmp_path)
-    write_reference(tmp_path / 'r.safetensors', 0.0)
+    write_reference(tmp_path / 'r.safetensors')
     shutil.copyfile(SHIPPED_WEIGHTS, tmp_path / 'w.safetensors')
     metric = dict(
         type='InceptionMetrics',
