@@ -90,7 +90,8 @@ def evaluate(
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol, with the
         names of its ``numbers``), ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``,
         ``num_processes``, and the sampling arguments with ``sampling_seed``, None for real images, ``quantize``, and
-        ``image_sizes``, height and width of the images, which every protocol repeats.
+        ``image_sizes``, height and width of the images, which every protocol repeats; and ``reused``, of images written
+        before, how many samples were ``read`` and how many were ``made``, None if none were to be read.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -107,16 +108,18 @@ def evaluate(
     for metric in metrics:
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
+    num_read = 0  # by this process, from images that were written before
     sizes: set[tuple[int, int]] = set()
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
-        nonlocal nfe
+        nonlocal nfe, num_read
         batch, seconds, reference, flops, noise = share.batch, None, None, None, None
         found = None if written is None else written.read(batch['ids'])
         if is_divided and written is not None and not all(ranks.all_gather(found is not None)):
             found = None  # a network that is divided makes the samples of all processes or of none
         if found is not None:
             pixels, noise = found.images.to(device_of(model)), given_noise(batch) or found.noise
+            num_read += share.count
         elif generate and warm_up and needs_flops:
             with FlopCounterMode(display=False, custom_mapping=FURTHER_OPERATIONS) as counter:
                 pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
@@ -175,6 +178,7 @@ def evaluate(
             quantize=quantize,
             image_sizes=image_sizes,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,
+            reused=None if written is None else dict(read=total_read, made=count - total_read),
         )
 
     was_training = model is not None and model.training
@@ -198,6 +202,7 @@ def evaluate(
     finally:
         if model is not None:
             model.train(was_training)
+    total_read = sum(ranks.all_gather(num_read))
     return ranks.on_main(summarise)
 
 

@@ -199,6 +199,8 @@ class GenerativeEvalHook(Hook):
         written = None
         if reuse and path is not None and origin is not None and self.generate:
             written = ranks.together(lambda: WrittenImages(path, origin))
+            if written.problem is not None and ranks.is_main:
+                logger.warning('%s: all samples are made: %s', self.name, written.problem)
         folder, grid = None, None
 
         def prepare() -> None:
@@ -242,6 +244,10 @@ class GenerativeEvalHook(Hook):
             for metric, value in results['metrics'].items():
                 logger.info('%s_%s = %.4f', self.name, metric, value)
             logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
+            if written is not None:
+                read, made = results['reused']['read'], results['reused']['made']
+                level = logging.WARNING if made else logging.INFO
+                logger.log(level, '%s: %d samples were read from %s, %d made', self.name, read, path, made)
         images = None if path is None else str(path)
         summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=images, page=page)
         return {**summary, **results}, grid

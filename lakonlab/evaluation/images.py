@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,11 +171,16 @@ class WrittenImages:
     Args:
         path: Their folder.
         origin: What the samples depend on; images of other samples are not used.
+
+    Attributes:
+        problem: Why none of the images can be used; None if they can.
     """
 
     def __init__(self, path: str | AnyPath, origin: Mapping[str, Any]):
         self.path = as_path(path)
-        self._names = set(files.list_names(str(self.path))) if is_of(self.path, origin) else set()
+        names = set(files.list_names(str(self.path)))
+        self.problem = _problem(self.path, names, origin)
+        self._names = names if self.problem is None else set()
 
     def read(self, ids: Sequence[int]) -> Written | None:
         """What was written of some samples.
@@ -194,6 +199,22 @@ class WrittenImages:
         except (ValueError, RuntimeError, OSError, SyntaxError) as error:
             logger.warning('images of samples %s are made again: %s', ', '.join(map(str, ids[:4])), error)
             return None
+
+
+def _problem(path: AnyPath, names: Collection[str], origin: Mapping[str, Any]) -> str | None:
+    """Why images in a folder are not those of the samples that an origin describes."""
+    if not any(OWN_FILE.fullmatch(name) for name in names):
+        return f'there are no images in {path}'
+    if is_of(path, origin):
+        return None
+    if ORIGIN_FILE not in names:
+        return f'{path} has no {ORIGIN_FILE}, which says of what weights its images are, as those of a training run'
+    try:
+        there, here = json.loads(files.read_text(str(path / ORIGIN_FILE))), json.loads(_origin_text(origin))
+        differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    except (ValueError, AttributeError, TypeError):  # damaged
+        differing = []
+    return f'the images in {path} are of other samples: {ORIGIN_FILE} differs in {", ".join(differing) or "all"}'
 
 
 def _read(path: str) -> tuple[Tensor, str | None]:

@@ -35,8 +35,10 @@ def run(folder, model=None, ranks=None, origin=ORIGIN, reuse=True, **entry):
 def test_images_are_measured_as_samples_of_8_bits(tmp_path):
     written, made = run(tmp_path, reuse=False, quantize='uint8')
     assert made == 25
+    assert written['reused'] is None
     again, made = run(tmp_path)
     assert made == 0
+    assert again['reused'] == dict(read=25, made=0)
     assert again['metrics'] == written['metrics']
     assert again['protocol'] == written['protocol']
     assert again['protocol']['FrechetDistance']['quantize'] == 'uint8'
@@ -52,26 +54,41 @@ def test_what_is_missing_or_damaged_is_made_again(tmp_path, caplog):
     again, made = run(tmp_path)
     assert made == 15  # their batches, of 10 and of 5
     assert again['metrics'] == expected['metrics']
+    assert again['reused'] == dict(read=10, made=15)
     assert 'are made again' in caplog.text
+    assert f'val_p: 10 samples were read from {tmp_path / "default"}, 15 made' in caplog.text
     assert run(tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize(
-    'changes',
+    ('changes', 'key'),
     [
-        dict(origin=dict(model_sha256='other', seed=0)),
-        dict(sample_kwargs=dict(test_cfg_override=dict(num_timesteps=2))),
+        (dict(origin=dict(model_sha256='other', seed=0)), 'model_sha256'),
+        (dict(sample_kwargs=dict(test_cfg_override=dict(num_timesteps=2))), 'sample_kwargs'),
     ],
 )
-def test_images_of_other_samples_are_not_used(tmp_path, changes):
+def test_images_of_other_samples_are_not_used(tmp_path, changes, key, caplog):
     run(tmp_path, reuse=False)
-    assert run(tmp_path, **changes)[1] == 25
+    again, made = run(tmp_path, **changes)
+    assert (made, again['reused']) == (25, dict(read=0, made=25))
+    assert f'are of other samples: samples.json differs in {key}\n' in caplog.text
     assert run(tmp_path, **changes)[1] == 0
 
 
-def test_images_of_training_are_not_used(tmp_path):
+def test_images_of_training_are_not_used(tmp_path, caplog):
     run(tmp_path, reuse=False, origin=None)
     assert run(tmp_path)[1] == 25
+    assert 'has no samples.json' in caplog.text
+
+
+@pytest.mark.parametrize('content', ['{', '[1]', 'null'])
+def test_why_images_are_made_again(tmp_path, caplog, content):
+    assert run(tmp_path / 'absent')[1] == 25
+    assert f'val_p: all samples are made: there are no images in {tmp_path / "absent"}' in caplog.text
+    run(tmp_path, reuse=False)
+    (tmp_path / 'default' / 'samples.json').write_text(content)
+    assert run(tmp_path)[1] == 25
+    assert f'the images in {tmp_path / "default"} are of other samples' in caplog.text
 
 
 def test_processes_that_share_a_network_use_it_together(tmp_path):
@@ -79,6 +96,7 @@ def test_processes_that_share_a_network_use_it_together(tmp_path):
     (tmp_path / 'default' / '000000002.png').unlink()
     outcomes = run_threads(lambda ranks: run(tmp_path, ranks=ranks), 2)
     assert [made for _, made in outcomes] == [10, 10]  # the first of two rounds
+    assert [results['reused'] for results, _ in outcomes] == [dict(read=5, made=20)] * 2
 
 
 def test_files_cannot_be_measured_with_more_bits(tmp_path):
