@@ -21,7 +21,7 @@ from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
 from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
-from lakonlab.evaluation.sampling import device_of, given_noise, sample
+from lakonlab.evaluation.sampling import device_of, given_noise, nfe_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 
@@ -169,7 +169,7 @@ def evaluate(
                 metric.title: dict(numbers=names[metric.title], **metric.protocol(), **common) for metric in metrics
             },
             num_samples=count,
-            nfe=nfe,
+            nfe=nfe_of(model, sample_kwargs or {}) if nfe is None and generate else nfe,
             seconds=time.perf_counter() - start,
             num_processes=ranks.world_size,
             generated=generate,

@@ -19,6 +19,7 @@ from lakonlab.evaluation.preparation import QUANTISATIONS
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
+from lakonlab.evaluation.training_record import forget_later, record
 from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
@@ -169,6 +170,7 @@ class GenerativeEvalHook(Hook):
         stop: Callable[[], bool] | None = None,
         origin: Mapping[str, Any] | None = None,
         reuse: bool = False,
+        iteration: int | None = None,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
 
@@ -185,6 +187,7 @@ class GenerativeEvalHook(Hook):
             origin: What the weights are, as plain data.
             reuse: Measure the images that an evaluation of the same ``origin`` and arguments has written, instead of
                 making them again; then all samples are measured with 8 bits per channel.
+            iteration: Number of completed iterations, while training.
 
         Returns:
             In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
@@ -195,6 +198,7 @@ class GenerativeEvalHook(Hook):
             self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
         path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
+        weights = dict(iteration=iteration) if origin is None else origin
         origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
         written = None
         if reuse and path is not None and origin is not None and self.generate:
@@ -214,7 +218,7 @@ class GenerativeEvalHook(Hook):
             nonlocal grid
             grid = folder.finish() if folder else None
             if folder and folder.captions:
-                gallery(f'{run_name} {self.name} {tag}', results, folder, page).write(page)
+                gallery(f'{run_name} {self.name} {tag}', results, weights, folder, page).write(page)
             if self.metric_cpu_offload:
                 self.extractors.offload()
 
@@ -264,7 +268,8 @@ class GenerativeEvalHook(Hook):
     def before_train(self, runner) -> None:
         """Share networks with the other evaluations, and see that best checkpoints have a place to go.
 
-        What the metrics need is loaded now, so that what is missing is found before anything is trained.
+        What the metrics need is loaded now, so that what is missing is found before anything is trained. From the file
+        of results, those of later iterations, which will be made again, are removed.
 
         Raises:
             ValueError: It has none, or what metrics need does not fit.
@@ -277,6 +282,7 @@ class GenerativeEvalHook(Hook):
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
                 'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
             )
+        runner.strategy.ranks.on_main(lambda: forget_later(runner.work_dir, runner.iter))
 
     def before_train_epoch(self, runner) -> None:
         """Make up for an evaluation in which the run was stopped."""
@@ -303,6 +309,7 @@ class GenerativeEvalHook(Hook):
                     ranks=strategy.ranks,
                     is_divided=strategy.is_sharded,
                     stop=lambda: runner.is_asked_to_stop,
+                    iteration=iteration,
                 )
         except EvaluationStoppedError as stopped:
             logger.info('%s; it will be made when the run goes on', stopped)
@@ -313,6 +320,7 @@ class GenerativeEvalHook(Hook):
         def log() -> None:
             if numbers:
                 runner.visualizer.add_scalars(numbers, step=iteration, file_path=f'{runner.timestamp}.json')
+            record(runner.work_dir, iteration, results)
             if grid is not None:
                 runner.visualizer.add_image(self.name, grid, step=iteration)
 

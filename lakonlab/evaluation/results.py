@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lakonlab.evaluation.hook import GenerativeEvalHook
@@ -79,16 +76,6 @@ def run_evaluations(
         )
         results.append(result)
     return results
-
-
-def circumstances() -> dict[str, Any]:
-    """When and with what results are being made, to be kept with those that are: a file may hold older ones."""
-    return dict(
-        finished=time.strftime('%Y-%m-%dT%H:%M:%S%z'),
-        torch=torch.__version__,
-        python=platform.python_version(),
-        num_threads=torch.get_num_threads(),
-    )
 
 
 def write_results(path: str | Path, evaluations: Sequence[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:

@@ -60,6 +60,18 @@ def given_noise(batch: Mapping[str, Any]) -> list[str] | None:
     return None if batch.get('noise') is None else noise_hashes(batch['noise'])
 
 
+def nfe_of(model: nn.Module, kwargs: Mapping[str, Any]) -> int | None:
+    """Network evaluations of a sample, without making one; None if the model does not say.
+
+    Args:
+        model: Has ``val_step``.
+        kwargs: Arguments of ``val_step``.
+    """
+    if not hasattr(model, 'role'):
+        return None
+    return model.role(kwargs.get('role')).num_function_evaluations(kwargs.get('test_cfg_override'))
+
+
 def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int = 0) -> Samples:
     """Generate the images of one batch.
 

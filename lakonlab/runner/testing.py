@@ -15,9 +15,10 @@ from torch import nn
 
 from lakonlab import __version__
 from lakonlab.config.errors import ConfigError
+from lakonlab.evaluation.circumstances import circumstances
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.kept_results import changes
-from lakonlab.evaluation.results import RESULTS_FILE, circumstances, run_evaluations, write_results
+from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.dry_run import MISSING, pretrained_files
 from lakonlab.runner.paths import run_directory
@@ -169,7 +170,7 @@ def evaluate_checkpoint(
         )
         made = dict(**circumstances(), command=command, versions=_versions(), strategy=strategy.name)
         for entry, result in zip(pending, results, strict=True):
-            fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry, 'made': made}
+            fresh[_identity(entry)] = {**result, 'entry': entry, 'made': made}
     results_by_entry = {**finished, **fresh}
     kept = {_identity(entry): results_by_entry[_identity(entry)] for entry in entries}
     if splits is not None:
@@ -300,14 +301,6 @@ def _finished(path: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]
     if any(content.get(key) != value for key, value in origin.items()):
         return {}
     return {_identity(result['entry']): result for result in content['evaluations'] if 'entry' in result}
-
-
-def _nfe(model: nn.Module, result: Mapping[str, Any]) -> int | None:
-    """Network evaluations of one sample; None for real images."""
-    if not result['generated'] or not hasattr(model, 'role'):
-        return None
-    kwargs = result['sample_kwargs']
-    return model.role(kwargs.get('role')).num_function_evaluations(kwargs.get('test_cfg_override'))
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,12 @@ from tests.evaluation.thread_ranks import run_threads
 DIGIT_FEATURES = dict(type='DigitClassifier')
 
 
+@pytest.fixture(autouse=True)
+def _directory(tmp_path, monkeypatch):
+    """Runs write where no other test looks."""
+    monkeypatch.chdir(tmp_path)
+
+
 class Model(nn.Module):
     """Paints every sample with one grey, which the sampling arguments and a weight decide."""
 

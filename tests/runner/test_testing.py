@@ -10,6 +10,7 @@ from lakonlab.config.check import check_config
 from lakonlab.config.load import load_config
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.results import RESULTS_FILE
+from lakonlab.evaluation.viewer import read_page
 from lakonlab.ranks import ALONE
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.paths import run_directory
@@ -113,6 +114,11 @@ def test_images_are_measured_again(alone, monkeypatch):
     results = evaluate_checkpoint(cfg, seed=5, reuse_viz=True)
     for found, made in zip(results['evaluations'], expected['evaluations'], strict=True):
         assert found['quantize'] == 'uint8'
+        facts = read_page(found['page']).columns[0].facts
+        assert facts['nfe'] == found['nfe'] == made['nfe'] > 0
+        assert (facts['iteration'], facts['model_sha256']) == (7, results['model_sha256'])
+        assert facts['reused'] == dict(read=SIZE, made=0)
+        assert facts['reference_kwargs'] == made['reference_kwargs'] is not None
         assert not {'samples_per_second', 'latency_seconds'} & set(found['metrics'])
         for name, value in found['metrics'].items():
             assert value == pytest.approx(made['metrics'][name], rel=0.05, abs=0.02)
