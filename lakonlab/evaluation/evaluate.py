@@ -113,7 +113,7 @@ def evaluate(
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe, num_read
-        batch, seconds, reference, flops, noise = share.batch, None, None, None, None
+        batch, seconds, reference, flops, noise, phases = share.batch, None, None, None, None, None
         found = None if written is None else written.read(batch['ids'])
         if is_divided and written is not None and not all(ranks.all_gather(found is not None)):
             found = None  # a network that is divided makes the samples of all processes or of none
@@ -122,10 +122,10 @@ def evaluate(
             num_read += share.count
         elif generate and warm_up and needs_flops:
             with FlopCounterMode(display=False, custom_mapping=FURTHER_OPERATIONS) as counter:
-                pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
+                pixels, seconds, nfe, noise, phases = sample(model, batch, sample_kwargs or {}, seed)
             flops = counter.get_total_flops() / len(batch['ids'])
         elif generate:
-            pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
+            pixels, seconds, nfe, noise, phases = sample(model, batch, sample_kwargs or {}, seed)
         else:
             pixels = real_images(batch)
         if needs_reference:
@@ -133,7 +133,7 @@ def evaluate(
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
             pixels, batch['ids'], labels, reference, seconds,
-            warm_up=warm_up, prompts=prompts, flops=flops, noise=noise,
+            warm_up=warm_up, prompts=prompts, flops=flops, noise=noise, phases=phases,
         )  # fmt: skip
         return to_send(made, share.count), pixels.device
 

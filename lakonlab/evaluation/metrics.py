@@ -279,35 +279,3 @@ class ReferenceRMSE(Metric):
 
     def protocol(self) -> dict[str, Any]:
         return dict(num_images=self.num_images, pixel_range=self.pixel_range)
-
-
-@METRICS.register_module()
-class SamplingSpeed(Metric):
-    """Samples per second of wall time of one process, without the first batch of each process if there are others.
-
-    Several processes together make about as many times more; if they share a machine, or wait for one another because
-    a network is divided among them, the speed of each is less than it would be alone.
-    """
-
-    def reset(self) -> None:
-        self._warm_up, self._timed = (0, 0.0), (0, 0.0)
-
-    def feed(self, batch: SampleBatch) -> None:
-        if batch.seconds is None:
-            raise ValueError('SamplingSpeed needs samples that are generated now, not real images or images in files')
-        count, seconds = self._warm_up if batch.warm_up else self._timed
-        total = count + len(batch.ids), seconds + batch.seconds
-        if batch.warm_up:
-            self._warm_up = total
-        else:
-            self._timed = total
-
-    def _counted(self) -> tuple[int, float]:
-        return self._timed if self._timed[0] else self._warm_up
-
-    def compute(self) -> dict[str, float]:
-        count, seconds = self._counted()
-        return dict(samples_per_second=count / seconds)
-
-    def protocol(self) -> dict[str, Any]:
-        return dict(num_timed=self._counted()[0], num_threads=torch.get_num_threads())

@@ -122,7 +122,7 @@ def evaluate_checkpoint(
         deterministic: Whether to allow deterministic algorithms only.
         skip_existing: Keep results of the same entries, weights and seed from the present file, unless what their
             metrics compare with, or see through, has changed.
-        timer: Measure sampling speed in every entry.
+        timer: Measure sampling speed in every entry that makes samples.
         reuse_viz: Measure images that an evaluation of the same weights has written, instead of making them again; all
             samples are then measured with 8 bits per channel.
         command: Command line, kept with the results that it made.
@@ -253,7 +253,7 @@ def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool, reuse_viz: 
     for entry in entries:
         metrics = entry.get('metrics') or []
         metrics = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-        if timer and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
+        if timer and entry.get('generate', True) and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
             entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
         if reuse_viz:  # what is read from files has 8 bits per channel and takes no time to sample
             entry['metrics'] = [metric for metric in metrics if metric['type'] not in TIMED_METRICS]

@@ -62,6 +62,9 @@ def without_times(results):
     """The numbers by entry, and whatever else must be equal however many processes evaluate."""
     numbers = [dict(entry['metrics']) for entry in results['evaluations']]
     for entry in numbers:
+        times = [entry.pop(name) for name in ('network_time', 'policy_time', 'total_time')]
+        assert 0 < times[0] + times[1] <= times[2]
+        assert min(times) > 0
         del entry['samples_per_second']
     keys = ('name', 'num_samples', 'nfe', 'sampling_seed', 'protocol')
     facts = [{key: entry[key] for key in keys} for entry in results['evaluations']]
@@ -119,7 +122,7 @@ def test_images_are_measured_again(alone, monkeypatch):
         assert (facts['iteration'], facts['model_sha256']) == (7, results['model_sha256'])
         assert facts['reused'] == dict(read=SIZE, made=0)
         assert facts['reference_kwargs'] == made['reference_kwargs'] is not None
-        assert not {'samples_per_second', 'latency_seconds'} & set(found['metrics'])
+        assert not {'samples_per_second', 'network_time', 'latency_seconds'} & set(found['metrics'])
         for name, value in found['metrics'].items():
             assert value == pytest.approx(made['metrics'][name], rel=0.05, abs=0.02)
     assert 'samples_per_second' not in Path(config(folder).work_dir, 'results.md').read_text()
@@ -140,3 +143,15 @@ def test_what_the_main_process_does_not_find_ends_all(alone, tmp_path):
     for error in run_threads(lambda ranks: evaluated(ranks, tmp_path, 'single'), 2):
         assert isinstance(error, CheckpointError)
         assert 'there is no checkpoint to evaluate' in str(error)
+
+
+def test_the_timer_leaves_real_images_alone(alone, tmp_path):
+    folder, _ = alone
+    cfg = config(folder)
+    cfg.work_dir = str(tmp_path)
+    made, real = ({**entry, 'metrics': [{'type': 'ColorStats'}], 'viz_num': 0} for entry in cfg.evaluation)
+    cfg.data.val2 = {'type': 'Digits', 'split': 'val'}
+    cfg.evaluation = [made, {**real, 'generate': False, 'data': 'val2'}]
+    found = evaluate_checkpoint(cfg, checkpoint=str(folder / 'checkpoints' / 'teacher' / 'iter_7'), timer=True)
+    assert [entry['metrics'].keys() >= {'network_time', 'policy_time', 'total_time', 'samples_per_second'}
+            for entry in found['evaluations']] == [True, False]  # fmt: skip
