@@ -223,6 +223,11 @@ def image_name(number: int) -> str:
     return f'{number:09d}.png'
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file has the name of a sample."""
+    return re.fullmatch(r'\d{9,}\.png', name) is not None
+
+
 def is_of(path: str | AnyPath, origin: Mapping[str, Any] | None) -> bool:
     """Whether the images in a folder are of the samples that an origin describes."""
     file = str(as_path(path) / ORIGIN_FILE)
