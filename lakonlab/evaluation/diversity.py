@@ -35,7 +35,12 @@ def vendi_score(features: Tensor) -> float:
 
     Args:
         features: Shape (N, D); similarity is the cosine of the angle between two of them.
+
+    Returns:
+        The number; NaN if a feature is.
     """
+    if not features.isfinite().all():
+        return torch.nan
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     # the same eigenvalues but for zeros, of the smaller of two matrices
     similarities = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,12 @@ from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
-from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
+from lakonlab.evaluation.samples import SampleBatch, captions_of, finite_rows, marked, prompts_of, real_images
 from lakonlab.evaluation.sampling import device_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
+
+logger = logging.getLogger('lakonlab.evaluation')
 
 
 def _attention_flops(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
@@ -88,7 +91,8 @@ def evaluate(
 
     Returns:
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
-        ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
+        ``num_samples``, ``num_not_finite`` (samples with pixels that are not finite, of which most numbers are NaN),
+        ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
         arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and width of
         the images, which every protocol repeats.
 
@@ -108,6 +112,7 @@ def evaluate(
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
     sizes: set[tuple[int, int]] = set()
+    not_finite: list[int] = []
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe
@@ -139,9 +144,10 @@ def evaluate(
             if images is not None:
                 images.add(batch.images, batch.ids, captions_of(batch))
             sizes.add(tuple(batch.images.shape[-2:]))
-            batch.images = quantised(batch.images, quantize)
+            not_finite.extend(batch.ids[row] for row in (~finite_rows(batch.images)).nonzero().flatten().tolist())
+            batch.images = quantised(marked(batch.images), quantize)
             if batch.reference is not None:
-                batch.reference = quantised(batch.reference, quantize)
+                batch.reference = quantised(marked(batch.reference), quantize)
             for metric in metrics:
                 metric.feed(batch)
             count += len(batch.ids)
@@ -150,6 +156,16 @@ def evaluate(
     def summarise() -> dict[str, Any]:
         if count == 0:
             raise ConfigError(f'{name}: the data split {data!r} has no samples')
+        if not_finite:
+            first = ', '.join(map(str, not_finite[:4])) + (', ...' if len(not_finite) > 4 else '')
+            logger.warning(
+                '%s: %d of %d samples have pixels that are not finite (%s): numbers that they are part of are nan, and '
+                'no images of them are written',
+                name,
+                len(not_finite),
+                count,
+                first,
+            )
         numbers: dict[str, float] = {}
         for metric in metrics:
             numbers.update(metric.compute())
@@ -160,6 +176,7 @@ def evaluate(
             metrics=numbers,
             protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
             num_samples=count,
+            num_not_finite=len(not_finite),
             nfe=nfe,
             seconds=time.perf_counter() - start,
             num_processes=ranks.world_size,

@@ -132,14 +132,15 @@ class ImageFolder:
         """Write samples.
 
         Args:
-            images: Shape (B, C, H, W), float in [0, 1].
+            images: Shape (B, C, H, W), float in [0, 1]; those with pixels that are not finite are left out.
             ids: Number of each sample.
             captions: What the page says about each; None for nothing.
 
         Raises:
             OSError: One of these or of those before could not be written.
         """
-        wanted = [row for row, number in enumerate(ids) if self.limit is None or number < self.limit]
+        finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        wanted = [row for row in range(len(ids)) if finite[row] and (self.limit is None or ids[row] < self.limit)]
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):

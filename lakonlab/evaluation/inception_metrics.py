@@ -148,7 +148,7 @@ class InceptionMetrics(FeatureMetric):
             raise ValueError(
                 f'InceptionMetrics.extractor: {type(self.extractor).__name__} does not classify; set use_is=False'
             )
-        embedding = features.embedding[:count]
+        embedding = self.whole(features.embedding[:count])
         self._moments.update(embedding)
         if self.use_kid or self.use_pr:
             self._features.append(embedding.float().cpu())
@@ -169,6 +169,8 @@ class InceptionMetrics(FeatureMetric):
                 self.wanted_images,
                 self.num_images,
             )
+        if self.num_broken:
+            return dict.fromkeys((_named(self.prefix, name) for name in self._numbers()), torch.nan)
         reference, numbers = self.reference, {}
         numbers['fid'] = frechet_distance(
             self._moments.mean(), self._moments.covariance(), reference.mean, reference.covariance
@@ -186,6 +188,15 @@ class InceptionMetrics(FeatureMetric):
             score = inception_score(torch.cat(self._logits), self.is_splits, self.is_shuffle, self.seed)
             numbers.update({'is': score.mean, 'is_std': score.std})
         return {_named(self.prefix, name): value for name, value in numbers.items()}
+
+    def _numbers(self) -> list[str]:
+        """What is computed, without prefix."""
+        optional = (
+            (self.use_kid, ['kid', 'kid_std']),
+            (self.use_pr, ['precision', 'recall']),
+            (self.use_is, ['is', 'is_std']),
+        )
+        return ['fid', *(name for is_used, names in optional if is_used for name in names)]
 
     def _subset_size(self) -> int:
         return min(self.kid_max_subset_size, self.num_images, len(self.reference.features))

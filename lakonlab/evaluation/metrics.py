@@ -17,7 +17,7 @@ from torch import Tensor
 from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor
 from lakonlab.evaluation.frechet import Moments, frechet_distance
-from lakonlab.evaluation.samples import SampleBatch, extract, real_images
+from lakonlab.evaluation.samples import SampleBatch, extract, finite_rows, real_images
 from lakonlab.registry import DATASETS, METRICS
 
 
@@ -98,6 +98,10 @@ class Metric(ABC):
 class FeatureMetric(Metric):
     """A metric of features.
 
+    Attributes:
+        num_broken: Samples whose features are not finite, because their pixels are not, or are far out of range; for
+            subclasses that count them with :meth:`whole`.
+
     Args:
         extractor: Config of a feature extractor.
     """
@@ -115,6 +119,20 @@ class FeatureMetric(Metric):
 
     def reset(self) -> None:
         self.num_images = 0
+        self.num_broken = 0
+
+    def whole(self, embedding: Tensor) -> Tensor:
+        """The features that are finite; the others are counted, and make every number NaN.
+
+        Args:
+            embedding: Shape (B, D).
+
+        Returns:
+            Shape (at most B, D).
+        """
+        finite = finite_rows(embedding)
+        self.num_broken += int((~finite).sum())
+        return embedding[finite]
 
 
 @METRICS.register_module()
@@ -139,7 +157,7 @@ class FrechetDistance(FeatureMetric):
         self.moments = Moments()
 
     def feed(self, batch: SampleBatch) -> None:
-        self.moments.update(batch.features(self.extractor).embedding)
+        self.moments.update(self.whole(batch.features(self.extractor).embedding))
         self.num_images += len(batch.ids)
 
     @property
@@ -159,6 +177,8 @@ class FrechetDistance(FeatureMetric):
         return self._reference
 
     def compute(self) -> dict[str, float]:
+        if self.num_broken:
+            return dict(frechet_distance=torch.nan)
         mine, real = self.moments, self.reference
         return dict(frechet_distance=frechet_distance(mine.mean(), mine.covariance(), real.mean(), real.covariance()))
 
@@ -187,7 +207,8 @@ class ClassAccuracy(FeatureMetric):
         logits = batch.features(self.extractor).logits
         if logits is None:
             raise ValueError(f'ClassAccuracy.extractor: {type(self.extractor).__name__} does not classify')
-        self._correct += int((logits.argmax(dim=1) == batch.labels.to(logits.device)).sum())
+        is_right = logits.argmax(dim=1) == batch.labels.to(logits.device)
+        self._correct += int((is_right & finite_rows(logits)).sum())
         self.num_images += len(batch.ids)
 
     def compute(self) -> dict[str, float]:

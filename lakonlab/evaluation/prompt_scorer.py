@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lakonlab.evaluation.estimate import Estimate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import Metric
-from lakonlab.evaluation.samples import SampleBatch
+from lakonlab.evaluation.samples import SampleBatch, finite_rows
 from lakonlab.registry import PROMPT_SCORERS
 
 
@@ -79,7 +79,9 @@ class PromptMetric(Metric):
         scorer = self.scorer.to(batch.images.device)
         for start in range(0, len(batch.ids), batch.feed_batch_size):
             part = slice(start, start + batch.feed_batch_size)
-            self._scores += scorer(batch.images[part], batch.prompts[part]).double().tolist()
+            scores = scorer(batch.images[part], batch.prompts[part]).double()
+            # a scorer that quantises takes images that are not finite for black ones
+            self._scores += scores.masked_fill(~finite_rows(batch.images[part]), torch.nan).tolist()
 
     def compute(self) -> dict[str, float]:
         score = Estimate.of(self._scores)
