@@ -49,6 +49,7 @@ def evaluate(
     sample_kwargs: Mapping[str, Any] | None = None,
     reference_kwargs: Mapping[str, Any] | None = None,
     references: ReferenceSamples | None = None,
+    keep_references: bool = True,
     data: str = 'val',
     version: object = None,
     images: ImageFolder | None = None,
@@ -71,10 +72,12 @@ def evaluate(
         model: Has ``val_step``; put into evaluation mode while it samples. Not needed for real images.
         dataloader: Made by :func:`build_evaluation_loader`: batches with ``ids``, noise and conditions, or with real
             images.
-        metrics: What to measure; reset first. Only those of the main process are used.
+        metrics: What to measure; reset before and after, so that they hold no samples between evaluations. Only those
+            of the main process are used.
         sample_kwargs: Arguments of ``val_step``: ``role``, ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
         references: Where reference samples are kept between evaluations.
+        keep_references: Whether a later evaluation compares with the same ones.
         data: Name of the split.
         version: What changes when the weights of the model do.
         images: Where to write samples; only that of the main process is used.
@@ -131,7 +134,9 @@ def evaluate(
         else:
             pixels = real_images(batch)
         if needs_reference:
-            reference = references.get(model, batch, data, reference_kwargs, version, make_reference, seed)
+            reference = references.get(
+                model, batch, data, reference_kwargs, version, make_reference, seed, keep_references
+            )
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
             pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts, flops=flops
@@ -209,7 +214,11 @@ def evaluate(
     finally:
         if model is not None:
             model.train(was_training)
-    return ranks.on_main(summarise)
+    try:
+        return ranks.on_main(summarise)
+    finally:
+        for metric in metrics:
+            metric.reset()
 
 
 def build_evaluation_loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluatio
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.preparation import QUANTISATIONS
-from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.references import ReferenceSamples, is_frozen
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.mmengine_parts import Hook
@@ -169,6 +169,7 @@ class GenerativeEvalHook(Hook):
         stop: Callable[[], bool] | None = None,
         origin: Mapping[str, Any] | None = None,
         reuse: bool = False,
+        keep_references: bool = True,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
 
@@ -185,6 +186,7 @@ class GenerativeEvalHook(Hook):
             origin: What the weights are, as plain data.
             reuse: Measure the images that an evaluation of the same ``origin`` and arguments has written, instead of
                 making them again; then all samples are measured with 8 bits per channel.
+            keep_references: Whether a later evaluation compares with the same reference samples.
 
         Returns:
             In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
@@ -224,6 +226,7 @@ class GenerativeEvalHook(Hook):
             sample_kwargs=self.sample_kwargs,
             reference_kwargs=self.reference_kwargs,
             references=self.references,
+            keep_references=keep_references,
             data=self.data,
             version=tag,
             images=folder,
@@ -250,6 +253,21 @@ class GenerativeEvalHook(Hook):
         """Load the networks and references of the metrics, if they are not yet there."""
         for metric in self.metrics:
             metric.bind(self.extractors)
+
+    def compares_like_one_of(self, others: Iterable[Hook]) -> bool:
+        """Whether another evaluation compares with the same reference samples.
+
+        Args:
+            others: Hooks of the run.
+        """
+        mine = self.data, self.reference_kwargs
+        return any(
+            isinstance(other, GenerativeEvalHook)
+            and other is not self
+            and (other.data, other.reference_kwargs) == mine
+            and any(metric.needs_reference for metric in other.metrics)
+            for other in others
+        )
 
     def _sampling(self) -> dict[str, Any]:
         """What decides which samples are made, beside the weights."""
@@ -297,6 +315,7 @@ class GenerativeEvalHook(Hook):
                     ranks=strategy.ranks,
                     is_divided=strategy.is_sharded,
                     stop=lambda: runner.is_asked_to_stop,
+                    keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
                 )
         except EvaluationStoppedError as stopped:
             logger.info('%s; it will be made when the run goes on', stopped)

@@ -75,8 +75,9 @@ def run_evaluations(
             logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
         name = cfg.get('name', 'run')
         result, _ = hook.run(
-            model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse
-        )
+            model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse,
+            keep_references=hook.compares_like_one_of(hooks[number:]),
+        )  # fmt: skip
         results.append(result)
     return results
 
