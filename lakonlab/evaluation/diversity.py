@@ -63,19 +63,15 @@ class VendiScore(FeatureMetric):
     """
 
     def __init__(self, extractor: Mapping[str, Any], per_group: bool = True, resize: bool = True, prefix: str = ''):
-        self.per_group, self.resize, self.prefix = per_group, resize, prefix
-        super().__init__(extractor)
-
-    def bind(self, extractors: ExtractorPool) -> None:
-        super().bind(extractors)
-        self.preparation = Preparation(self.extractor.input_size if self.resize else None)
+        self.per_group, self.prefix = per_group, prefix
+        super().__init__(extractor, resize)
 
     def reset(self) -> None:
         super().reset()
         self._groups: dict[str | int, list[Tensor]] = {}
 
     def feed(self, batch: SampleBatch) -> None:
-        embeddings = batch.features(self.extractor, self.preparation).embedding.float().cpu()
+        embeddings = self.features(batch).embedding.float().cpu()
         groups = groups_of(batch) if self.per_group else [0] * len(batch.ids)
         for group, embedding in zip(groups, embeddings, strict=True):
             self._groups.setdefault(group, []).append(embedding)
@@ -90,7 +86,6 @@ class VendiScore(FeatureMetric):
         sizes = [len(members) for members in self._groups.values()]
         return dict(
             **super().protocol(),
-            preparation=self.preparation.protocol(),
             num_groups=len(sizes),
             images_per_group=[min(sizes), max(sizes)],
         )

@@ -89,16 +89,15 @@ class InceptionMetrics(FeatureMetric):
             if value is not None and value < least:
                 raise ValueError(f'InceptionMetrics.{name}={value!r}: expected at least {least}')
         Preparation(1, center_crop, resize_mode)  # refuses what is impossible
-        super().__init__(extractor or dict(type='InceptionV3'))
+        super().__init__(extractor or dict(type='InceptionV3'), resize)
         self.reference_path = str(reference or reference_pkl)
         self.wanted_images = num_images
-        self.center_crop, self.resize, self.resize_mode = center_crop, resize, resize_mode
+        self.center_crop, self.resize_mode = center_crop, resize_mode
         self.use_kid, self.use_pr, self.use_is = use_kid, use_pr, use_is
         self.kid_num_subsets, self.kid_max_subset_size = kid_num_subsets, kid_max_subset_size
         self.pr_k, self.is_splits, self.is_shuffle, self.seed = pr_k, is_splits, is_shuffle, seed
         self.prefix = prefix
         self.better = self.better_of(dict(prefix=prefix))
-        self.preparation: Preparation | None = None
         self.reference: ReferenceStatistics | None = None
 
     @classmethod
@@ -112,10 +111,10 @@ class InceptionMetrics(FeatureMetric):
             ValueError: They do not fit each other, or what is to be computed.
         """
         super().bind(extractors)
-        if self.reference is not None:
-            return
         size = self.extractor.input_size if self.resize or self.center_crop else None
         self.preparation = Preparation(size, self.center_crop, self.resize_mode)
+        if self.reference is not None:
+            return
         reference = read_reference(self.reference_path)
         if reference.features is None and (self.use_kid or self.use_pr):
             raise ValueError(
@@ -143,7 +142,7 @@ class InceptionMetrics(FeatureMetric):
             count = min(count, self.wanted_images - self.num_images)
         if count == 0:
             return
-        features = batch.features(self.extractor, self.preparation)
+        features = self.features(batch)
         if self.use_is and features.logits is None:
             raise ValueError(
                 f'InceptionMetrics.extractor: {type(self.extractor).__name__} does not classify; set use_is=False'
@@ -206,7 +205,6 @@ class InceptionMetrics(FeatureMetric):
         facts = dict(
             **super().protocol(),
             wanted_images=self.wanted_images,
-            preparation=self.preparation.protocol(),
             reference=dict(
                 path=self.reference_path,
                 sha256=reference.sha256,

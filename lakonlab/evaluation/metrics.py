@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lakonlab.config.errors import ConfigError
-from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor
+from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
 from lakonlab.evaluation.frechet import Moments, frechet_distance
+from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch, extract, finite_rows, real_images
 from lakonlab.registry import DATASETS, METRICS
 
@@ -104,18 +105,29 @@ class FeatureMetric(Metric):
 
     Args:
         extractor: Config of a feature extractor.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
-    def __init__(self, extractor: Mapping[str, Any]):
+    def __init__(self, extractor: Mapping[str, Any], resize: bool = True):
         super().__init__()
-        self.extractor_config = dict(extractor)
+        self.extractor_config, self.resize = dict(extractor), resize
         self.extractor: FeatureExtractor | None = None
+        self.preparation: Preparation | None = None
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.extractor = extractors.build(self.extractor_config)
+        self.preparation = Preparation(self.extractor.input_size if self.resize else None)
+
+    def features(self, batch: SampleBatch) -> Features:
+        """Features of a batch, of images that are prepared as the protocol says."""
+        return batch.features(self.extractor, self.preparation)
 
     def protocol(self) -> dict[str, Any]:
-        return dict(num_images=self.num_images, extractor=self.extractor.protocol())
+        return dict(
+            num_images=self.num_images,
+            extractor=self.extractor.protocol(),
+            preparation=self.preparation.protocol(),
+        )
 
     def reset(self) -> None:
         self.num_images = 0
@@ -142,12 +154,13 @@ class FrechetDistance(FeatureMetric):
     Args:
         extractor: Config of a feature extractor.
         reference: Config of a data set of real images.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
     better = {'frechet_distance': 'lower'}
 
-    def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any]):
-        super().__init__(extractor)
+    def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any], resize: bool = True):
+        super().__init__(extractor, resize)
         self.reference_config = dict(reference)
         self._reference: Moments | None = None
         self._reference_hash = ''
@@ -157,7 +170,7 @@ class FrechetDistance(FeatureMetric):
         self.moments = Moments()
 
     def feed(self, batch: SampleBatch) -> None:
-        self.moments.update(self.whole(batch.features(self.extractor).embedding))
+        self.moments.update(self.whole(self.features(batch).embedding))
         self.num_images += len(batch.ids)
 
     @property
@@ -172,7 +185,7 @@ class FrechetDistance(FeatureMetric):
                 images = real_images(batch)
                 digest.update(f'{tuple(images.shape[1:])}'.encode())
                 digest.update(images.float().contiguous().cpu().numpy().tobytes())
-                moments.update(extract(self.extractor, images.to(device), 256).embedding)
+                moments.update(extract(self.extractor, images.to(device), 256, self.preparation).embedding)
             self._reference, self._reference_hash = moments, digest.hexdigest()
         return self._reference
 
@@ -193,6 +206,7 @@ class ClassAccuracy(FeatureMetric):
 
     Args:
         extractor: Config of a feature extractor that classifies.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
     better = {'class_accuracy': 'higher'}
@@ -204,7 +218,7 @@ class ClassAccuracy(FeatureMetric):
     def feed(self, batch: SampleBatch) -> None:
         if batch.labels is None:
             raise ValueError('ClassAccuracy needs samples with labels')
-        logits = batch.features(self.extractor).logits
+        logits = self.features(batch).logits
         if logits is None:
             raise ValueError(f'ClassAccuracy.extractor: {type(self.extractor).__name__} does not classify')
         is_right = logits.argmax(dim=1) == batch.labels.to(logits.device)
@@ -224,10 +238,11 @@ class FeatureDiversity(FeatureMetric):
     Args:
         extractor: Config of a feature extractor.
         max_per_class: Only the first samples of each class count, because the pairs grow with their square.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
-    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000):
-        super().__init__(extractor)
+    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000, resize: bool = True):
+        super().__init__(extractor, resize)
         self.max_per_class = max_per_class
 
     def reset(self) -> None:
@@ -236,7 +251,7 @@ class FeatureDiversity(FeatureMetric):
 
     def feed(self, batch: SampleBatch) -> None:
         labels = [0] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
-        for label, embedding in zip(labels, batch.features(self.extractor).embedding.cpu(), strict=True):
+        for label, embedding in zip(labels, self.features(batch).embedding.cpu(), strict=True):
             members = self._by_class.setdefault(label, [])
             if len(members) < self.max_per_class:
                 members.append(embedding)
