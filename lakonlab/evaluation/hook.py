@@ -13,6 +13,7 @@ from torch import nn
 
 from lakonlab.evaluation.best import BestValue, number_that_decides
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
+from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.preparation import QUANTISATIONS
@@ -193,8 +194,7 @@ class GenerativeEvalHook(Hook):
             ``prefix``, ``images``, the folder of images, and ``page``, which shows them; and in the main process the
             grid of samples, uint8 (H, W, 3), or None.
         """
-        if self._loader is None:
-            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+        self._load(data, loader, ranks)
         path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
         origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
@@ -249,6 +249,24 @@ class GenerativeEvalHook(Hook):
         summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=images, page=page)
         return {**summary, **results}, grid
 
+    def _load(self, data: Mapping[str, Any], loader: str, ranks: Ranks) -> None:
+        if self._loader is None:
+            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+
+    def check(self, data: Mapping[str, Any], loader: str = 'val_dataloader', ranks: Ranks = ALONE) -> None:
+        """See that the samples to come suffice for the metrics, which are bound; by all processes together.
+
+        Args:
+            data: Section ``data`` of the config.
+            loader: Key of the loader arguments in it.
+            ranks: The processes.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        self._load(data, loader, ranks)
+        ranks.on_main(lambda: check_expected(self.metrics, self._loader, self.generate, self.name, self.data))
+
     def bind(self) -> None:
         """Load the networks and references of the metrics, if they are not yet there."""
         for metric in self.metrics:
@@ -284,6 +302,7 @@ class GenerativeEvalHook(Hook):
         self.share(runner.hooks)
         if self.interval is not None:
             runner.strategy.ranks.on_main(self.bind)
+            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
         if self.best is not None and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lakonlab.evaluation.expected import Expected, at_least_two
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.frechet import Moments, frechet_distance
 from lakonlab.evaluation.inception_score import inception_score
@@ -128,7 +129,47 @@ class InceptionMetrics(FeatureMetric):
                     f'InceptionMetrics.reference={self.reference_path!r} was made with the {name} {theirs}, but this '
                     f'metric has {mine}: their features are not comparable'
                 )
+        self._check_dimension(reference, self.extractor.feature_dim)
+        if self.use_is and self.extractor.classifies is False:
+            raise ValueError(self._no_classes())
         self.reference = reference
+
+    def _check_dimension(self, reference: ReferenceStatistics, size: int | None) -> None:
+        if size is not None and size != len(reference.mean):
+            raise ValueError(
+                f'InceptionMetrics.reference={self.reference_path!r} is of features of {len(reference.mean)} numbers, '
+                f'but {type(self.extractor).__name__} has {size}: it was made with another extractor'
+            )
+
+    def _no_classes(self) -> str:
+        return f'InceptionMetrics.extractor: {type(self.extractor).__name__} does not classify; set use_is=False'
+
+    def expect(self, samples: Expected) -> None:
+        """See that there are enough samples for what is computed, and warn if there are fewer than wanted.
+
+        Raises:
+            ValueError: There are not.
+        """
+        count = samples.count
+        if self.wanted_images is not None and count < self.wanted_images:
+            logger.warning(
+                'InceptionMetrics.num_images=%d, but there will be only %d samples: the numbers will not be comparable '
+                'with those of the full number',
+                self.wanted_images,
+                count,
+            )
+        count = min(count, self.wanted_images or count)
+        at_least_two(samples, 'InceptionMetrics')
+        if self.use_pr and self.pr_k >= min(count, len(self.reference.features)):
+            raise ValueError(
+                f'InceptionMetrics.pr_k={self.pr_k}: expected less than the {count} samples and the '
+                f'{len(self.reference.features)} features of the reference; or set use_pr=False'
+            )
+        if self.use_is and self.is_splits > count:
+            raise ValueError(
+                f'InceptionMetrics.is_splits={self.is_splits}: expected at most the {count} samples; or set '
+                'use_is=False'
+            )
 
     def reset(self) -> None:
         super().reset()
@@ -144,9 +185,8 @@ class InceptionMetrics(FeatureMetric):
             return
         features = self.features(batch)
         if self.use_is and features.logits is None:
-            raise ValueError(
-                f'InceptionMetrics.extractor: {type(self.extractor).__name__} does not classify; set use_is=False'
-            )
+            raise ValueError(self._no_classes())
+        self._check_dimension(self.reference, features.embedding.shape[1])
         embedding = self.whole(features.embedding[:count])
         self._moments.update(embedding)
         if self.use_kid or self.use_pr:

@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lakonlab.config.errors import ConfigError
+from lakonlab.datasets.collate import collate
+from lakonlab.evaluation.expected import Expected, at_least_two, made_now
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
 from lakonlab.evaluation.frechet import Moments, frechet_distance
 from lakonlab.evaluation.preparation import Preparation
@@ -58,6 +61,16 @@ class Metric(ABC):
 
         Args:
             extractors: Where to build them.
+        """
+
+    def expect(self, samples: Expected) -> None:  # noqa: B027 (most metrics measure whatever comes)
+        """See that the samples to come suffice, before any is made.
+
+        Args:
+            samples: What they will be.
+
+        Raises:
+            ValueError: They do not.
         """
 
     def prepare(self, tag: str) -> None:  # noqa: B027 (most metrics write nothing)
@@ -162,8 +175,30 @@ class FrechetDistance(FeatureMetric):
     def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any], resize: bool = True):
         super().__init__(extractor, resize)
         self.reference_config = dict(reference)
+        self._real: Dataset | None = None
         self._reference: Moments | None = None
         self._reference_hash = ''
+
+    def bind(self, extractors: ExtractorPool) -> None:
+        """Get the network, and see that the data set has real images.
+
+        Raises:
+            ValueError: It has none, or there is no such data set.
+        """
+        super().bind(extractors)
+        if self._real is not None:
+            return
+        try:
+            real = DATASETS.build(dict(self.reference_config))
+            if len(real) < 2:
+                raise ValueError(f'it has {len(real)} images, expected at least 2')
+            real_images(collate([real[0]]))
+        except ValueError as error:
+            raise ValueError(f'FrechetDistance.reference={self.reference_config}: {error}') from error
+        self._real = real
+
+    def expect(self, samples: Expected) -> None:
+        at_least_two(samples, 'FrechetDistance')
 
     def reset(self) -> None:
         super().reset()
@@ -171,6 +206,7 @@ class FrechetDistance(FeatureMetric):
 
     def feed(self, batch: SampleBatch) -> None:
         self.moments.update(self.whole(self.features(batch).embedding))
+        _ = self.reference  # what is wrong with real images shows before all samples are made
         self.num_images += len(batch.ids)
 
     @property
@@ -181,7 +217,7 @@ class FrechetDistance(FeatureMetric):
 
             device = next((parameter.device for parameter in self.extractor.parameters()), torch.device('cpu'))
             moments, digest = Moments(), hashlib.sha256()
-            for batch in build_dataloader(DATASETS.build(dict(self.reference_config)), 256):
+            for batch in build_dataloader(self._real, 256):
                 images = real_images(batch)
                 digest.update(f'{tuple(images.shape[1:])}'.encode())
                 digest.update(images.float().contiguous().cpu().numpy().tobytes())
@@ -210,6 +246,20 @@ class ClassAccuracy(FeatureMetric):
     """
 
     better = {'class_accuracy': 'higher'}
+
+    def bind(self, extractors: ExtractorPool) -> None:
+        """Get the network.
+
+        Raises:
+            ValueError: It does not classify.
+        """
+        super().bind(extractors)
+        if self.extractor.classifies is False:
+            raise ValueError(f'ClassAccuracy.extractor: {type(self.extractor).__name__} does not classify')
+
+    def expect(self, samples: Expected) -> None:
+        if not samples.has_labels:
+            raise ValueError('ClassAccuracy needs samples with labels')
 
     def reset(self) -> None:
         super().reset()
@@ -306,6 +356,9 @@ class SamplingSpeed(Metric):
     Several processes together make about as many times more; if they share a machine, or wait for one another because
     a network is divided among them, the speed of each is less than it would be alone.
     """
+
+    def expect(self, samples: Expected) -> None:
+        made_now(samples, 'SamplingSpeed')
 
     def reset(self) -> None:
         self._warm_up, self._timed = (0, 0.0), (0, 0.0)

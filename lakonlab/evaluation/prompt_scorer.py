@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.evaluation.estimate import Estimate
+from lakonlab.evaluation.expected import Expected, with_prompts
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.samples import SampleBatch, finite_rows
@@ -63,6 +64,9 @@ class PromptMetric(Metric):
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.scorer = extractors.build(self.scorer_config, PROMPT_SCORERS)
+
+    def expect(self, samples: Expected) -> None:
+        with_prompts(samples, type(self).__name__)
 
     def reset(self) -> None:
         self._scores: list[float] = []

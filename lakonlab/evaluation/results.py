@@ -69,6 +69,8 @@ def run_evaluations(
             hook.bind()
 
     ranks.on_main(bind)
+    for hook in hooks:
+        hook.check(cfg['data'], 'test_dataloader', ranks)
     results = []
     for number, hook in enumerate(hooks, start=1):
         if ranks.is_main:

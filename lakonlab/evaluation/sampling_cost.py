@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lakonlab.evaluation.expected import Expected, made_now
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.samples import SampleBatch
 from lakonlab.registry import METRICS
@@ -22,6 +23,9 @@ class SamplingCost(Metric):
     """
 
     needs_flops = True
+
+    def expect(self, samples: Expected) -> None:
+        made_now(samples, 'SamplingCost')
 
     def reset(self) -> None:
         self._flops: float | None = None
