@@ -97,6 +97,9 @@ class GenerativeEvalHook(Hook):
                 require(viz_dir, WRITE, LIST, setting=f'evaluation {self.name}: viz_dir')
             except StorageError as error:
                 raise ValueError(str(error)) from error
+        for key, value, least in (('viz_num', viz_num, 0), ('feed_batch_size', feed_batch_size, 1)):
+            if value is not None and value < least:
+                raise ValueError(f'evaluation {self.name}: {key}={value!r}: expected at least {least}')
         self.viz_dir = viz_dir
         self.viz_num = viz_num
         self.feed_batch_size = feed_batch_size

@@ -236,6 +236,8 @@ def test_interval(interval, due):
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
             "found 'fid', expected a number of a metric of this entry: 'reference_rmse'",
         ),
+        (dict(viz_num=-3), 'evaluation val: viz_num=-3: expected at least 0'),
+        (dict(feed_batch_size=0), 'evaluation val: feed_batch_size=0: expected at least 1'),
         (dict(viz_dir='https://host/viz'), 'viz_dir: .* https:// cannot be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
     ],
