@@ -286,6 +286,7 @@ class _Checker(Walker):
         if entry.get('save_best_ckpt') and self.training:
             self._best_checkpoint(entry, path)
         self._metrics(entry.get('metrics'), f'{path}.metrics')
+        self._ranges(path, entry, schema.LEAST_OF_EVALUATION)
         self._evaluation_interval(entry.get('interval', 1), f'{path}.interval')
 
     def _best_checkpoint(self, entry: Mapping[str, Any], path: str) -> None:

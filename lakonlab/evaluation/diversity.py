@@ -35,7 +35,12 @@ def vendi_score(features: Tensor) -> float:
 
     Args:
         features: Shape (N, D); similarity is the cosine of the angle between two of them.
+
+    Returns:
+        The number; NaN if a feature is.
     """
+    if not features.isfinite().all():
+        return torch.nan
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     # the same eigenvalues but for zeros, of the smaller of two matrices
     similarities = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
@@ -58,19 +63,15 @@ class VendiScore(FeatureMetric):
     """
 
     def __init__(self, extractor: Mapping[str, Any], per_group: bool = True, resize: bool = True, prefix: str = ''):
-        self.per_group, self.resize, self.prefix = per_group, resize, prefix
-        super().__init__(extractor)
-
-    def bind(self, extractors: ExtractorPool) -> None:
-        super().bind(extractors)
-        self.preparation = Preparation(self.extractor.input_size if self.resize else None)
+        self.per_group, self.prefix = per_group, prefix
+        super().__init__(extractor, resize)
 
     def reset(self) -> None:
         super().reset()
         self._groups: dict[str | int, list[Tensor]] = {}
 
     def feed(self, batch: SampleBatch) -> None:
-        embeddings = batch.features(self.extractor, self.preparation).embedding.float().cpu()
+        embeddings = self.features(batch).embedding.float().cpu()
         groups = groups_of(batch) if self.per_group else [0] * len(batch.ids)
         for group, embedding in zip(groups, embeddings, strict=True):
             self._groups.setdefault(group, []).append(embedding)
@@ -85,7 +86,6 @@ class VendiScore(FeatureMetric):
         sizes = [len(members) for members in self._groups.values()]
         return dict(
             **super().protocol(),
-            preparation=self.preparation.protocol(),
             num_groups=len(sizes),
             images_per_group=[min(sizes), max(sizes)],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,12 @@ from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
-from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
+from lakonlab.evaluation.samples import SampleBatch, captions_of, finite_rows, marked, prompts_of, real_images
 from lakonlab.evaluation.sampling import device_of, given_noise, nfe_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
+
+logger = logging.getLogger('lakonlab.evaluation')
 
 
 def _attention_flops(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
@@ -46,6 +49,7 @@ def evaluate(
     sample_kwargs: Mapping[str, Any] | None = None,
     reference_kwargs: Mapping[str, Any] | None = None,
     references: ReferenceSamples | None = None,
+    keep_references: bool = True,
     data: str = 'val',
     version: object = None,
     images: ImageFolder | None = None,
@@ -68,10 +72,12 @@ def evaluate(
         model: Has ``val_step``; put into evaluation mode while it samples. Not needed for real images.
         dataloader: Made by :func:`build_evaluation_loader`: batches with ``ids``, noise and conditions, or with real
             images.
-        metrics: What to measure; reset first. Only those of the main process are used.
+        metrics: What to measure; reset before and after, so that they hold no samples between evaluations. Only those
+            of the main process are used.
         sample_kwargs: Arguments of ``val_step``: ``role``, ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
         references: Where reference samples are kept between evaluations.
+        keep_references: Whether a later evaluation compares with the same ones.
         data: Name of the split.
         version: What changes when the weights of the model do.
         images: Where to write samples; only that of the main process is used.
@@ -88,10 +94,11 @@ def evaluate(
 
     Returns:
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol, with the
-        names of its ``numbers``), ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``,
-        ``num_processes``, and the sampling arguments with ``sampling_seed``, None for real images, ``quantize``, and
-        ``image_sizes``, height and width of the images, which every protocol repeats; and ``reused``, of images written
-        before, how many samples were ``read`` and how many were ``made``, None if none were to be read.
+        names of its ``numbers``), ``num_samples``, ``num_not_finite`` (samples with pixels that are not finite, of
+        which most numbers are NaN), ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the
+        sampling arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and
+        width of the images, which every protocol repeats; and ``reused``, of images written before, how many samples
+        were ``read`` and how many were ``made``, None if none were to be read.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -110,6 +117,7 @@ def evaluate(
     start, count, nfe = time.perf_counter(), 0, None
     num_read = 0  # by this process, from images that were written before
     sizes: set[tuple[int, int]] = set()
+    not_finite: list[int] = []
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe, num_read
@@ -129,7 +137,9 @@ def evaluate(
         else:
             pixels = real_images(batch)
         if needs_reference:
-            reference = references.get(model, batch, data, reference_kwargs, version, make_reference, seed)
+            reference = references.get(
+                model, batch, data, reference_kwargs, version, make_reference, seed, keep_references
+            )
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
             pixels, batch['ids'], labels, reference, seconds,
@@ -143,9 +153,10 @@ def evaluate(
             if images is not None:
                 images.add(batch.images, batch.ids, captions_of(batch), batch.noise)
             sizes.add(tuple(batch.images.shape[-2:]))
-            batch.images = quantised(batch.images, quantize)
+            not_finite.extend(batch.ids[row] for row in (~finite_rows(batch.images)).nonzero().flatten().tolist())
+            batch.images = quantised(marked(batch.images), quantize)
             if batch.reference is not None:
-                batch.reference = quantised(batch.reference, quantize)
+                batch.reference = quantised(marked(batch.reference), quantize)
             for metric in metrics:
                 metric.feed(batch)
             count += len(batch.ids)
@@ -154,6 +165,16 @@ def evaluate(
     def summarise() -> dict[str, Any]:
         if count == 0:
             raise ConfigError(f'{name}: the data split {data!r} has no samples')
+        if not_finite:
+            first = ', '.join(map(str, not_finite[:4])) + (', ...' if len(not_finite) > 4 else '')
+            logger.warning(
+                '%s: %d of %d samples have pixels that are not finite (%s): numbers that they are part of are nan, and '
+                'no images of them are written',
+                name,
+                len(not_finite),
+                count,
+                first,
+            )
         numbers: dict[str, float] = {}
         names: dict[str, list[str]] = {}
         for metric in metrics:
@@ -169,6 +190,7 @@ def evaluate(
                 metric.title: dict(numbers=names[metric.title], **metric.protocol(), **common) for metric in metrics
             },
             num_samples=count,
+            num_not_finite=len(not_finite),
             nfe=nfe_of(model, sample_kwargs or {}) if nfe is None and generate else nfe,
             seconds=time.perf_counter() - start,
             num_processes=ranks.world_size,
@@ -203,7 +225,11 @@ def evaluate(
         if model is not None:
             model.train(was_training)
     total_read = sum(ranks.all_gather(num_read))
-    return ranks.on_main(summarise)
+    try:
+        return ranks.on_main(summarise)
+    finally:
+        for metric in metrics:
+            metric.reset()
 
 
 def build_evaluation_loader(

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from lakonlab.evaluation.expected import Expected, with_prompts
 from lakonlab.evaluation.images import to_uint8
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.samples import SampleBatch
@@ -60,6 +61,9 @@ class PromptExport(Metric):
     @property
     def title(self) -> str:
         return f'{type(self).__name__} ({self.out_dir})'
+
+    def expect(self, samples: Expected) -> None:
+        with_prompts(samples, type(self).__name__)
 
     def reset(self) -> None:
         self.num_images = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import nn
 
 from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
+from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.preparation import QUANTISATIONS
-from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.references import ReferenceSamples, is_frozen
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.evaluation.training_record import forget_later, record
@@ -97,6 +98,9 @@ class GenerativeEvalHook(Hook):
                 require(viz_dir, WRITE, LIST, setting=f'evaluation {self.name}: viz_dir')
             except StorageError as error:
                 raise ValueError(str(error)) from error
+        for key, value, least in (('viz_num', viz_num, 0), ('feed_batch_size', feed_batch_size, 1)):
+            if value is not None and value < least:
+                raise ValueError(f'evaluation {self.name}: {key}={value!r}: expected at least {least}')
         self.viz_dir = viz_dir
         self.viz_num = viz_num
         self.feed_batch_size = feed_batch_size
@@ -171,6 +175,7 @@ class GenerativeEvalHook(Hook):
         origin: Mapping[str, Any] | None = None,
         reuse: bool = False,
         iteration: int | None = None,
+        keep_references: bool = True,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
 
@@ -188,14 +193,14 @@ class GenerativeEvalHook(Hook):
             reuse: Measure the images that an evaluation of the same ``origin`` and arguments has written, instead of
                 making them again; then all samples are measured with 8 bits per channel.
             iteration: Number of completed iterations, while training.
+            keep_references: Whether a later evaluation compares with the same reference samples.
 
         Returns:
             In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
             ``prefix``, ``images``, the folder of images, and ``page``, which shows them; and in the main process the
             grid of samples, uint8 (H, W, 3), or None.
         """
-        if self._loader is None:
-            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+        self._load(data, loader, ranks)
         path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
         weights = dict(iteration=iteration) if origin is None else origin
@@ -230,6 +235,7 @@ class GenerativeEvalHook(Hook):
             sample_kwargs=self.sample_kwargs,
             reference_kwargs=self.reference_kwargs,
             references=self.references,
+            keep_references=keep_references,
             data=self.data,
             version=tag,
             images=folder,
@@ -256,10 +262,43 @@ class GenerativeEvalHook(Hook):
         summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=images, page=page)
         return {**summary, **results}, grid
 
+    def _load(self, data: Mapping[str, Any], loader: str, ranks: Ranks) -> None:
+        if self._loader is None:
+            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+
+    def check(self, data: Mapping[str, Any], loader: str = 'val_dataloader', ranks: Ranks = ALONE) -> None:
+        """See that the samples to come suffice for the metrics, which are bound; by all processes together.
+
+        Args:
+            data: Section ``data`` of the config.
+            loader: Key of the loader arguments in it.
+            ranks: The processes.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        self._load(data, loader, ranks)
+        ranks.on_main(lambda: check_expected(self.metrics, self._loader, self.generate, self.name, self.data))
+
     def bind(self) -> None:
         """Load the networks and references of the metrics, if they are not yet there."""
         for metric in self.metrics:
             metric.bind(self.extractors)
+
+    def compares_like_one_of(self, others: Iterable[Hook]) -> bool:
+        """Whether another evaluation compares with the same reference samples.
+
+        Args:
+            others: Hooks of the run.
+        """
+        mine = self.data, self.reference_kwargs
+        return any(
+            isinstance(other, GenerativeEvalHook)
+            and other is not self
+            and (other.data, other.reference_kwargs) == mine
+            and any(metric.needs_reference for metric in other.metrics)
+            for other in others
+        )
 
     def _sampling(self) -> dict[str, Any]:
         """What decides which samples are made, beside the weights."""
@@ -277,6 +316,7 @@ class GenerativeEvalHook(Hook):
         self.share(runner.hooks)
         if self.interval is not None:
             runner.strategy.ranks.on_main(self.bind)
+            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
         if self.best and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
@@ -310,6 +350,7 @@ class GenerativeEvalHook(Hook):
                     is_divided=strategy.is_sharded,
                     stop=lambda: runner.is_asked_to_stop,
                     iteration=iteration,
+                    keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
                 )
         except EvaluationStoppedError as stopped:
             logger.info('%s; it will be made when the run goes on', stopped)

@@ -98,7 +98,7 @@ class ImageFolder:
         """Write samples.
 
         Args:
-            images: Shape (B, C, H, W), float in [0, 1].
+            images: Shape (B, C, H, W), float in [0, 1]; those with pixels that are not finite are left out.
             ids: Number of each sample.
             captions: What the page says about each; None for nothing.
             noise: Hash of the noise that each started from; None where it is not known.
@@ -106,7 +106,8 @@ class ImageFolder:
         Raises:
             OSError: One of these or of those before could not be written.
         """
-        wanted = [row for row, number in enumerate(ids) if self.limit is None or number < self.limit]
+        finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        wanted = [row for row in range(len(ids)) if finite[row] and (self.limit is None or ids[row] < self.limit)]
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
@@ -228,6 +229,11 @@ def _read(path: str) -> tuple[Tensor, str | None]:
 def image_name(number: int) -> str:
     """Name of the file of a sample."""
     return f'{number:09d}.png'
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file has the name of a sample."""
+    return re.fullmatch(r'\d{9,}\.png', name) is not None
 
 
 def is_of(path: str | AnyPath, origin: Mapping[str, Any] | None) -> bool:

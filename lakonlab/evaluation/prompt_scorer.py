@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.evaluation.estimate import Estimate
+from lakonlab.evaluation.expected import Expected, with_prompts
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import Metric
-from lakonlab.evaluation.samples import SampleBatch
+from lakonlab.evaluation.samples import SampleBatch, finite_rows
 from lakonlab.registry import PROMPT_SCORERS
 
 
@@ -64,6 +65,9 @@ class PromptMetric(Metric):
     def bind(self, extractors: ExtractorPool) -> None:
         self.scorer = extractors.build(self.scorer_config, PROMPT_SCORERS)
 
+    def expect(self, samples: Expected) -> None:
+        with_prompts(samples, type(self).__name__)
+
     def reset(self) -> None:
         self._scores: list[float] = []
 
@@ -79,7 +83,9 @@ class PromptMetric(Metric):
         scorer = self.scorer.to(batch.images.device)
         for start in range(0, len(batch.ids), batch.feed_batch_size):
             part = slice(start, start + batch.feed_batch_size)
-            self._scores += scorer(batch.images[part], batch.prompts[part]).double().tolist()
+            scores = scorer(batch.images[part], batch.prompts[part]).double()
+            # a scorer that quantises takes images that are not finite for black ones
+            self._scores += scores.masked_fill(~finite_rows(batch.images[part]), torch.nan).tolist()
 
     def compute(self) -> dict[str, float]:
         score = Estimate.of(self._scores)

@@ -66,14 +66,17 @@ def run_evaluations(
             hook.bind()
 
     ranks.on_main(bind)
+    for hook in hooks:
+        hook.check(cfg['data'], 'test_dataloader', ranks)
     results = []
     for number, hook in enumerate(hooks, start=1):
         if ranks.is_main:
             logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
         name = cfg.get('name', 'run')
         result, _ = hook.run(
-            model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse
-        )
+            model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse,
+            keep_references=hook.compares_like_one_of(hooks[number:]),
+        )  # fmt: skip
         results.append(result)
     return results
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lakonlab.evaluation.expected import Expected, made_now
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.samples import SampleBatch
 from lakonlab.registry import METRICS
@@ -28,6 +29,9 @@ class Timing(NamedTuple):
 
 class TimedMetric(Metric):
     """A metric of the time that samples take, without the first batch of each process if there are others."""
+
+    def expect(self, samples: Expected) -> None:
+        made_now(samples, type(self).__name__)
 
     def reset(self) -> None:
         self._warm_up: list[Timing] = []

@@ -6,6 +6,7 @@ from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.digits import load_split
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
 from lakonlab.evaluation.metrics import FeatureDiversity
+from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch, real_images
 from lakonlab.registry import FEATURE_EXTRACTORS, METRICS
 
@@ -47,7 +48,8 @@ def test_class_accuracy(pixels):
     metric.feed(SampleBatch(one_hot([0, 1, 2]), [0, 1, 2], torch.tensor([0, 1, 3])))
     metric.feed(SampleBatch(one_hot([3]), [3], torch.tensor([3])))
     assert metric.compute() == dict(class_accuracy=0.75)
-    assert metric.protocol() == dict(num_images=4, extractor=dict(name='Pixels'))
+    as_they_are = dict(size=None, center_crop=False, mode='bicubic')
+    assert metric.protocol() == dict(num_images=4, extractor=dict(name='Pixels'), preparation=as_they_are)
     metric.reset()
     metric.feed(SampleBatch(one_hot([3]), [3], torch.tensor([2])))
     assert metric.compute() == dict(class_accuracy=0.0)
@@ -144,6 +146,34 @@ def test_metrics_share_features(pixels):
         metric.feed(batch)
     assert metrics[0].extractor is metrics[1].extractor
     assert metrics[0].extractor.calls == 2  # three images in parts of two, once
+
+
+@pytest.mark.parametrize('resize', [True, False])
+def test_features_are_of_the_size_that_the_extractor_looks_at(pixels, monkeypatch, resize):
+    """Of samples and of real images, as the protocol says."""
+    monkeypatch.setattr(Pixels, 'input_size', 4)
+    seen = []
+    monkeypatch.setattr(Pixels, 'forward', lambda self, images: seen.append(images) or Features(images.flatten(1)))
+    images = load_split('val')[0][:20] / 2 + 0.5
+    common = dict(extractor=pixels, resize=resize)
+    frechet = bound(dict(type='FrechetDistance', reference=dict(type='Digits', split='val'), **common))
+    diversity = bound(dict(type='FeatureDiversity', **common))
+    for metric in (frechet, diversity):
+        metric.feed(SampleBatch(images, list(range(20))))
+        metric.compute()
+        assert metric.protocol()['preparation'] == dict(size=4 if resize else None, center_crop=False, mode='bicubic')
+    assert {tuple(batch.shape[1:]) for batch in seen} == {(1, 4, 4) if resize else (1, 8, 8)}
+    assert len(seen) == 4  # of samples twice, of 355 real images in two batches
+    torch.testing.assert_close(seen[0], Preparation(4 if resize else None)(images))
+
+
+def test_class_accuracy_is_of_the_size_that_the_extractor_looks_at():
+    digits, labels = load_split('val')
+    larger = torch.nn.functional.interpolate(digits / 2 + 0.5, (24, 24), mode='bilinear')
+    metric = bound(dict(type='ClassAccuracy', extractor=dict(type='DigitClassifier')))
+    metric.feed(SampleBatch(larger, list(range(len(labels))), labels))
+    assert metric.compute()['class_accuracy'] > 0.9
+    assert metric.protocol()['preparation']['size'] == 8
 
 
 def test_real_images():

@@ -94,6 +94,22 @@ def test_of_a_folder(tmp_path):
         make_reference(batches, GreyDigits().eval(), Preparation(8), source, num_images=21)
 
 
+@pytest.mark.parametrize('origin', [None, dict(seed=0)])
+def test_of_samples_that_an_evaluation_wrote(tmp_path, origin):
+    """The grid, which shows all of them once more, is no sample; nor is a stranger where it is known what is one."""
+    from lakonlab.evaluation.images import ImageFolder
+    from lakonlab.evaluation.reference_making import images_of_folder
+
+    samples = ImageFolder(tmp_path / 'iter_4', origin=origin)
+    samples.add(quantised_digits()[:20] / 255, range(20))
+    samples.finish()
+    Image.new('L', (8, 8)).save(tmp_path / 'iter_4' / 'mine.png')
+    (tmp_path / 'others').mkdir()
+    Image.new('L', (8, 8)).save(tmp_path / 'others' / 'grid.png')  # beside no samples, an image like any other
+    batches, source = images_of_folder(tmp_path)
+    assert sum(len(batch) for batch in batches) == source['num_files'] == (22 if origin is None else 21)
+
+
 def test_of_statistics(tmp_path):
     values, covariance = expected_of(quantised_digits() / 255)
     np.savez(tmp_path / 'a.npz', mu=values.mean(0), sigma=covariance, pool_3=values)

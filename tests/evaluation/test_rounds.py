@@ -50,12 +50,15 @@ class Painter(nn.Module):
 
 
 class Recorder(Metric):
-    """Keeps what it is fed."""
+    """Keeps what it is fed, for good."""
 
     needs_reference = True
 
-    def reset(self):
+    def __init__(self):
         self.batches = []
+
+    def reset(self):
+        pass
 
     def feed(self, batch):
         self.batches.append((list(batch.ids), batch.images.clone(), batch.labels.clone(), batch.reference.clone()))
