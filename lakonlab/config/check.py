@@ -241,6 +241,8 @@ class _Checker(Walker):
         return [key for key, value in self.section('data').items() if isinstance(value, Mapping) and 'type' in value]
 
     def _hooks(self) -> None:
+        from lakonlab.evaluation.entries import clashes, entries_of
+
         for section in ('custom_hooks', 'evaluation'):
             entries = self.cfg.get(section) or []
             if not isinstance(entries, (list, tuple)):
@@ -256,6 +258,9 @@ class _Checker(Walker):
                 elif entry.get('type') == 'ExponentialMovingAverageHook':
                     self._momentum(entry, path)
                     self._averages(entry, path)
+        evaluations = self.cfg.get('evaluation') or []
+        if isinstance(evaluations, (list, tuple)):
+            self.problems += clashes(entries_of(evaluations))
         if self.cfg.get('checkpoint_config') is not None:
             section = self.section('checkpoint_config')
             node = {'type': 'CheckpointHook', **section}
@@ -275,6 +280,7 @@ class _Checker(Walker):
                 self.check_whole('checkpoint_config.max_keep_ckpts', section['max_keep_ckpts'], 1, ', or -1 for all')
 
     def _evaluation_entry(self, entry: Mapping[str, Any], path: str) -> None:
+        from lakonlab.evaluation.references import needs_reference_kwargs
         from lakonlab.evaluation.sampling import SAMPLE_ARGUMENTS
 
         split = entry.get('data', 'val')
@@ -287,6 +293,10 @@ class _Checker(Walker):
             self._best_checkpoint(entry, path)
         self._metrics(entry.get('metrics'), f'{path}.metrics')
         self._ranges(path, entry, schema.LEAST_OF_EVALUATION)
+        kinds = [kind for kind, _ in self._metrics_of(entry, path)]
+        compared = [kind.__name__ for kind in kinds if getattr(kind, 'needs_reference', False)]
+        if compared and entry.get('reference_kwargs') is None:
+            self.problems.append(needs_reference_kwargs(path, compared))
         self._evaluation_interval(entry.get('interval', 1), f'{path}.interval')
 
     def _best_checkpoint(self, entry: Mapping[str, Any], path: str) -> None:
@@ -301,11 +311,7 @@ class _Checker(Walker):
             )
         if entry.get('interval', 1) is None:
             self.problems.append(f'{found}, but interval=None never evaluates while training')
-        metrics = entry.get('metrics') or ()
-        keys = [f'{path}.metrics']
-        if isinstance(metrics, (list, tuple)):
-            keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
-        found = [(self.classes.get(key), self.at(key)) for key in keys]
+        found = self._metrics_of(entry, path)
         if any(kind is None for kind, _ in found):  # which has been reported
             return
         try:
@@ -314,6 +320,14 @@ class _Checker(Walker):
             )
         except ValueError as error:
             self.problems.append(str(error))
+
+    def _metrics_of(self, entry: Mapping[str, Any], path: str) -> list[tuple[type | None, Any]]:
+        """Class and arguments of each metric of an entry; None for a class that has not been found."""
+        metrics = entry.get('metrics') or ()
+        keys = [f'{path}.metrics']
+        if isinstance(metrics, (list, tuple)):
+            keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
+        return [(self.classes.get(key), self.at(key)) for key in keys]
 
     def _metrics(self, metrics: Any, path: str) -> None:
         """Every metric names a class; those that do have been checked with the hook."""

@@ -273,7 +273,7 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'dist': 'whether several processes evaluate follows from how many there are',
     },
     'InceptionMetrics': {
-        'inception_args': 'the network is named by extractor; by default it is the same one',
+        'inception_args': 'the network is that of inception-2015-12-05, unless extractor names another one',
         'bgr2rgb': 'images are RGB',
         'pr_row_batch_size': 'distances are computed in blocks anyway',
         'pr_col_batch_size': 'distances are computed in blocks anyway',
@@ -312,6 +312,9 @@ EMPTY_KEYS: dict[str, str] = {
     'train_cfg.teacher_test_cfg_2': 'the teacher is asked once',
 }
 """Dotted keys that may be present while they say None, False or nothing, without effect -> why."""
+
+INCEPTION_TYPE, INCEPTION_FILE = 'StyleGAN', 'inception-2015-12-05'
+"""What ``inception_args`` of the published schema names where it asks for the network that is used anyway."""
 
 UNREAD_BY: dict[str, dict[str, str]] = {
     'DX': {'train_cfg.gm_dropout': 'a DX policy has no components to drop'},

@@ -211,7 +211,8 @@ class LPIPSDiversity(PairwiseDistance):
     """Mean LPIPS over pairs of samples of a prompt or class.
 
     Args:
-        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`.
+        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`; with ``type``, of another
+            distance of images.
         max_per_group: Only the first samples of each prompt or class count.
         prefix: Goes before the names of the numbers, with a ``_``.
     """
@@ -219,7 +220,7 @@ class LPIPSDiversity(PairwiseDistance):
     number = 'lpips_diversity'
 
     def __init__(self, network: Mapping[str, Any] | None = None, max_per_group: int = 16, prefix: str = ''):
-        self.network_config = dict(network or {}, type='LPIPSNetwork')
+        self.network_config = {'type': 'LPIPSNetwork', **(network or {})}
         super().__init__(max_per_group, prefix)
 
     def bind(self, extractors: ExtractorPool) -> None:
@@ -252,14 +253,15 @@ class ReferenceLPIPS(Metric):
     """Mean LPIPS to reference images made from the same noise.
 
     Args:
-        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`.
+        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`; with ``type``, of another
+            distance of images.
     """
 
     needs_reference = True
     better = {'reference_lpips': 'lower'}
 
     def __init__(self, network: Mapping[str, Any] | None = None):
-        self.network_config = dict(network or {}, type='LPIPSNetwork')
+        self.network_config = {'type': 'LPIPSNetwork', **(network or {})}
         super().__init__()
 
     def bind(self, extractors: ExtractorPool) -> None:

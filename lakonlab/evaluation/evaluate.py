@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
+from lakonlab.evaluation.initial_noise import digest
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
-from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
 from lakonlab.evaluation.samples import SampleBatch, captions_of, finite_rows, marked, prompts_of, real_images
 from lakonlab.evaluation.sampling import device_of, given_noise, nfe_of, sample
@@ -96,9 +97,10 @@ def evaluate(
         In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol, with the
         names of its ``numbers``), ``num_samples``, ``num_not_finite`` (samples with pixels that are not finite, of
         which most numbers are NaN), ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the
-        sampling arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and
-        width of the images, which every protocol repeats; and ``reused``, of images written before, how many samples
-        were ``read`` and how many were ``made``, None if none were to be read.
+        sampling arguments with ``sampling_seed``, None for real images, ``initial_noise``, a hash of that of all
+        samples, None where it is not known, ``quantize``, and ``image_sizes``, height and width of the images, which
+        every protocol repeats; and ``reused``, of images written before, how many samples were ``read`` and how many
+        were ``made``, None if none were to be read.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -108,7 +110,7 @@ def evaluate(
     needs_reference = any(metric.needs_reference for metric in metrics)
     needs_flops = any(metric.needs_flops for metric in metrics)
     if needs_reference and reference_kwargs is None:
-        raise ConfigError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
+        raise ConfigError(needs_reference_kwargs(name, [metric.title for metric in metrics if metric.needs_reference]))
     if written is not None and quantize != 'uint8':
         raise ConfigError(f"{name}: images in files have 8 bits per channel: set quantize='uint8' to measure them")
     references = references if references is not None else ReferenceSamples()
@@ -118,6 +120,7 @@ def evaluate(
     num_read = 0  # by this process, from images that were written before
     sizes: set[tuple[int, int]] = set()
     not_finite: list[int] = []
+    hashes: dict[int, str | None] = {}
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
         nonlocal nfe, num_read
@@ -154,6 +157,7 @@ def evaluate(
                 images.add(batch.images, batch.ids, captions_of(batch), batch.noise)
             sizes.add(tuple(batch.images.shape[-2:]))
             not_finite.extend(batch.ids[row] for row in (~finite_rows(batch.images)).nonzero().flatten().tolist())
+            hashes.update(zip(batch.ids, batch.noise or [None] * len(batch.ids), strict=True))
             batch.images = quantised(marked(batch.images), quantize)
             if batch.reference is not None:
                 batch.reference = quantised(marked(batch.reference), quantize)
@@ -183,7 +187,8 @@ def evaluate(
             numbers.update(computed)
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
-        common = dict(sampling_seed=sampling_seed, quantize=quantize, image_sizes=image_sizes)
+        noise = digest(hashes)
+        common = dict(sampling_seed=sampling_seed, initial_noise=noise, quantize=quantize, image_sizes=image_sizes)
         return dict(
             metrics=numbers,
             protocol={
@@ -197,6 +202,7 @@ def evaluate(
             generated=generate,
             sample_kwargs=dict(sample_kwargs or {}),
             sampling_seed=sampling_seed,
+            initial_noise=noise,
             quantize=quantize,
             image_sizes=image_sizes,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
+from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, run_name
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.preparation import QUANTISATIONS
-from lakonlab.evaluation.references import ReferenceSamples, is_frozen
+from lakonlab.evaluation.references import ReferenceSamples, is_frozen, needs_reference_kwargs
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
 from lakonlab.evaluation.training_record import forget_later, record
@@ -46,7 +46,7 @@ class GenerativeEvalHook(Hook):
         sample_kwargs: ``role`` (``'student'``, ``'ema'``, ``'teacher'``; by default the average, if there is one)
             and ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
-        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of the run>/<data>_<prefix>``.
+        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of work_dir>/<data>_<prefix>``.
         viz_num: Samples written as images; None for all, 0 for none.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured instead of samples.
@@ -60,7 +60,7 @@ class GenerativeEvalHook(Hook):
         metric_cpu_offload: Move the networks of metrics to the CPU after each evaluation.
 
     Attributes:
-        owed: Iteration whose evaluation was given up when the run was asked to stop; None if there is none.
+        owed: Iteration whose evaluation was given up when the run was asked to stop, or failed; None if there is none.
 
     Raises:
         ValueError: An argument has an impossible value.
@@ -87,7 +87,7 @@ class GenerativeEvalHook(Hook):
     ):
         self.data = data
         self.prefix = prefix
-        self.name = f'{data}_{prefix}' if prefix else data
+        self.name = entry_name(data, prefix)
         self.interval = _checked_interval(interval)
         self.sample_kwargs = check_sample_kwargs(sample_kwargs, f'evaluation {self.name}: sample_kwargs')
         self.reference_kwargs = None
@@ -132,18 +132,30 @@ class GenerativeEvalHook(Hook):
                 [metric.better for metric in self.metrics], best_metric, f'evaluation {self.name}'
             )
             self.best = [BestValue(f'{self.name}_{number}', better) for number, better in rules.items()]
+        compared = [metric.title for metric in self.metrics if metric.needs_reference]
+        if compared and reference_kwargs is None:
+            raise ValueError(needs_reference_kwargs(f'evaluation {self.name}', compared))
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()
         self._loader = None
         self.owed: int | None = None
 
     def share(self, hooks: Sequence[Hook]) -> None:
-        """Use the networks and reference samples of the first evaluation of the run.
+        """Use the networks and reference samples of the first evaluation of the run, and nothing else of another one.
 
         Args:
             hooks: All hooks of the run.
+
+        Raises:
+            ValueError: Two evaluations have the same name, or folder of images.
         """
-        first = next(hook for hook in hooks if isinstance(hook, GenerativeEvalHook))
+        evaluations = [hook for hook in hooks if isinstance(hook, GenerativeEvalHook)]
+        problems = clashes(
+            [Entry('evaluation', hook.name, hook.viz_dir if hook.viz_num != 0 else None) for hook in evaluations]
+        )
+        if problems:
+            raise ValueError('; '.join(problems))
+        first = evaluations[0]
         self.extractors, self.references = first.extractors, first.references
 
     def is_due(self, iteration: int) -> bool:
@@ -165,7 +177,7 @@ class GenerativeEvalHook(Hook):
         self,
         model: nn.Module,
         data: Mapping[str, Any],
-        run_name: str,
+        run: str,
         tag: str,
         loader: str = 'val_dataloader',
         seed: int = 0,
@@ -182,7 +194,7 @@ class GenerativeEvalHook(Hook):
         Args:
             model: Has ``val_step``.
             data: Section ``data`` of the config.
-            run_name: Name of the run, for the default folder of images.
+            run: Name of the run, for the default folder of images.
             tag: Name of the weights that are evaluated: the iteration, or the checkpoint.
             loader: Key of the loader arguments in ``data``.
             seed: Seed of what the sampler draws beyond the data set's noise.
@@ -201,7 +213,7 @@ class GenerativeEvalHook(Hook):
             grid of samples, uint8 (H, W, 3), or None.
         """
         self._load(data, loader, ranks)
-        path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
+        path = None if self.viz_num == 0 else as_path(images_folder(self.viz_dir, run, self.name)) / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
         weights = dict(iteration=iteration) if origin is None else origin
         origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
@@ -223,7 +235,7 @@ class GenerativeEvalHook(Hook):
             nonlocal grid
             grid = folder.finish() if folder else None
             if folder and folder.captions:
-                gallery(f'{run_name} {self.name} {tag}', results, weights, folder, page).write(page)
+                gallery(f'{run} {self.name} {tag}', results, weights, folder, page).write(page)
             if self.metric_cpu_offload:
                 self.extractors.offload()
 
@@ -311,54 +323,82 @@ class GenerativeEvalHook(Hook):
         of results, those of later iterations, which will be made again, are removed.
 
         Raises:
-            ValueError: It has none, or what metrics need does not fit.
+            ValueError: It has none, or another evaluation's best checkpoints would take the same one, or what metrics
+                need does not fit.
         """
         self.share(runner.hooks)
-        if self.interval is not None:
-            runner.strategy.ranks.on_main(self.bind)
-            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
+        evaluations = [hook for hook in runner.hooks if isinstance(hook, GenerativeEvalHook)]
+        names = [best.name for hook in evaluations for best in hook.best]
+        shared = [best.name for best in self.best if names.count(best.name) > 1]
+        if shared:
+            raise ValueError(
+                f'evaluation {self.name}: another entry keeps the best checkpoint of {", ".join(shared)} too, in the '
+                'same place; give one of them a prefix of its own, or set save_best_ckpt=False in it'
+            )
         if self.best and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
                 'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
             )
+        if self.interval is not None:
+            runner.strategy.ranks.on_main(self.bind)
+            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
         runner.strategy.ranks.on_main(lambda: forget_later(runner.work_dir, runner.iter))
 
     def before_train_epoch(self, runner) -> None:
-        """Make up for an evaluation in which the run was stopped."""
+        """Make up for an evaluation in which the run was stopped, or which failed."""
         owed, self.owed = self.owed, None
         if owed == runner.iter:
             self._evaluate(runner, owed)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far."""
+        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far.
+
+        What fails in all processes at the same place, as it does unless networks are divided among them, does so after
+        the run is saved, by which all of them are needed.
+        """
         if self.is_due(runner.iter + 1):
             self._evaluate(runner, runner.iter + 1)
 
     def _evaluate(self, runner, iteration: int) -> None:
-        run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
-        strategy = runner.strategy
+        if runner.failure is not None:  # of another evaluation
+            self.owed = iteration
+            return
         try:
-            with phase('evaluation'):
-                results, grid = self.run(
-                    runner.model,
-                    runner.cfg.data,
-                    run_name,
-                    str(iteration),
-                    seed=runner.seed,
-                    ranks=strategy.ranks,
-                    is_divided=strategy.is_sharded,
-                    stop=lambda: runner.is_asked_to_stop,
-                    iteration=iteration,
-                    keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
-                )
+            self._evaluate_and_log(runner, iteration)
         except EvaluationStoppedError as stopped:
             logger.info('%s; it will be made when the run goes on', stopped)
-            self.owed, strategy.stop_requested = iteration, True
-            return
+            self.owed, runner.strategy.stop_requested = iteration, True
+        except Exception as error:
+            if not runner.strategy.ranks.is_common(error):  # other processes wait for this one, and cannot be told
+                raise
+            self.owed = iteration
+            runner.end_with(error)
+
+    def _evaluate_and_log(self, runner, iteration: int) -> None:
+        strategy = runner.strategy
+        with phase('evaluation'):
+            results, grid = self.run(
+                runner.model,
+                runner.cfg.data,
+                run_name(runner.work_dir),
+                str(iteration),
+                seed=runner.seed,
+                ranks=strategy.ranks,
+                is_divided=strategy.is_sharded,
+                stop=lambda: runner.is_asked_to_stop,
+                iteration=iteration,
+                keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
+            )
         numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
 
         def log() -> None:
+            absent = [best.name for best in self.best if best.name not in numbers]
+            if absent:
+                raise ValueError(
+                    f'evaluation {self.name}.best_metric: {", ".join(absent)} has not been computed, only '
+                    f'{", ".join(numbers)}; the metric that promised it is at fault'
+                )
             if numbers:
                 runner.visualizer.add_scalars(numbers, step=iteration, file_path=f'{runner.timestamp}.json')
             record(runner.work_dir, iteration, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +27,21 @@ def noise_hashes(noise: Tensor) -> list[str]:
     rows = noise.detach().to('cpu', torch.float32).contiguous().numpy().astype('<f4', copy=False)
     shape = 'x'.join(map(str, rows.shape[1:])).encode()
     return [hashlib.sha256(shape + b':' + row.tobytes()).hexdigest()[:DIGITS] for row in rows]
+
+
+def digest(hashes: Mapping[int, str | None]) -> str | None:
+    """One hash of the noise of many samples, in whatever order they come.
+
+    Args:
+        hashes: Number of each sample -> hash of its noise.
+
+    Returns:
+        As many digits; None if there are no samples, or one of which it is not known.
+    """
+    if not hashes or None in hashes.values():
+        return None
+    text = '\n'.join(f'{number} {hashes[number]}' for number in sorted(hashes))
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
 
 
 class RecordingSource(SeededSource):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lakonlab.evaluation.entries import run_name
 from lakonlab.evaluation.hook import GenerativeEvalHook
 from lakonlab.evaluation.plain import finite
 from lakonlab.ranks import ALONE, Ranks
@@ -36,7 +37,7 @@ def run_evaluations(
 
     Args:
         model: Has ``val_step``.
-        cfg: The config; ``evaluation``, ``data`` and ``name`` are read.
+        cfg: The config; ``evaluation``, ``data`` and ``work_dir``, or else ``name``, are read.
         tag: Name of the weights, e.g. of the checkpoint; part of the folder names of images.
         splits: Only entries of these data splits; None for all.
         seed: Seed of what the samplers draw beyond the data set's noise.
@@ -49,7 +50,7 @@ def run_evaluations(
         The results of each entry, in their order, in every process.
 
     Raises:
-        ValueError: No entry is left to run.
+        ValueError: No entry is left to run, or two have the same name or folder of images.
     """
     entries = [dict(entry) for entry in cfg.get('evaluation') or () if splits is None or entry.get('data') in splits]
     if not entries:
@@ -72,7 +73,7 @@ def run_evaluations(
     for number, hook in enumerate(hooks, start=1):
         if ranks.is_main:
             logger.info('evaluation %d/%d: %s', number, len(hooks), hook.name)
-        name = cfg.get('name', 'run')
+        name = run_name(cfg['work_dir']) if cfg.get('work_dir') else cfg.get('name', 'run')
         result, _ = hook.run(
             model, cfg['data'], name, tag, 'test_dataloader', seed, ranks, is_divided, origin=origin, reuse=reuse,
             keep_references=hook.compares_like_one_of(hooks[number:]),

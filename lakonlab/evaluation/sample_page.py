@@ -10,7 +10,7 @@ from lakonlab.evaluation.viewer import Column, Gallery, Item, url_from
 
 FACTS = (
     'checkpoint', 'iteration', 'model_sha256', 'num_samples', 'nfe', 'quantize', 'sample_kwargs', 'reference_kwargs',
-    'sampling_seed', 'reused', 'protocol',
+    'sampling_seed', 'initial_noise', 'reused', 'protocol',
 )  # fmt: skip
 
 

@@ -57,3 +57,25 @@ def test_values_are_restored_by_name(caplog):
         restore(now, [value.state_dict() for value in before])
     assert [(value.value, value.step) for value in now] == [(None, None), (2.0, 5)]
     assert 'the best fid so far is forgotten: best checkpoints are now chosen by is, kid' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'names'),
+    [
+        ({}, ['fid', 'is']),
+        (dict(use_kid=True), ['fid', 'kid', 'is']),
+        (dict(use_is=False, use_pr=False), ['fid']),
+        (dict(use_is=False, use_kid=True, prefix='patch'), ['patch_fid', 'patch_kid']),
+    ],
+)
+def test_numbers_that_are_switched_off_do_not_decide(arguments, names):
+    """As an object says, and, without one, its class, which the check of a config asks."""
+    config = dict(type='InceptionMetrics', reference='a.npz', **arguments)
+    metric = METRICS.build(config)
+    assert list(metric.better) == list(type(metric).better_of(config)) == names
+    for wanted in sorted({'fid', 'kid', 'is', 'patch_fid', 'patch_kid', 'patch_is'} - set(names)):
+        expected = ', '.join(map(repr, names))
+        with pytest.raises(
+            ValueError, match=f"best_metric: found '{wanted}', expected numbers of metrics.*: {expected}$"
+        ):
+            numbers_that_decide([metric.better], wanted, 'entry')

@@ -138,7 +138,7 @@ def test_references_are_kept_as_long_as_an_entry_compares_with_them(monkeypatch)
 
     monkeypatch.setattr('lakonlab.evaluation.hook.ReferenceSamples', Watched)
     cfg = config(**RMSE)
-    others = config(**RMSE, prefix='q')['evaluation'] + config(**dict(RMSE, reference_kwargs={}))['evaluation']
+    others = config(**RMSE, prefix='q')['evaluation'] + config(**dict(RMSE, reference_kwargs={}, prefix='r'))['evaluation']
     cfg['evaluation'] += others
     run_evaluations(Model(), cfg)
     size = 8 * 8 * 4
@@ -243,6 +243,10 @@ def test_interval(interval, due):
         (dict(save_best_ckpt=True), 'evaluation val.best_metric: found None, but no metric'),
         (dict(save_best_ckpt=True, interval=None, metrics=dict(type='ReferenceRMSE')), 'never evaluates'),
         (
+            dict(metrics=[dict(type='ColorStats'), dict(type='ReferenceRMSE')]),
+            'evaluation val: ReferenceRMSE compares with reference samples, but reference_kwargs is not set',
+        ),
+        (
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
             "found 'fid', expected numbers of metrics of this entry: 'reference_rmse'",
         ),
@@ -278,7 +282,8 @@ def hook_and_runner(ranks=ALONE, **entry):
         checkpoint_hook=SimpleNamespace(
             save_best=lambda step, name, value: done.append(('best', step, name, value))
         ),
-        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False,
+        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False, failure=None,
+        end_with=lambda error: setattr(runner, 'failure', error),
         strategy=SimpleNamespace(ranks=ranks, is_sharded=False, stop_requested=False),
     )  # fmt: skip
     hook.before_train(runner)
@@ -294,6 +299,48 @@ def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
     assert scalars == ({'val_p_reference_rmse': pytest.approx(1.0)}, 5, 'now.json')
     assert grid == ('val_p', (2 * (66 + 12) + 2, 2 * 66 + 2, 3), 5)
     assert Path('viz/run/val_p/5/grid.png').is_file()
+
+
+def test_images_are_called_after_the_work_dir(tmp_path, monkeypatch):
+    """Whatever the config is called, so that two runs of one config do not remove each other's."""
+    monkeypatch.chdir(tmp_path)
+    hook, runner = hook_and_runner(viz_num=4, **RMSE)
+    for runner.work_dir in ('work_dirs/first', 'work_dirs/second'):
+        hook.after_train_iter(runner, 0)
+    run_evaluations(Model(), {**config(viz_num=4), 'work_dir': 'work_dirs/third'}, tag='1')
+    assert [Path(f'viz/{run}/val_p/1/grid.png').is_file() for run in ('first', 'second', 'third', 'run')] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ('entries', 'message'),
+    [
+        ([dict(prefix='q'), dict(prefix='q')], "2 entries of the name 'val_q'"),
+        ([dict(prefix='q'), dict(prefix='', data='val_q')], "2 entries of the name 'val_q'"),
+        (
+            [dict(prefix='q', viz_dir='a', viz_num=1), dict(prefix='r', viz_dir='./a/', viz_num=1)],
+            "entries with viz_dir='a'",
+        ),
+        ([dict(prefix='q', viz_dir='a', viz_num=1), dict(prefix='r', viz_dir='a', viz_num=0)], None),
+    ],
+)
+def test_entries_share_neither_name_nor_folder(tmp_path, monkeypatch, entries, message):
+    monkeypatch.chdir(tmp_path)
+    cfg = config()
+    cfg['evaluation'] = [dict(cfg['evaluation'][0], **entry) for entry in entries]
+    if message is None:
+        run_evaluations(Model(), cfg)
+        return
+    with pytest.raises(ValueError, match=message):
+        run_evaluations(Model(), cfg)
+    _, runner = hook_and_runner()
+    runner.hooks = [HOOKS.build(dict(entry)) for entry in cfg['evaluation']]
+    with pytest.raises(ValueError, match=message):
+        runner.hooks[0].before_train(runner)
 
 
 def evaluate_at(hook, runner, iteration, error):
@@ -319,12 +366,57 @@ def test_only_the_main_process_logs_and_all_save_the_best(tmp_path, monkeypatch)
 
 
 def test_an_error_of_the_log_ends_all():
+    """When they have saved; what is the best is found when the evaluation is made again."""
+
     def evaluated(ranks):
-        hook, runner = hook_and_runner(ranks, **RMSE)
+        hook, runner = hook_and_runner(ranks, save_best_ckpt=True, **RMSE)
         runner.visualizer.add_scalars = None
         hook.after_train_iter(runner, 0)
+        return type(runner.failure), hook.owed, hook.best[0].value, runner.done
 
-    assert [type(error) for error in run_threads(evaluated, 2)] == [TypeError] * 2
+    assert run_threads(evaluated, 2) == [(TypeError, 1, None, [])] * 2
+
+
+@METRICS.register_module()
+class BreaksItsWord(Brightest):
+    """Says that it gives a number, which it does not."""
+
+    better = {'promised': 'higher'}
+
+
+def test_a_number_that_decides_has_to_be_there():
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, save_best_ckpt=True, metrics=[dict(type='BreaksItsWord')])
+        hook.after_train_iter(runner, 0)
+        return str(runner.failure)
+
+    first, second = run_threads(evaluated, 2)
+    assert first == second
+    assert 'val_p.best_metric: val_p_promised has not been computed, only val_p_brightest' in first
+
+
+def test_evaluations_after_one_that_failed_are_owed_too():
+    hook, runner = hook_and_runner(**RMSE)
+    runner.failure = error = OSError('of another one')
+    hook.after_train_iter(runner, 0)
+    assert (hook.owed, runner.failure, runner.done) == (1, error, [])
+
+
+def test_an_error_of_one_process_is_raised_at_once():
+    """The others, which wait for it in a network that is divided, cannot save."""
+
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, **RMSE)
+        runner.strategy.is_sharded = True
+        if ranks.rank == 0:
+            return hook.after_train_iter(runner, 0)
+        runner.model.val_step = None
+        with pytest.raises(TypeError):
+            hook.after_train_iter(runner, 0)
+        ranks.table.barrier.abort()  # as a launcher ends the others
+        return runner.failure, hook.owed
+
+    assert run_threads(evaluated, 2)[1] == (None, None)
 
 
 def test_best_checkpoint_is_saved_when_a_number_improves():
@@ -403,6 +495,19 @@ def test_best_checkpoint_needs_a_place():
     runner.checkpoint_hook = None
     with pytest.raises(ValueError, match='save_best_ckpt=True, but checkpoint_config is not set'):
         hook.before_train(runner)
+
+
+def test_entries_do_not_share_a_best_checkpoint():
+    hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    fid = dict(type='InceptionMetrics', reference='a.npz', use_pr=False)
+    entries = dict(metrics=[fid]), dict(prefix='', metrics=[dict(fid, prefix='p')])
+    twins = [GenerativeEvalHook(**{'data': 'val', 'prefix': 'p', 'save_best_ckpt': True, **entry}) for entry in entries]
+    other, _ = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
+    runner.hooks = [hook, other, hook_and_runner(prefix='r', **RMSE)[0]]
+    hook.before_train(runner)
+    runner.hooks = twins
+    with pytest.raises(ValueError, match='another entry keeps the best checkpoint of val_p_fid too'):
+        twins[0].before_train(runner)
 
 
 def test_results_file(tmp_path):

@@ -7,12 +7,13 @@ from PIL import Image
 from torch import nn
 
 from lakonlab.datasets.noise import seeded_noise
-from lakonlab.evaluation.initial_noise import RecordingSource, noise_hashes
+from lakonlab.evaluation.initial_noise import RecordingSource, digest, noise_hashes
 from lakonlab.evaluation.results import run_evaluations
 from lakonlab.evaluation.viewer import read_page, side_by_side
 from lakonlab.ops.random_source import SeededSource
-from lakonlab.registry import DATASETS
+from lakonlab.registry import DATASETS, MODELS
 from tests.evaluation.thread_ranks import run_threads
+from tests.runner import small_run
 
 ORIGIN = dict(model_sha256='abc')
 
@@ -53,13 +54,11 @@ class Sampler(nn.Module):
         return dict(num_samples=len(images), pred_imgs=images)
 
 
-def run(folder, model=None, batch_size=3, seed=0, ranks=None, reuse=False, **data):
+def run(folder, model=None, batch_size=3, seed=0, ranks=None, reuse=False, kind='NoiseOrNot', **data):
     """An evaluation; its page."""
     cfg = dict(
         name='run',
-        data=dict(
-            workers_per_gpu=0, val=dict(type='NoiseOrNot', **data), test_dataloader=dict(samples_per_gpu=batch_size)
-        ),
+        data=dict(workers_per_gpu=0, val=dict(type=kind, **data), test_dataloader=dict(samples_per_gpu=batch_size)),
         evaluation=[dict(type='GenerativeEvalHook', data='val', viz_dir=str(folder), quantize='uint8')],
     )
     extra = {} if ranks is None else dict(ranks=ranks)
@@ -81,6 +80,14 @@ def test_hashes_are_of_shape_and_values():
     changed = noise.clone()
     changed[1, 1, 1] += 1e-6
     assert [found == before for found, before in zip(noise_hashes(changed), hashes)] == [True, False, True]
+
+
+def test_one_hash_of_many_samples():
+    assert digest({1: 'a', 2: 'b'}) == digest({2: 'b', 1: 'a'})
+    others = ({1: 'b', 2: 'a'}, {1: 'a'}, {1: 'a', 3: 'b'})
+    assert digest({1: 'a', 2: 'b'}) not in {digest(other) for other in others}
+    assert digest({1: 'a', 2: None}) is None
+    assert digest({}) is None
 
 
 def test_a_source_that_hashes_draws_the_same():
@@ -107,7 +114,26 @@ def test_what_hashes_depend_on(tmp_path, data):
         processes=run_threads(lambda ranks: run(tmp_path / 'd', batch_size=2, ranks=ranks, **data), 2)[0],
     )
     for other in same.values():
+        assert read_page(other).columns[0].facts['initial_noise'] == digest(
+            {i: found for i, (found,) in enumerate(noise)}
+        )
         assert all(item.shares_noise for item in side_by_side([page, other], tmp_path / 'both.html').items)
+
+
+@pytest.mark.parametrize('key', ['noise', 'something_else'], ids=['of the data set', 'of the sampler'])
+def test_models_as_they_are(tmp_path, key):
+    """Samples of a real model, from the noise of the data set, or drawn by the sampler in ``test_cfg.latent_size``."""
+    cfg = small_run.config()
+    torch.manual_seed(0)
+    model = MODELS.build({**cfg.model, 'train_cfg': cfg.train_cfg, 'test_cfg': cfg.test_cfg})
+    data = dict(kind='SmallImages', size=4, key=key)
+    pages = [run(tmp_path / str(size), model, batch_size=size, **data) for size in (1, 3)]
+    common = side_by_side(pages, tmp_path / 'both.html')
+    assert all(item.shares_noise for item in common.items)
+    assert len({item.noise[0] for item in common.items}) == 4
+    drawn = SeededSource(0, row_ids=range(4)).normal('noise', (4, 1, 8, 8))
+    given = torch.stack([DATASETS.build(dict(type='SmallImages', key='noise'))[number]['noise'] for number in range(4)])
+    assert [item.noise[0] for item in common.items] == noise_hashes(given if key == 'noise' else drawn)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +167,7 @@ def test_files_keep_it(tmp_path):
 
 
 def test_real_images_started_from_none(tmp_path):
-    digits = dict(type='Digits', split='val')
+    data = dict(workers_per_gpu=0, val=dict(type='Digits', split='val'), val_dataloader=dict(samples_per_gpu=100))
     entry = dict(type='GenerativeEvalHook', data='val', viz_dir=str(tmp_path), viz_num=3, generate=False)
-    (results,) = run_evaluations(Sampler(), dict(name='run', data=dict(val=digits), evaluation=[entry]))
+    (results,) = run_evaluations(Sampler(), dict(name='run', data=data, evaluation=[entry]))
     assert noise_of(results['page']) == [[None]] * 3

@@ -141,8 +141,8 @@ def test_it_opens_and_shows_the_first_page(report):
     assert report['pixelated']
     assert report['noise'] == ['same noise', None, 'different noise', 'noise not known']
     assert report['noiseTitle'] == f'four steps: aa\n{NASTY}: bb'
-    counts = 'same noise: 497, different noise: 1, noise not known: 1'
-    assert report['noiseCounts'] == f'samples of several runs, initial {counts}'
+    counts = '497 same noise, 1 different noise, 1 noise not known'
+    assert report['noiseCounts'] == f'samples in several runs: {counts}'
     assert report['numbers'] == ['', 'four steps', NASTY, 'fid', '2.5', '3.25', 'recall', '0.5', '–', 'kid', 'nan', '–']
 
 

@@ -192,9 +192,9 @@
     }
     const kinds = data.items.map(noiseOf).filter(Boolean);
     const counts = Object.keys(NOISE).map((kind) => [kind, kinds.filter((other) => other === kind).length]);
-    const told = counts.filter(([, count]) => count).map(([kind, count]) => `${NOISE[kind]}: ${count}`);
+    const told = counts.filter(([, count]) => count).map(([kind, count]) => `${count} ${NOISE[kind]}`);
     const blocks = names.length ? [table(rows)] : [];
-    if (told.length) blocks.push(element('p', {}, `samples of several runs, initial ${told.join(', ')}`));
+    if (told.length) blocks.push(element('p', {}, `samples in several runs: ${told.join(', ')}`));
     for (const column of data.columns) {
       if (Object.keys(column.facts).length) {
         blocks.push(element('div', {}, column.name), element('pre', {}, JSON.stringify(column.facts, null, 1)));
