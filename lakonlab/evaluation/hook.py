@@ -16,6 +16,7 @@ from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.interval import checked_interval, is_multiple
+from lakonlab.evaluation.metrics import build_metrics
 from lakonlab.evaluation.preparation import QUANTISATIONS
 from lakonlab.evaluation.references import ReferenceSamples, is_frozen, needs_reference_kwargs
 from lakonlab.evaluation.sample_page import gallery
@@ -24,7 +25,7 @@ from lakonlab.evaluation.training_record import forget_later, record
 from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.registry import HOOKS, METRICS
+from lakonlab.registry import HOOKS
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.remote_path import as_path
 from lakonlab.storage.schemes import LIST, WRITE, require
@@ -111,14 +112,7 @@ class GenerativeEvalHook(Hook):
             )
         self.quantize = quantize
         self.metric_cpu_offload = metric_cpu_offload
-        self.metrics = [METRICS.build(dict(metric)) for metric in metric_configs(metrics)]
-        titles = [metric.title for metric in self.metrics]
-        repeated = sorted({title for title in titles if titles.count(title) > 1})
-        if repeated:
-            raise ValueError(
-                f'evaluation {self.name}: metrics has {", ".join(repeated)} more than once, whose numbers would have '
-                'the same names: give each a prefix of its own, or an entry of its own where it takes none'
-            )
+        self.metrics = build_metrics(metric_configs(metrics), f'evaluation {self.name}')
         self.best: list[BestValue] = []
         if save_best_ckpt:
             if interval is None:

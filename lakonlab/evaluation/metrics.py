@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -120,6 +120,27 @@ class Metric(ABC):
         Returns:
             Plain data: number of images, features, reference.
         """
+
+
+def build_metrics(configs: Iterable[Mapping[str, Any]], name: str) -> list[Metric]:
+    """The metrics of an evaluation.
+
+    Args:
+        configs: Their configs.
+        name: Of the evaluation, for messages.
+
+    Raises:
+        ValueError: Two of them would call their numbers the same.
+    """
+    metrics = [METRICS.build(dict(config)) for config in configs]
+    titles = [metric.title for metric in metrics]
+    repeated = sorted({title for title in titles if titles.count(title) > 1})
+    if repeated:
+        raise ValueError(
+            f'{name}: metrics has {", ".join(repeated)} more than once, whose numbers would have the same names: give '
+            'each a prefix of its own, or an entry of its own where it takes none'
+        )
+    return metrics
 
 
 class FeatureMetric(Metric):
