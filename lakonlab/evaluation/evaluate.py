@@ -172,8 +172,11 @@ def evaluate(
                 first,
             )
         numbers: dict[str, float] = {}
-        for metric in metrics:
-            numbers.update(metric.compute())
+        with tqdm(metrics, desc=f'{name}: numbers', unit='metric', leave=False, disable=None) as progress:
+            for metric in progress:
+                progress.set_postfix_str(metric.title)
+                numbers.update(metric.compute())
+                beat()
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
         common = dict(sampling_seed=sampling_seed, quantize=quantize, image_sizes=image_sizes)
