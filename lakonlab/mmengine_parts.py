@@ -28,11 +28,13 @@ def _as_if_not_installed(packages: tuple[str, ...]) -> Iterator[None]:
 with _as_if_not_installed(PROBED_PACKAGES):
     from mmengine.hooks import Hook, IterTimerHook, LoggerHook, RuntimeInfoHook
     from mmengine.logging import HistoryBuffer, MessageHub
+    from mmengine.registry import VISBACKENDS
     from mmengine.runner import LogProcessor
     from mmengine.runner.priority import get_priority
-    from mmengine.visualization import Visualizer
+    from mmengine.visualization import Visualizer, WandbVisBackend
 
 __all__ = [
+    'VISBACKENDS',
     'HistoryBuffer',
     'Hook',
     'IterTimerHook',
@@ -41,5 +43,6 @@ __all__ = [
     'MessageHub',
     'RuntimeInfoHook',
     'Visualizer',
+    'WandbVisBackend',
     'get_priority',
 ]

@@ -123,7 +123,7 @@ class Ranks:
         return result
 
     def common(self, error: Failure) -> Failure:
-        """Mark an error that every process raises, so that only the main one reports it.
+        """Mark an error that every process raises at the same place, so that only the main one reports it.
 
         Args:
             error: The error.
@@ -131,9 +131,18 @@ class Ranks:
         Returns:
             The same.
         """
+        error.is_common = True
         if not self.is_main:
             error.is_reported_by_main = True
         return error
+
+    def is_common(self, error: BaseException) -> bool:
+        """Whether every process raises an error at the same place, so that they can still do something together.
+
+        Args:
+            error: What was raised in this process.
+        """
+        return self.world_size == 1 or getattr(error, 'is_common', False)
 
 
 ALONE = Ranks()

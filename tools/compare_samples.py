@@ -18,6 +18,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, metavar='FILE', help='the page to write')
     parser.add_argument('--names', nargs='+', metavar='NAME', help='what each run is called (default: its title)')
     parser.add_argument('--embed', action='store_true', help='put the images into the page')
+    parser.add_argument('--any-noise', action='store_true', help='also samples that did not start from the same noise')
     return parser.parse_args()
 
 

@@ -32,17 +32,14 @@ SPLIT_NAME = re.compile(r'(train|val|test)\d*')
 LOADER_NAMES = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
-def check_config(
-    cfg: Config, training: bool = True, planning: bool = False, evaluating: bool = True, single_process: bool = True
-) -> None:
+def check_config(cfg: Config, training: bool = True, planning: bool = False, single_process: bool = True) -> None:
     """Check a config, and drop keys of the published schema that have no effect here, saying so in the log.
 
     Args:
         cfg: The config; legacy keys are removed from it.
         training: Whether it must hold what training needs; without, what evaluation needs.
-        planning: Whether the run is only planned: what this version does not have is noted in the log, not refused.
-        evaluating: Whether the section ``evaluation`` will be used. What this version does not have is only noted in
-            sections and data sets that are not used.
+        planning: Whether the run is only planned: what can be planned and not run here is noted in the log,
+            not refused.
         single_process: Whether one process runs alone, so that sections for several have no effect.
 
     Raises:
@@ -55,7 +52,6 @@ def check_config(
     drop_legacy_keys(cfg, training)
     checker = _Checker(cfg.to_dict(), training, planning, _strategy_of(cfg, training, planning, single_process))
     checker.run()
-    checker.report_later(unused=_unused(checker, training, evaluating))
     for note in checker.notes:
         logger.warning('config: %s', note)
     alone = [key for key in schema.DISTRIBUTED_KEYS if cfg.get(key)]
@@ -73,16 +69,6 @@ def _strategy_of(cfg: Mapping[str, Any], training: bool, planning: bool, single_
     wrapper = cfg.get('module_wrapper') or 'ddp'
     is_single = not training or (single_process and not planning)
     return 'single' if is_single or wrapper not in schema.MODULE_WRAPPERS else wrapper
-
-
-def _unused(checker: _Checker, training: bool, evaluating: bool) -> list[str]:
-    """Dotted keys of what a run leaves alone."""
-    entries = checker.cfg.get('evaluation') if evaluating else ()
-    used = {entry.get('data', 'val') for entry in entries or () if isinstance(entry, Mapping)}
-    if training:
-        used.add('train')
-    unused = [f'data.{split}' for split in checker.splits() if split not in used]
-    return unused if evaluating else [*unused, 'evaluation']
 
 
 def import_custom_modules(cfg: Mapping[str, Any]) -> None:
@@ -255,6 +241,8 @@ class _Checker(Walker):
         return [key for key, value in self.section('data').items() if isinstance(value, Mapping) and 'type' in value]
 
     def _hooks(self) -> None:
+        from lakonlab.evaluation.entries import clashes, entries_of
+
         for section in ('custom_hooks', 'evaluation'):
             entries = self.cfg.get(section) or []
             if not isinstance(entries, (list, tuple)):
@@ -270,6 +258,9 @@ class _Checker(Walker):
                 elif entry.get('type') == 'ExponentialMovingAverageHook':
                     self._momentum(entry, path)
                     self._averages(entry, path)
+        evaluations = self.cfg.get('evaluation') or []
+        if isinstance(evaluations, (list, tuple)):
+            self.problems += clashes(entries_of(evaluations))
         if self.cfg.get('checkpoint_config') is not None:
             section = self.section('checkpoint_config')
             node = {'type': 'CheckpointHook', **section}
@@ -289,6 +280,7 @@ class _Checker(Walker):
                 self.check_whole('checkpoint_config.max_keep_ckpts', section['max_keep_ckpts'], 1, ', or -1 for all')
 
     def _evaluation_entry(self, entry: Mapping[str, Any], path: str) -> None:
+        from lakonlab.evaluation.references import needs_reference_kwargs
         from lakonlab.evaluation.sampling import SAMPLE_ARGUMENTS
 
         split = entry.get('data', 'val')
@@ -301,11 +293,15 @@ class _Checker(Walker):
             self._best_checkpoint(entry, path)
         self._metrics(entry.get('metrics'), f'{path}.metrics')
         self._ranges(path, entry, schema.LEAST_OF_EVALUATION)
+        kinds = [kind for kind, _ in self._metrics_of(entry, path)]
+        compared = [kind.__name__ for kind in kinds if getattr(kind, 'needs_reference', False)]
+        if compared and entry.get('reference_kwargs') is None:
+            self.problems.append(needs_reference_kwargs(path, compared))
         self._evaluation_interval(entry.get('interval', 1), f'{path}.interval')
 
     def _best_checkpoint(self, entry: Mapping[str, Any], path: str) -> None:
         """The best checkpoint has a place to go, and a number that says which one it is."""
-        from lakonlab.evaluation.best import number_that_decides
+        from lakonlab.evaluation.best import numbers_that_decide
 
         found = f'{path}.save_best_ckpt: found {entry["save_best_ckpt"]!r}'
         if self.cfg.get('checkpoint_config') is None:
@@ -315,19 +311,23 @@ class _Checker(Walker):
             )
         if entry.get('interval', 1) is None:
             self.problems.append(f'{found}, but interval=None never evaluates while training')
-        metrics = entry.get('metrics') or ()
-        keys = [f'{path}.metrics']
-        if isinstance(metrics, (list, tuple)):
-            keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
-        found = [(self.classes.get(key), self.at(key)) for key in keys]
-        if any(kind is None for kind, _ in found):  # which has been reported, or is not part of this version
+        found = self._metrics_of(entry, path)
+        if any(kind is None for kind, _ in found):  # which has been reported
             return
         try:
-            number_that_decides(
+            numbers_that_decide(
                 [kind.better_of(arguments) for kind, arguments in found], entry.get('best_metric'), path
             )
         except ValueError as error:
             self.problems.append(str(error))
+
+    def _metrics_of(self, entry: Mapping[str, Any], path: str) -> list[tuple[type | None, Any]]:
+        """Class and arguments of each metric of an entry; None for a class that has not been found."""
+        metrics = entry.get('metrics') or ()
+        keys = [f'{path}.metrics']
+        if isinstance(metrics, (list, tuple)):
+            keys = [f'{path}.metrics.{index}' for index in range(len(metrics))]
+        return [(self.classes.get(key), self.at(key)) for key in keys]
 
     def _metrics(self, metrics: Any, path: str) -> None:
         """Every metric names a class; those that do have been checked with the hook."""

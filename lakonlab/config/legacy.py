@@ -31,6 +31,7 @@ def drop_legacy_keys(cfg: Config, training: bool = True) -> None:
     """
     _move_test_workers(cfg, training)
     _refuse_samplers(cfg)
+    _refuse_other_inception(cfg)
     dropped = []
     for dotted, reason in schema.LEGACY_KEYS.items():
         *sections, key = dotted.split('.')
@@ -49,6 +50,23 @@ def drop_legacy_keys(cfg: Config, training: bool = True) -> None:
     _rename_types(cfg)
     _place_older_guidance(cfg)
     _report_older_names(cfg)
+
+
+def _refuse_other_inception(cfg: Config) -> None:
+    """Refuse ``inception_args`` that ask for another network than the one that is used without them."""
+    for section, entry in _entries(cfg):
+        wanted = entry.get('inception_args')
+        if entry.get('type') != 'InceptionMetrics' or wanted is None:
+            continue
+        named = dict(wanted) if isinstance(wanted, Mapping) else {'inception_args': wanted}
+        kind = named.pop('type', schema.INCEPTION_TYPE)
+        path = str(named.pop('inception_path', schema.INCEPTION_FILE))
+        if named or kind != schema.INCEPTION_TYPE or not path.rsplit('/', 1)[-1].startswith(schema.INCEPTION_FILE):
+            raise ConfigError(
+                f'{section}.inception_args: found {wanted!r}, but InceptionMetrics measures in the features of '
+                f'{schema.INCEPTION_FILE} (type={schema.INCEPTION_TYPE!r}); leave it out, and name another network by '
+                "extractor, or a file of this one's weights by extractor=dict(type='InceptionV3', weights=...)"
+            )
 
 
 def _refuse_samplers(cfg: Config) -> None:

@@ -273,7 +273,7 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'dist': 'whether several processes evaluate follows from how many there are',
     },
     'InceptionMetrics': {
-        'inception_args': 'the network is named by extractor; by default it is the same one',
+        'inception_args': 'the network is that of inception-2015-12-05, unless extractor names another one',
         'bgr2rgb': 'images are RGB',
         'pr_row_batch_size': 'distances are computed in blocks anyway',
         'pr_col_batch_size': 'distances are computed in blocks anyway',
@@ -297,6 +297,7 @@ LEGACY_ARGUMENTS: dict[str, dict[str, str]] = {
         'log_artifact': 'logs and checkpoints are not uploaded',
         'out_suffix': 'logs and checkpoints are not uploaded',
         'with_step': 'curves count iterations',
+        'commit': 'all of an iteration is one row, sent when the next one begins',
     },
 }
 """Hook -> arguments of the published schema that are accepted and have no effect here -> why."""
@@ -311,6 +312,9 @@ EMPTY_KEYS: dict[str, str] = {
     'train_cfg.teacher_test_cfg_2': 'the teacher is asked once',
 }
 """Dotted keys that may be present while they say None, False or nothing, without effect -> why."""
+
+INCEPTION_TYPE, INCEPTION_FILE = 'StyleGAN', 'inception-2015-12-05'
+"""What ``inception_args`` of the published schema names where it asks for the network that is used anyway."""
 
 UNREAD_BY: dict[str, dict[str, str]] = {
     'DX': {'train_cfg.gm_dropout': 'a DX policy has no components to drop'},
@@ -333,12 +337,6 @@ OLDER_TRAIN_KEYS: dict[str, str] = {
 
 OLDER_TEACHER_KEYS = ('guidance_interval', 'orthogonal_guidance')
 """Keys of ``test_cfg`` that guide the teacher of files that have ``train_cfg.teacher_guidance_scale``."""
-
-LATER_TYPES: dict[str, tuple[str, ...]] = {}
-"""Registry -> published names that are known and that this version does not have.
-
-A run that needs one is refused; a plan of a run (``--dry-run``) notes it and leaves its arguments unchecked.
-"""
 
 REFUSED_KEYS: dict[str, str] = {
     'fp16': "choose precision by the network's torch_dtype and autocast_dtype",

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmengine.registry import Registry
 
-from lakonlab.config import schema
 from lakonlab.config.errors import describe_unknown, nearest
 from lakonlab.config.signature import Arguments, arguments_of, field_types, fits, type_name
 from lakonlab.registry import DATASETS, FEATURE_EXTRACTORS, METRICS, MODULES
@@ -30,7 +29,7 @@ class Walker:
     Args:
         cfg: The config's values.
         training: Whether it must hold what training needs.
-        planning: Whether the run is only planned, so that it may name what this version does not have.
+        planning: Whether the run is only planned, so that what can be planned and not run is noted.
     """
 
     def __init__(self, cfg: dict[str, Any], training: bool, planning: bool = False):
@@ -41,8 +40,6 @@ class Walker:
         self.notes: list[str] = []
         self.classes: dict[str, type] = {}
         """Dotted key -> class, of every dict with a ``type`` that was found."""
-        self.later: dict[tuple[str, str], list[str]] = {}
-        """Registry and name of what this version does not have -> dotted keys that name it."""
 
     def section(self, key: str) -> dict[str, Any]:
         """A section that is a dict; empty if it is absent or, which is reported, of another type."""
@@ -154,29 +151,10 @@ class Walker:
         except ImportError as error:
             self.problems.append(f'{path}.type: {name!r} cannot be imported: {error}')
             return None
-        if kind is None and name in schema.LATER_TYPES.get(registry.name, ()):
-            self.later.setdefault((registry.name, name), []).append(f'{path}.type')
-        elif kind is None:
+        if kind is None:
             names = getattr(registry, 'names', lambda: sorted(registry.module_dict))()
-            known = [*names, *schema.LATER_TYPES.get(registry.name, ())]
-            self.problems.append(describe_unknown(f'{path}.type', registry.name, name, known))
+            self.problems.append(describe_unknown(f'{path}.type', registry.name, name, names))
         return kind
-
-    def report_later(self, unused: Sequence[str] = ()) -> None:
-        """Say once of every name what it means that this version does not have it.
-
-        Args:
-            unused: Dotted keys of sections that the run does not use.
-        """
-        prefixes = tuple(f'{key}.' for key in unused)
-        for (kind, name), paths in self.later.items():
-            needed = [path for path in paths if not path.startswith(prefixes)]
-            where = ', '.join(needed or paths)
-            text = f'{name!r} is a {kind} that is not part of this version'
-            if self.planning or not needed:
-                self.notes.append(f'{where}: {text}; its arguments are not checked')
-            else:
-                self.problems.append(f'{where}: {text}; --dry-run says what the run would be')
 
     def check_arguments(
         self, node: Mapping[str, Any], path: str, owner: str, arguments: Arguments, extra: Sequence[str] = ()

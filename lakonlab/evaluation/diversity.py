@@ -179,6 +179,10 @@ class CosineDiversity(PairwiseDistance):
         self.extractor = extractors.build(self.extractor_config)
         self.preparation = Preparation(self.extractor.input_size if self.resize else None)
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(extractor=self.extractor.protocol())
+
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         return batch.features(self.extractor, self.preparation).embedding.float().cpu()
 
@@ -211,7 +215,8 @@ class LPIPSDiversity(PairwiseDistance):
     """Mean LPIPS over pairs of samples of a prompt or class.
 
     Args:
-        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`.
+        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`; with ``type``, of another
+            distance of images.
         max_per_group: Only the first samples of each prompt or class count.
         prefix: Goes before the names of the numbers, with a ``_``.
     """
@@ -219,11 +224,15 @@ class LPIPSDiversity(PairwiseDistance):
     number = 'lpips_diversity'
 
     def __init__(self, network: Mapping[str, Any] | None = None, max_per_group: int = 16, prefix: str = ''):
-        self.network_config = dict(network or {}, type='LPIPSNetwork')
+        self.network_config = {'type': 'LPIPSNetwork', **(network or {})}
         super().__init__(max_per_group, prefix)
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(network=self.network.protocol())
 
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         self.network.to(batch.images.device)
@@ -248,18 +257,23 @@ class ReferenceLPIPS(Metric):
     """Mean LPIPS to reference images made from the same noise.
 
     Args:
-        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`.
+        network: Arguments of :class:`lakonlab.evaluation.lpips_network.LPIPSNetwork`; with ``type``, of another
+            distance of images.
     """
 
     needs_reference = True
     better = {'reference_lpips': 'lower'}
 
     def __init__(self, network: Mapping[str, Any] | None = None):
-        self.network_config = dict(network or {}, type='LPIPSNetwork')
+        self.network_config = {'type': 'LPIPSNetwork', **(network or {})}
         super().__init__()
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(network=self.network.protocol())
 
     def reset(self) -> None:
         self._distances: list[float] = []

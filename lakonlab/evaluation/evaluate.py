@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
+from lakonlab.evaluation.initial_noise import digest
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
-from lakonlab.evaluation.references import ReferenceSamples
+from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
 from lakonlab.evaluation.samples import SampleBatch, captions_of, finite_rows, marked, prompts_of, real_images
-from lakonlab.evaluation.sampling import device_of, sample
+from lakonlab.evaluation.sampling import device_of, given_noise, nfe_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
 
@@ -93,11 +94,13 @@ def evaluate(
         stop: Whether this process is asked to stop; asked before every round of batches.
 
     Returns:
-        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
-        ``num_samples``, ``num_not_finite`` (samples with pixels that are not finite, of which most numbers are NaN),
-        ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
-        arguments with ``sampling_seed``, None for real images, ``quantize``, and ``image_sizes``, height and width of
-        the images, which every protocol repeats.
+        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol, with the
+        names of its ``numbers``), ``num_samples``, ``num_not_finite`` (samples with pixels that are not finite, of
+        which most numbers are NaN), ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the
+        sampling arguments with ``sampling_seed``, None for real images, ``initial_noise``, a hash of that of all
+        samples, None where it is not known, ``quantize``, and ``image_sizes``, height and width of the images, which
+        every protocol repeats; and ``reused``, of images written before, how many samples were ``read`` and how many
+        were ``made``, None if none were to be read.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -107,30 +110,33 @@ def evaluate(
     needs_reference = any(metric.needs_reference for metric in metrics)
     needs_flops = any(metric.needs_flops for metric in metrics)
     if needs_reference and reference_kwargs is None:
-        raise ConfigError(f'{name}: a metric compares with reference samples; set reference_kwargs in this entry')
+        raise ConfigError(needs_reference_kwargs(name, [metric.title for metric in metrics if metric.needs_reference]))
     if written is not None and quantize != 'uint8':
         raise ConfigError(f"{name}: images in files have 8 bits per channel: set quantize='uint8' to measure them")
     references = references if references is not None else ReferenceSamples()
     for metric in metrics:
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
+    num_read = 0  # by this process, from images that were written before
     sizes: set[tuple[int, int]] = set()
     not_finite: list[int] = []
+    hashes: dict[int, str | None] = {}
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
-        nonlocal nfe
-        batch, seconds, reference, flops = share.batch, None, None, None
-        pixels = None if written is None else written.read(batch['ids'])
-        if is_divided and written is not None and not all(ranks.all_gather(pixels is not None)):
-            pixels = None  # a network that is divided makes the samples of all processes or of none
-        if pixels is not None:
-            pixels = pixels.to(device_of(model))
+        nonlocal nfe, num_read
+        batch, seconds, reference, flops, noise, phases = share.batch, None, None, None, None, None
+        found = None if written is None else written.read(batch['ids'])
+        if is_divided and written is not None and not all(ranks.all_gather(found is not None)):
+            found = None  # a network that is divided makes the samples of all processes or of none
+        if found is not None:
+            pixels, noise = found.images.to(device_of(model)), given_noise(batch) or found.noise
+            num_read += share.count
         elif generate and warm_up and needs_flops:
             with FlopCounterMode(display=False, custom_mapping=FURTHER_OPERATIONS) as counter:
-                pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
+                pixels, seconds, nfe, noise, phases = sample(model, batch, sample_kwargs or {}, seed)
             flops = counter.get_total_flops() / len(batch['ids'])
         elif generate:
-            pixels, seconds, nfe = sample(model, batch, sample_kwargs or {}, seed)
+            pixels, seconds, nfe, noise, phases = sample(model, batch, sample_kwargs or {}, seed)
         else:
             pixels = real_images(batch)
         if needs_reference:
@@ -139,17 +145,19 @@ def evaluate(
             )
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
-            pixels, batch['ids'], labels, reference, seconds, warm_up=warm_up, prompts=prompts, flops=flops
-        )
+            pixels, batch['ids'], labels, reference, seconds,
+            warm_up=warm_up, prompts=prompts, flops=flops, noise=noise, phases=phases,
+        )  # fmt: skip
         return to_send(made, share.count), pixels.device
 
     def measure(parts: Sequence[SampleBatch], device: torch.device) -> None:
         nonlocal count
         for batch in in_order(parts, dataloader.batch_sampler.samples_per_gpu, device, feed_batch_size):
             if images is not None:
-                images.add(batch.images, batch.ids, captions_of(batch))
+                images.add(batch.images, batch.ids, captions_of(batch), batch.noise)
             sizes.add(tuple(batch.images.shape[-2:]))
             not_finite.extend(batch.ids[row] for row in (~finite_rows(batch.images)).nonzero().flatten().tolist())
+            hashes.update(zip(batch.ids, batch.noise or [None] * len(batch.ids), strict=True))
             batch.images = quantised(marked(batch.images), quantize)
             if batch.reference is not None:
                 batch.reference = quantised(marked(batch.reference), quantize)
@@ -172,28 +180,36 @@ def evaluate(
                 first,
             )
         numbers: dict[str, float] = {}
+        names: dict[str, list[str]] = {}
         with tqdm(metrics, desc=f'{name}: numbers', unit='metric', leave=False, disable=None) as progress:
             for metric in progress:
                 progress.set_postfix_str(metric.title)
-                numbers.update(metric.compute())
+                computed = metric.compute()
+                names[metric.title] = list(computed)
+                numbers.update(computed)
                 beat()
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
-        common = dict(sampling_seed=sampling_seed, quantize=quantize, image_sizes=image_sizes)
+        noise = digest(hashes)
+        common = dict(sampling_seed=sampling_seed, initial_noise=noise, quantize=quantize, image_sizes=image_sizes)
         return dict(
             metrics=numbers,
-            protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
+            protocol={
+                metric.title: dict(numbers=names[metric.title], **metric.protocol(), **common) for metric in metrics
+            },
             num_samples=count,
             num_not_finite=len(not_finite),
-            nfe=nfe,
+            nfe=nfe_of(model, sample_kwargs or {}) if nfe is None and generate else nfe,
             seconds=time.perf_counter() - start,
             num_processes=ranks.world_size,
             generated=generate,
             sample_kwargs=dict(sample_kwargs or {}),
             sampling_seed=sampling_seed,
+            initial_noise=noise,
             quantize=quantize,
             image_sizes=image_sizes,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,
+            reused=None if written is None else dict(read=total_read, made=count - total_read),
         )
 
     was_training = model is not None and model.training
@@ -217,6 +233,7 @@ def evaluate(
     finally:
         if model is not None:
             model.train(was_training)
+    total_read = sum(ranks.all_gather(num_read))
     try:
         return ranks.on_main(summarise)
     finally:

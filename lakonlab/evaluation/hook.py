@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from lakonlab.evaluation.best import BestValue, number_that_decides
+from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
+from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, run_name
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
 from lakonlab.evaluation.preparation import QUANTISATIONS
-from lakonlab.evaluation.references import ReferenceSamples, is_frozen
+from lakonlab.evaluation.references import ReferenceSamples, is_frozen, needs_reference_kwargs
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
+from lakonlab.evaluation.training_record import forget_later, record
 from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
@@ -45,21 +46,21 @@ class GenerativeEvalHook(Hook):
         sample_kwargs: ``role`` (``'student'``, ``'ema'``, ``'teacher'``; by default the average, if there is one)
             and ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
-        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of the run>/<data>_<prefix>``.
+        viz_dir: Folder of sample images, local or ``s3://``; None for ``viz/<name of work_dir>/<data>_<prefix>``.
         viz_num: Samples written as images; None for all, 0 for none.
         feed_batch_size: Largest batch given to a feature extractor.
         generate: If False, the real images of the split are measured instead of samples.
         save_best_ckpt: Whether to save the run whenever a number is better than at all evaluations before; it needs
             ``checkpoint_config``.
-        best_metric: Name of that number, such as ``'fid'``, or several of which the first one counts; None for the
-            first one of ``metrics`` that tells better weights from worse ones. Its metric says whether less is better
-            or more.
+        best_metric: Name of that number, such as ``'fid'``, or of several, for each of which a best checkpoint of its
+            own is kept; None for the first one of ``metrics`` that tells better weights from worse ones. Their metrics
+            say whether less is better or more.
         quantize: ``'float'``: metrics see samples as the model makes them; ``'uint8'``: rounded to 8 bits per channel,
             as files have them.
         metric_cpu_offload: Move the networks of metrics to the CPU after each evaluation.
 
     Attributes:
-        owed: Iteration whose evaluation was given up when the run was asked to stop; None if there is none.
+        owed: Iteration whose evaluation was given up when the run was asked to stop, or failed; None if there is none.
 
     Raises:
         ValueError: An argument has an impossible value.
@@ -86,7 +87,7 @@ class GenerativeEvalHook(Hook):
     ):
         self.data = data
         self.prefix = prefix
-        self.name = f'{data}_{prefix}' if prefix else data
+        self.name = entry_name(data, prefix)
         self.interval = _checked_interval(interval)
         self.sample_kwargs = check_sample_kwargs(sample_kwargs, f'evaluation {self.name}: sample_kwargs')
         self.reference_kwargs = None
@@ -120,29 +121,41 @@ class GenerativeEvalHook(Hook):
                 f'evaluation {self.name}: metrics has {", ".join(repeated)} more than once, whose numbers would have '
                 'the same names: give each a prefix of its own, or an entry of its own where it takes none'
             )
-        self.best: BestValue | None = None
+        self.best: list[BestValue] = []
         if save_best_ckpt:
             if interval is None:
                 raise ValueError(
                     f'evaluation {self.name}: save_best_ckpt=True, but interval=None never evaluates while training; '
                     'set interval, or save_best_ckpt=False'
                 )
-            number, better = number_that_decides(
+            rules = numbers_that_decide(
                 [metric.better for metric in self.metrics], best_metric, f'evaluation {self.name}'
             )
-            self.best = BestValue(f'{self.name}_{number}', better)
+            self.best = [BestValue(f'{self.name}_{number}', better) for number, better in rules.items()]
+        compared = [metric.title for metric in self.metrics if metric.needs_reference]
+        if compared and reference_kwargs is None:
+            raise ValueError(needs_reference_kwargs(f'evaluation {self.name}', compared))
         self.extractors = ExtractorPool()
         self.references = ReferenceSamples()
         self._loader = None
         self.owed: int | None = None
 
     def share(self, hooks: Sequence[Hook]) -> None:
-        """Use the networks and reference samples of the first evaluation of the run.
+        """Use the networks and reference samples of the first evaluation of the run, and nothing else of another one.
 
         Args:
             hooks: All hooks of the run.
+
+        Raises:
+            ValueError: Two evaluations have the same name, or folder of images.
         """
-        first = next(hook for hook in hooks if isinstance(hook, GenerativeEvalHook))
+        evaluations = [hook for hook in hooks if isinstance(hook, GenerativeEvalHook)]
+        problems = clashes(
+            [Entry('evaluation', hook.name, hook.viz_dir if hook.viz_num != 0 else None) for hook in evaluations]
+        )
+        if problems:
+            raise ValueError('; '.join(problems))
+        first = evaluations[0]
         self.extractors, self.references = first.extractors, first.references
 
     def is_due(self, iteration: int) -> bool:
@@ -164,7 +177,7 @@ class GenerativeEvalHook(Hook):
         self,
         model: nn.Module,
         data: Mapping[str, Any],
-        run_name: str,
+        run: str,
         tag: str,
         loader: str = 'val_dataloader',
         seed: int = 0,
@@ -173,6 +186,7 @@ class GenerativeEvalHook(Hook):
         stop: Callable[[], bool] | None = None,
         origin: Mapping[str, Any] | None = None,
         reuse: bool = False,
+        iteration: int | None = None,
         keep_references: bool = True,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
@@ -180,7 +194,7 @@ class GenerativeEvalHook(Hook):
         Args:
             model: Has ``val_step``.
             data: Section ``data`` of the config.
-            run_name: Name of the run, for the default folder of images.
+            run: Name of the run, for the default folder of images.
             tag: Name of the weights that are evaluated: the iteration, or the checkpoint.
             loader: Key of the loader arguments in ``data``.
             seed: Seed of what the sampler draws beyond the data set's noise.
@@ -190,6 +204,7 @@ class GenerativeEvalHook(Hook):
             origin: What the weights are, as plain data.
             reuse: Measure the images that an evaluation of the same ``origin`` and arguments has written, instead of
                 making them again; then all samples are measured with 8 bits per channel.
+            iteration: Number of completed iterations, while training.
             keep_references: Whether a later evaluation compares with the same reference samples.
 
         Returns:
@@ -198,12 +213,15 @@ class GenerativeEvalHook(Hook):
             grid of samples, uint8 (H, W, 3), or None.
         """
         self._load(data, loader, ranks)
-        path = None if self.viz_num == 0 else as_path(self.viz_dir or f'viz/{run_name}/{self.name}') / tag
+        path = None if self.viz_num == 0 else as_path(images_folder(self.viz_dir, run, self.name)) / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
+        weights = dict(iteration=iteration) if origin is None else origin
         origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
         written = None
         if reuse and path is not None and origin is not None and self.generate:
             written = ranks.together(lambda: WrittenImages(path, origin))
+            if written.problem is not None and ranks.is_main:
+                logger.warning('%s: all samples are made: %s', self.name, written.problem)
         folder, grid = None, None
 
         def prepare() -> None:
@@ -217,7 +235,7 @@ class GenerativeEvalHook(Hook):
             nonlocal grid
             grid = folder.finish() if folder else None
             if folder and folder.captions:
-                gallery(f'{run_name} {self.name} {tag}', results, folder, page).write(page)
+                gallery(f'{run} {self.name} {tag}', results, weights, folder, page).write(page)
             if self.metric_cpu_offload:
                 self.extractors.offload()
 
@@ -248,6 +266,10 @@ class GenerativeEvalHook(Hook):
             for metric, value in results['metrics'].items():
                 logger.info('%s_%s = %.4f', self.name, metric, value)
             logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
+            if written is not None:
+                read, made = results['reused']['read'], results['reused']['made']
+                level = logging.WARNING if made else logging.INFO
+                logger.log(level, '%s: %d samples were read from %s, %d made', self.name, read, path, made)
         images = None if path is None else str(path)
         summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=images, page=page)
         return {**summary, **results}, grid
@@ -295,75 +317,109 @@ class GenerativeEvalHook(Hook):
         return dict(data_split=self.data, sample_kwargs=self.sample_kwargs, generate=self.generate)
 
     def before_train(self, runner) -> None:
-        """Share networks with the other evaluations, and see that the best checkpoint has a place to go.
+        """Share networks with the other evaluations, and see that best checkpoints have a place to go.
 
-        What the metrics need is loaded now, so that what is missing is found before anything is trained.
+        What the metrics need is loaded now, so that what is missing is found before anything is trained. From the file
+        of results, those of later iterations, which will be made again, are removed.
 
         Raises:
-            ValueError: It has none, or what metrics need does not fit.
+            ValueError: It has none, or another evaluation's best checkpoints would take the same one, or what metrics
+                need does not fit.
         """
         self.share(runner.hooks)
-        if self.interval is not None:
-            runner.strategy.ranks.on_main(self.bind)
-            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
-        if self.best is not None and runner.checkpoint_hook is None:
+        evaluations = [hook for hook in runner.hooks if isinstance(hook, GenerativeEvalHook)]
+        names = [best.name for hook in evaluations for best in hook.best]
+        shared = [best.name for best in self.best if names.count(best.name) > 1]
+        if shared:
+            raise ValueError(
+                f'evaluation {self.name}: another entry keeps the best checkpoint of {", ".join(shared)} too, in the '
+                'same place; give one of them a prefix of its own, or set save_best_ckpt=False in it'
+            )
+        if self.best and runner.checkpoint_hook is None:
             raise ValueError(
                 f'evaluation {self.name}: save_best_ckpt=True, but checkpoint_config is not set, which says where '
                 'checkpoints go; set it, for example to dict(interval=1000), or set save_best_ckpt=False'
             )
+        if self.interval is not None:
+            runner.strategy.ranks.on_main(self.bind)
+            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
+        runner.strategy.ranks.on_main(lambda: forget_later(runner.work_dir, runner.iter))
 
     def before_train_epoch(self, runner) -> None:
-        """Make up for an evaluation in which the run was stopped."""
+        """Make up for an evaluation in which the run was stopped, or which failed."""
         owed, self.owed = self.owed, None
         if owed == runner.iter:
             self._evaluate(runner, owed)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far."""
+        """Evaluate if it is time to; log the numbers, and save the run if it is the best so far.
+
+        What fails in all processes at the same place, as it does unless networks are divided among them, does so after
+        the run is saved, by which all of them are needed.
+        """
         if self.is_due(runner.iter + 1):
             self._evaluate(runner, runner.iter + 1)
 
     def _evaluate(self, runner, iteration: int) -> None:
-        run_name = runner.cfg.get('name') or Path(runner.work_dir).absolute().name
-        strategy = runner.strategy
+        if runner.failure is not None:  # of another evaluation
+            self.owed = iteration
+            return
         try:
-            with phase('evaluation'):
-                results, grid = self.run(
-                    runner.model,
-                    runner.cfg.data,
-                    run_name,
-                    str(iteration),
-                    seed=runner.seed,
-                    ranks=strategy.ranks,
-                    is_divided=strategy.is_sharded,
-                    stop=lambda: runner.is_asked_to_stop,
-                    keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
-                )
+            self._evaluate_and_log(runner, iteration)
         except EvaluationStoppedError as stopped:
             logger.info('%s; it will be made when the run goes on', stopped)
-            self.owed, strategy.stop_requested = iteration, True
-            return
+            self.owed, runner.strategy.stop_requested = iteration, True
+        except Exception as error:
+            if not runner.strategy.ranks.is_common(error):  # other processes wait for this one, and cannot be told
+                raise
+            self.owed = iteration
+            runner.end_with(error)
+
+    def _evaluate_and_log(self, runner, iteration: int) -> None:
+        strategy = runner.strategy
+        with phase('evaluation'):
+            results, grid = self.run(
+                runner.model,
+                runner.cfg.data,
+                run_name(runner.work_dir),
+                str(iteration),
+                seed=runner.seed,
+                ranks=strategy.ranks,
+                is_divided=strategy.is_sharded,
+                stop=lambda: runner.is_asked_to_stop,
+                iteration=iteration,
+                keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
+            )
         numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
 
         def log() -> None:
+            absent = [best.name for best in self.best if best.name not in numbers]
+            if absent:
+                raise ValueError(
+                    f'evaluation {self.name}.best_metric: {", ".join(absent)} has not been computed, only '
+                    f'{", ".join(numbers)}; the metric that promised it is at fault'
+                )
             if numbers:
                 runner.visualizer.add_scalars(numbers, step=iteration, file_path=f'{runner.timestamp}.json')
+            record(runner.work_dir, iteration, results)
             if grid is not None:
                 runner.visualizer.add_image(self.name, grid, step=iteration)
 
         strategy.ranks.on_main(log)
-        if self.best is not None and self.best.update(numbers[self.best.name], iteration):
-            runner.checkpoint_hook.save_best(iteration, self.best.name, self.best.value)
+        for best in self.best:
+            if best.update(numbers[best.name], iteration):
+                runner.checkpoint_hook.save_best(iteration, best.name, best.value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far and when it was reached, and the evaluation that is owed, as plain data."""
-        return dict(best=None if self.best is None else self.best.state_dict(), owed=self.owed)
+        """The best values so far and when they were reached, and the evaluation that is owed, as plain data."""
+        return dict(best=[best.state_dict() for best in self.best], owed=self.owed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.owed = state.get('owed')
-        if self.best is not None and state['best'] is not None:
-            self.best.load_state_dict(state['best'])
+        found = state['best'] or []  # of versions that kept one: its state, or None
+        if self.best:
+            restore(self.best, [found] if isinstance(found, Mapping) else found)
 
 
 def _checked_interval(interval: int | Mapping[str, Sequence[int]] | None) -> int | dict[str, list[int]] | None:

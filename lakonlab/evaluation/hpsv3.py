@@ -178,11 +178,11 @@ class HPSv3(PromptMetric):
     """Human preference score v3.
 
     Args:
-        scorer: Arguments of :class:`Qwen2VLReward`.
+        scorer: Arguments of :class:`Qwen2VLReward`; with ``type``, of another scorer of prompts.
         prefix: Goes before the names of the numbers, with a ``_``.
     """
 
     number = 'hpsv3'
 
     def __init__(self, scorer: dict[str, Any] | None = None, prefix: str = ''):
-        super().__init__(dict(scorer or {}, type='Qwen2VLReward'), prefix)
+        super().__init__({'type': 'Qwen2VLReward', **(scorer or {})}, prefix)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from lakonlab.evaluation.sample_grid import sample_grid, shrunk
 from lakonlab.storage import files
 from lakonlab.storage.remote_path import AnyPath, as_path
 
@@ -25,11 +25,11 @@ logger = logging.getLogger('lakonlab.evaluation')
 
 GRID_FILE = 'grid.png'
 ORIGIN_FILE = 'samples.json'
+NOISE_TEXT = 'initial-noise'
+"""Keyword of the text in the file of a sample that holds the hash of the noise it started from."""
 OWN_FILE = re.compile(rf'\d{{9}}\.png|{re.escape(GRID_FILE)}|{re.escape(ORIGIN_FILE)}')
 UPLOADS = 8
 """Images that are sent to a remote folder at the same time."""
-GREY = 96
-GRID_CELL = 32  # pixels; smaller images are enlarged in grids by a whole factor
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -43,48 +43,6 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
-    """Arrange images of one size in rows.
-
-    Args:
-        pixels: Shape (N, H, W, 3), uint8, N at least 1.
-        columns: Images per row; None for a square.
-        padding: Grey pixels between images.
-
-    Returns:
-        One image, shape (rows, columns, 3), uint8.
-    """
-    count, height, width, _ = pixels.shape
-    factor = max(1, GRID_CELL // max(height, width))
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = height * factor, width * factor
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), GREY, np.uint8)
-    for index, image in enumerate(pixels):
-        top = padding + index // columns * (height + padding)
-        left = padding + index % columns * (width + padding)
-        grid[top : top + height, left : left + width] = image
-    return grid
-
-
-def in_one_size(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Images of several sizes in cells of the largest height and width, centred on grey.
-
-    Args:
-        images: Each of shape (H, W, 3), uint8; at least one.
-
-    Returns:
-        Shape (N, H, W, 3), uint8.
-    """
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    cells = np.full((len(images), height, width, 3), GREY, np.uint8)
-    for cell, image in zip(cells, images):
-        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
-        cell[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return cells
 
 
 class ImageFolder:
@@ -102,6 +60,7 @@ class ImageFolder:
 
     Attributes:
         captions: Number of each sample that was written -> its caption.
+        noise: The same -> hash of the noise it started from, or None; its file holds it too.
     """
 
     def __init__(
@@ -116,6 +75,7 @@ class ImageFolder:
         self.limit = limit
         self.grid_limit = grid_limit
         self.captions: dict[int, str] = {}
+        self.noise: dict[int, str | None] = {}
         self._shown: dict[int, np.ndarray] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._sent: deque[Future] = deque()
@@ -128,13 +88,20 @@ class ImageFolder:
             if origin is not None:
                 files.write_text(str(self.path / ORIGIN_FILE), _origin_text(origin))
 
-    def add(self, images: Tensor, ids: Sequence[int], captions: Sequence[str] | None = None) -> None:
+    def add(
+        self,
+        images: Tensor,
+        ids: Sequence[int],
+        captions: Sequence[str] | None = None,
+        noise: Sequence[str | None] | None = None,
+    ) -> None:
         """Write samples.
 
         Args:
             images: Shape (B, C, H, W), float in [0, 1]; those with pixels that are not finite are left out.
             ids: Number of each sample.
             captions: What the page says about each; None for nothing.
+            noise: Hash of the noise that each started from; None where it is not known.
 
         Raises:
             OSError: One of these or of those before could not be written.
@@ -144,10 +111,12 @@ class ImageFolder:
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
-            self._save(pixels if images.shape[1] > 1 else pixels[..., 0], image_name(ids[row]))
+            started_from = None if noise is None else noise[row]
+            self._save(pixels if images.shape[1] > 1 else pixels[..., 0], image_name(ids[row]), started_from)
+            self.noise[ids[row]] = started_from
             self.captions[ids[row]] = '' if captions is None else captions[row]
             if ids[row] < self.grid_limit:
-                self._shown[ids[row]] = pixels
+                self._shown[ids[row]] = shrunk(pixels)
 
     def finish(self) -> np.ndarray | None:
         """Write the grid, and wait for what is on its way.
@@ -160,7 +129,8 @@ class ImageFolder:
         """
         grid = None
         if self._shown:
-            grid = make_grid(in_one_size([self._shown[number] for number in sorted(self._shown)]))
+            shown = sorted(self._shown)
+            grid = sample_grid([self._shown[number] for number in shown], [self.captions[number] for number in shown])
             self._save(grid, GRID_FILE)
         while self._sent:
             self._sent.popleft().result()
@@ -169,9 +139,11 @@ class ImageFolder:
             self._threads = None
         return grid
 
-    def _save(self, pixels: np.ndarray, name: str) -> None:
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, 'PNG')
+    def _save(self, pixels: np.ndarray, name: str, noise: str | None = None) -> None:
+        content, texts = io.BytesIO(), PngImagePlugin.PngInfo()
+        if noise is not None:
+            texts.add_text(NOISE_TEXT, noise)
+        Image.fromarray(pixels).save(content, 'PNG', pnginfo=texts)
         if isinstance(self.path, Path):
             files.write_bytes(self.path / name, content.getvalue())
             return
@@ -182,41 +154,76 @@ class ImageFolder:
         self._sent.append(self._threads.submit(files.write_bytes, str(self.path / name), content.getvalue()))
 
 
+class Written(NamedTuple):
+    """What files hold of some samples.
+
+    Args:
+        images: Shape (B, C, H, W), float in [0, 1].
+        noise: Hash of the noise that each started from; None for one whose file does not say.
+    """
+
+    images: Tensor
+    noise: list[str | None]
+
+
 class WrittenImages:
     """Images of an earlier evaluation of the same samples, for the one that measures them again.
 
     Args:
         path: Their folder.
         origin: What the samples depend on; images of other samples are not used.
+
+    Attributes:
+        problem: Why none of the images can be used; None if they can.
     """
 
     def __init__(self, path: str | AnyPath, origin: Mapping[str, Any]):
         self.path = as_path(path)
-        self._names = set(files.list_names(str(self.path))) if is_of(self.path, origin) else set()
+        names = set(files.list_names(str(self.path)))
+        self.problem = _problem(self.path, names, origin)
+        self._names = names if self.problem is None else set()
 
-    def read(self, ids: Sequence[int]) -> Tensor | None:
-        """The images of some samples.
+    def read(self, ids: Sequence[int]) -> Written | None:
+        """What was written of some samples.
 
         Args:
             ids: Number of each sample.
 
         Returns:
-            Shape (B, C, H, W), float in [0, 1]; None if one of them is missing or cannot be read.
+            Their images; None if one of them is missing or cannot be read.
         """
         if any(image_name(number) not in self._names for number in ids):
             return None
         try:
-            return torch.stack([_read(str(self.path / image_name(number))) for number in ids])
+            images, noise = zip(*(_read(str(self.path / image_name(number))) for number in ids), strict=True)
+            return Written(torch.stack(images), list(noise))
         except (ValueError, RuntimeError, OSError, SyntaxError) as error:
             logger.warning('images of samples %s are made again: %s', ', '.join(map(str, ids[:4])), error)
             return None
 
 
-def _read(path: str) -> Tensor:
-    """An image (C, H, W) with the channels that it was written with."""
+def _problem(path: AnyPath, names: Collection[str], origin: Mapping[str, Any]) -> str | None:
+    """Why images in a folder are not those of the samples that an origin describes."""
+    if not any(OWN_FILE.fullmatch(name) for name in names):
+        return f'there are no images in {path}'
+    if is_of(path, origin):
+        return None
+    if ORIGIN_FILE not in names:
+        return f'{path} has no {ORIGIN_FILE}, which says of what weights its images are, as those of a training run'
+    try:
+        there, here = json.loads(files.read_text(str(path / ORIGIN_FILE))), json.loads(_origin_text(origin))
+        differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    except (ValueError, AttributeError, TypeError):  # damaged
+        differing = []
+    return f'the images in {path} are of other samples: {ORIGIN_FILE} differs in {", ".join(differing) or "all"}'
+
+
+def _read(path: str) -> tuple[Tensor, str | None]:
+    """An image (C, H, W) with the channels that it was written with, and the hash of its noise."""
     with Image.open(io.BytesIO(files.read_bytes(path))) as image:
         pixels = np.array(image if image.mode == 'L' else image.convert('RGB'))
-    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 255
+        noise = image.info.get(NOISE_TEXT)
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).float() / 255, noise
 
 
 def image_name(number: int) -> str:

@@ -54,8 +54,6 @@ class InceptionMetrics(FeatureMetric):
         prefix: Goes before the names of the numbers, with a ``_``.
     """
 
-    better = BETTER
-
     def __init__(
         self,
         reference: str | None = None,
@@ -98,12 +96,14 @@ class InceptionMetrics(FeatureMetric):
         self.kid_num_subsets, self.kid_max_subset_size = kid_num_subsets, kid_max_subset_size
         self.pr_k, self.is_splits, self.is_shuffle, self.seed = pr_k, is_splits, is_shuffle, seed
         self.prefix = prefix
-        self.better = self.better_of(dict(prefix=prefix))
+        self.better = self.better_of(dict(prefix=prefix, use_kid=use_kid, use_is=use_is))
         self.reference: ReferenceStatistics | None = None
 
     @classmethod
     def better_of(cls, arguments: Mapping[str, Any]) -> Mapping[str, str]:
-        return {_named(arguments.get('prefix', ''), name): better for name, better in BETTER.items()}
+        used = {'fid': True, 'kid': arguments.get('use_kid', False), 'is': arguments.get('use_is', True)}
+        prefix = arguments.get('prefix', '')
+        return {_named(prefix, name): better for name, better in BETTER.items() if used[name]}
 
     def bind(self, extractors: ExtractorPool) -> None:
         """Get the network and the reference statistics.
@@ -240,17 +240,24 @@ class InceptionMetrics(FeatureMetric):
     def _subset_size(self) -> int:
         return min(self.kid_max_subset_size, self.num_images, len(self.reference.features))
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        return dict(**super().sources(extractors), reference=self._reference_facts())
+
+    def _reference_facts(self) -> dict[str, Any]:
+        reference = self.reference
+        return dict(
+            path=self.reference_path,
+            sha256=reference.sha256,
+            num_images=reference.num_images,
+            provenance=dict(reference.provenance),
+        )
+
     def protocol(self) -> dict[str, Any]:
         reference = self.reference
         facts = dict(
             **super().protocol(),
             wanted_images=self.wanted_images,
-            reference=dict(
-                path=self.reference_path,
-                sha256=reference.sha256,
-                num_images=reference.num_images,
-                provenance=dict(reference.provenance),
-            ),
+            reference=self._reference_facts(),
         )
         if self.use_kid:
             size = self._subset_size()

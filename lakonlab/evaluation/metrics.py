@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.collate import collate
-from lakonlab.evaluation.expected import Expected, at_least_two, made_now
+from lakonlab.evaluation.expected import Expected, at_least_two
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
 from lakonlab.evaluation.frechet import Moments, frechet_distance
 from lakonlab.evaluation.preparation import Preparation
@@ -64,6 +64,20 @@ class Metric(ABC):
         Args:
             extractors: Where to build them.
         """
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        """The part of the protocol that tells files which can be replaced, and networks, as they are now.
+
+        Before results are kept it is compared with what they are of; a metric whose networks take long to load leaves
+        it out.
+
+        Args:
+            extractors: Where to build networks.
+
+        Returns:
+            Some of the items of :meth:`protocol`.
+        """
+        return {}
 
     def expect(self, samples: Expected) -> None:  # noqa: B027 (most metrics measure whatever comes)
         """See that the samples to come suffice, before any is made.
@@ -136,6 +150,10 @@ class FeatureMetric(Metric):
     def features(self, batch: SampleBatch) -> Features:
         """Features of a batch, of images that are prepared as the protocol says."""
         return batch.features(self.extractor, self.preparation)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(extractor=self.extractor.protocol())
 
     def protocol(self) -> dict[str, Any]:
         return dict(
@@ -355,38 +373,3 @@ class ReferenceRMSE(Metric):
 
     def protocol(self) -> dict[str, Any]:
         return dict(num_images=self.num_images, pixel_range=self.pixel_range)
-
-
-@METRICS.register_module()
-class SamplingSpeed(Metric):
-    """Samples per second of wall time of one process, without the first batch of each process if there are others.
-
-    Several processes together make about as many times more; if they share a machine, or wait for one another because
-    a network is divided among them, the speed of each is less than it would be alone.
-    """
-
-    def expect(self, samples: Expected) -> None:
-        made_now(samples, 'SamplingSpeed')
-
-    def reset(self) -> None:
-        self._warm_up, self._timed = (0, 0.0), (0, 0.0)
-
-    def feed(self, batch: SampleBatch) -> None:
-        if batch.seconds is None:
-            raise ValueError('SamplingSpeed needs samples that are generated now, not real images or images in files')
-        count, seconds = self._warm_up if batch.warm_up else self._timed
-        total = count + len(batch.ids), seconds + batch.seconds
-        if batch.warm_up:
-            self._warm_up = total
-        else:
-            self._timed = total
-
-    def _counted(self) -> tuple[int, float]:
-        return self._timed if self._timed[0] else self._warm_up
-
-    def compute(self) -> dict[str, float]:
-        count, seconds = self._counted()
-        return dict(samples_per_second=count / seconds)
-
-    def protocol(self) -> dict[str, Any]:
-        return dict(num_images=self._counted()[0], num_threads=torch.get_num_threads())

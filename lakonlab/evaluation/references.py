@@ -18,6 +18,19 @@ LIMIT = 2 * 2**30
 """Bytes of reference images that a process keeps: 43,000 of 64 x 64, 2,700 of 256 x 256, 170 of 1024 x 1024 pixels."""
 
 
+def needs_reference_kwargs(name: str, titles: Sequence[str]) -> str:
+    """Why an evaluation cannot be made.
+
+    Args:
+        name: Config key of the entry.
+        titles: Its metrics that compare with reference samples.
+    """
+    return (
+        f'{name}: {", ".join(titles)} compare{"s" if len(titles) == 1 else ""} with reference samples, but '
+        "reference_kwargs is not set; set it, for example to dict(role='teacher')"
+    )
+
+
 class ReferenceSamples:
     """Reference images by data split and sampling arguments, generated once as long as there is room for them.
 

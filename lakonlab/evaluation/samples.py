@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,8 @@ class SampleBatch:
         warm_up: Whether ``seconds`` include what happens once, because the process made no samples before.
         prompts: Text each sample was asked to show; None without texts.
         flops: Floating-point operations of one sample; None where they were not counted.
+        noise: Hash of the noise that each sample started from; None for one of which it is not known.
+        phases: Parts of ``seconds``: of the network, and of the sampling loop beside it; None where not measured.
     """
 
     images: Tensor
@@ -36,6 +39,8 @@ class SampleBatch:
     warm_up: bool = False
     prompts: list[str] | None = None
     flops: float | None = None
+    noise: list[str | None] | None = None
+    phases: Mapping[str, float] | None = None
     _features: dict[tuple[int, Preparation], Features] = field(default_factory=dict, repr=False)
 
     def features(self, extractor: FeatureExtractor, preparation: Preparation = AS_THEY_ARE) -> Features:

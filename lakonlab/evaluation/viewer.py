@@ -48,11 +48,25 @@ class Item:
         id: Number of the sample in its data set.
         caption: The prompt, or the class.
         sources: For each column the URL of the image or video, relative to the page or absolute; None if there is none.
+        noise: For each column the hash of the noise that the sample started from; None where it is not known, as on
+            pages of real images and on those of versions that did not say.
     """
 
     id: int
     caption: str
     sources: list[str | None]
+    noise: list[str | None] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.noise = self.noise or [None] * len(self.sources)
+
+    @property
+    def shares_noise(self) -> bool | None:
+        """Whether all runs that have it started from one noise; None if that is not known of all, or if one has it."""
+        hashes = [noise for source, noise in zip(self.sources, self.noise, strict=True) if source is not None]
+        if len(set(hashes) - {None}) > 1:
+            return False
+        return None if None in hashes or len(hashes) < 2 else True
 
 
 @dataclass
@@ -134,31 +148,40 @@ def _is_url(source: str) -> bool:
 
 
 def side_by_side(
-    pages: Sequence[str | Path], output: str | Path, names: Sequence[str] | None = None, embed: bool = False
+    pages: Sequence[str | Path],
+    output: str | Path,
+    names: Sequence[str] | None = None,
+    embed: bool = False,
+    any_noise: bool = False,
 ) -> Gallery:
-    """Show several runs beside each other, whose samples have the same numbers and captions.
+    """Show several runs beside each other, whose samples have the same numbers, captions and initial noise.
 
     Args:
         pages: Their pages.
         output: Where the common page will be.
         names: What the runs are called; None for the titles of their pages.
         embed: Put the images into the page, so that it can be sent as one file.
+        any_noise: Show samples of the same number too that started from different noise; the page marks them.
 
     Returns:
         What the common page shows: every sample that any of them has, in order.
 
     Raises:
-        ValueError: A sample has different captions: they are of different data, or the pages cannot be shown together;
-            or a page names a file to embed that is no image below its folder.
+        ValueError: A sample has different captions: they are of different data; or it started from different noise; or
+            the pages cannot be shown together; or a page names a file to embed that is no image below its folder.
     """
     if names is not None and len(names) != len(pages):
         raise ValueError(f'{len(names)} names for {len(pages)} pages: expected one for each')
     galleries = [read_page(path) for path in pages]
-    seeds = {column.facts.get('sampling_seed') for gallery in galleries for column in gallery.columns}
-    if len(seeds - {None}) > 1:
-        logger.warning('these samples are not of the same noise: sampling_seed is %s', ', '.join(map(str, seeds)))
-    columns, captions, sources = [], {}, {}
+    seeds = {column.facts.get('sampling_seed') for gallery in galleries for column in gallery.columns} - {None}
+    if len(seeds) > 1:
+        logger.warning(
+            'sampling_seed is %s: what samplers draw beyond the initial noise is not the same',
+            ', '.join(map(str, sorted(seeds))),
+        )
     total = sum(len(gallery.columns) for gallery in galleries)
+    columns: list[Column] = []
+    items: dict[int, Item] = {}
     for index, (path, gallery) in enumerate(zip(pages, galleries)):
         offset = len(columns)
         for column in gallery.columns:
@@ -167,16 +190,51 @@ def side_by_side(
                 name = f'{name}: {column.name}'
             columns.append(Column(name, column.numbers, column.facts))
         for item in gallery.items:
-            if captions.setdefault(item.id, item.caption) != item.caption:
+            row = items.setdefault(item.id, Item(item.id, item.caption, [None] * total))
+            if row.caption != item.caption:
                 raise ValueError(
-                    f'{path}: sample {item.id} is {item.caption!r}, but {captions[item.id]!r} in a page before it: '
+                    f'{path}: sample {item.id} is {item.caption!r}, but {row.caption!r} in a page before it: '
                     'these are samples of different data'
                 )
-            row = sources.setdefault(item.id, [None] * total)
-            for number, source in enumerate(item.sources):
-                row[offset + number] = _moved(source, path, output, embed)
-    items = [Item(number, captions[number], sources[number]) for number in sorted(captions)]
-    return Gallery(' | '.join(column.name for column in columns), columns, items)
+            end = offset + len(item.sources)
+            row.sources[offset:end] = [_moved(source, path, output, embed) for source in item.sources]
+            row.noise[offset:end] = item.noise
+    common = Gallery(
+        ' | '.join(column.name for column in columns), columns, [items[number] for number in sorted(items)]
+    )
+    _check_noise(common, any_noise)
+    return common
+
+
+def _check_noise(gallery: Gallery, any_noise: bool) -> None:
+    """Refuse samples that started from different noise, unless they are wanted; say of which it is not known."""
+    compared = [item for item in gallery.items if len(item.sources) - item.sources.count(None) > 1]
+    different = [item for item in compared if item.shares_noise is False]
+    unknown = [item for item in compared if item.shares_noise is None]
+    if different:
+        first = different[0]
+        hashes = [f'{noise} in {column.name!r}' for column, noise in zip(gallery.columns, first.noise) if noise]
+        text = (
+            f'{len(different)} of {len(compared)} samples did not start from the same noise (other seeds, data or size '
+            f'of latents): sample {first.id} from {", ".join(hashes)}'
+        )
+        if not any_noise:
+            raise ValueError(f'{text}; to see them side by side all the same, pass --any-noise')
+        logger.warning('%s', text)
+    if unknown:
+        silent = {
+            column.name
+            for item in unknown
+            for column, source, noise in zip(gallery.columns, item.sources, item.noise, strict=True)
+            if source is not None and noise is None
+        }
+        logger.warning(
+            'of %d of %d samples it is not known whether they started from the same noise, because %s does not say '
+            '(real images, or a page of a version that did not write it)',
+            len(unknown),
+            len(compared),
+            ', '.join(map(repr, sorted(silent))),
+        )
 
 
 def _is_below(target: str | Path, folder: str | Path) -> bool:

@@ -128,11 +128,11 @@ class VQAScore(PromptMetric):
     """Mean probability that a model says that the image shows its prompt.
 
     Args:
-        scorer: Arguments of :class:`ClipT5Scorer`.
+        scorer: Arguments of :class:`ClipT5Scorer`; with ``type``, of another scorer of prompts.
         prefix: Goes before the names of the numbers, with a ``_``.
     """
 
     number = 'vqascore'
 
     def __init__(self, scorer: dict[str, Any] | None = None, prefix: str = ''):
-        super().__init__(dict(scorer or {}, type='ClipT5Scorer'), prefix)
+        super().__init__({'type': 'ClipT5Scorer', **(scorer or {})}, prefix)

@@ -44,7 +44,7 @@ def prepared_config(args: Namespace) -> Config:
         if encoder is None:
             raise ConfigError(f'--text-encoder {args.text_encoder}: this config has no model.text_encoder')
         cfg.model.text_encoder = encoder
-    check_config(cfg, training='optimizer' in cfg, planning=True, evaluating=False)
+    check_config(cfg, training='optimizer' in cfg, planning=True)
     return cfg
 
 

@@ -16,7 +16,7 @@ def compare_samples(args: Namespace) -> int:
     """Write the common page.
 
     Args:
-        args: ``pages``, ``out``, ``names``, ``embed``.
+        args: ``pages``, ``out``, ``names``, ``embed``, ``any_noise``.
 
     Returns:
         The exit status.
@@ -27,7 +27,13 @@ def compare_samples(args: Namespace) -> int:
     """
     with logged_to_console(), impossible_values():
         files.require(args.out, 'write', setting='--out')
-        gallery = side_by_side(args.pages, args.out, args.names, args.embed)
+        gallery = side_by_side(args.pages, args.out, args.names, args.embed, args.any_noise)
         gallery.write(args.out)
-        logger.info('%s shows %d samples of %d runs', args.out, len(gallery.items), len(gallery.columns))
+        logger.info(
+            '%s shows %d samples of %d runs; %d started from the same noise in all runs that have them',
+            args.out,
+            len(gallery.items),
+            len(gallery.columns),
+            sum(item.shares_noise is True for item in gallery.items),
+        )
     return 0

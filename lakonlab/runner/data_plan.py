@@ -76,13 +76,11 @@ def planned_data_problems(cfg: Mapping[str, Any], splits: Iterable[str]) -> list
     """The same for a plan, in which files of data may be missing yet.
 
     Args:
-        cfg: The config, which may name data sets that this version does not have.
+        cfg: The config.
         splits: Names of the data sets that are read.
     """
     problems = []
     for split in splits:
-        if DATASETS.get(cfg['data'][split].get('type')) is None:
-            continue
         try:
             problems += data_problems(cfg, [split])
         except (ImportError, OSError, ValueError) as error:

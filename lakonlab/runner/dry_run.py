@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
+from lakonlab.evaluation.entries import entry_name, images_folder, run_name
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.data_plan import planned_data_problems, used_splits
 from lakonlab.runner.memory_plan import OVERHEAD, STRATEGIES, Plan, Sizes, plan, recommendation, remarks, table
@@ -250,9 +250,6 @@ def _length(cfg: Config) -> str:
     micro = (cfg.get('train_cfg') or {}).get('grad_accum_batch_size') or batch
     micro = max(1, min(micro, batch))
     samples = cfg.total_iters * batch
-    kind = cfg.data.train.get('type')
-    if DATASETS.get(kind) is None:
-        return _length_table(cfg, batch, micro, f'unknown, {kind!r} is not part of this version')
     try:
         size = len(DATASETS.build(copy.deepcopy(dict(cfg.data.train))))
         epochs = f'{samples / size:,.1f} of {size:,} samples'
@@ -280,9 +277,9 @@ def _places(cfg: Config, work_dir: str, seed: int, resume_from: str | None, refu
     lines += [f'  copy of logs    {mirror}', *_verdict(mirror, 'work_dir_mirror', refused)] if mirror else []
     lines += [f'  checkpoints     {run_dir}', *_verdict(run_dir, 'checkpoint_config.out_dir', refused)]
     for number, entry in enumerate(cfg.get('evaluation') or ()):
-        name = '_'.join(part for part in (entry.get('data', 'val'), entry.get('prefix', '')) if part)
+        name = entry_name(entry.get('data', 'val'), entry.get('prefix'))
         if entry.get('viz_num') != 0:
-            images = entry.get('viz_dir') or Path('viz') / str(cfg.name) / name
+            images = images_folder(entry.get('viz_dir'), run_name(work_dir), name)
             lines += [f'  images          {images}', *_verdict(images, f'evaluation[{number}].viz_dir', refused)]
     lines.append(f'  run             {_start(cfg, work_dir, resume_from)}, seed {seed}')
     return '\n'.join(lines)

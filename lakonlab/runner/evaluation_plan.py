@@ -9,6 +9,7 @@ from mmengine.config import Config
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
+from lakonlab.evaluation.entries import entry_name
 from lakonlab.runner.data_plan import planned_data_problems, used_splits
 from lakonlab.runner.dry_run import MISSING, build_on_meta, cannot_start, parameter_table, pretrained_files, title
 from lakonlab.runner.testing import find_weights
@@ -68,7 +69,7 @@ def _describe(entry: Mapping[str, Any], cfg: Config) -> list[str]:
     names = ', '.join('_'.join(filter(None, (metric.get('prefix'), metric['type']))) for metric in metrics)
     settings = {**(cfg.get('test_cfg') or {}), **((entry.get('sample_kwargs') or {}).get('test_cfg_override') or {})}
     return [
-        f'  {"_".join(filter(None, (split, entry.get("prefix"))))}',
+        f'  {entry_name(split, entry.get("prefix"))}',
         f'    data          {cfg.data[split]["type"]}, split {split!r}',
         f'    sampling      {", ".join(f"{key}={value!r}" for key, value in settings.items()) or "defaults"}',
         f'    metrics       {names or "none"}',

@@ -313,7 +313,7 @@ def independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read_config(path: str, options: Iterable[str], seed: int | None) -> Config:
     cfg = load_config(path, parse_options(options))
-    check_config(cfg, planning=True, evaluating=False)
+    check_config(cfg, planning=True)
     if cfg.get('seed') is None and seed is not None:
         cfg.seed = seed
     return cfg

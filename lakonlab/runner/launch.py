@@ -185,7 +185,6 @@ def _prepare(args: Namespace, training: bool) -> Config:
         cfg,
         training=training,
         planning=planning,
-        evaluating=not getattr(args, 'no_validate', False),
         single_process=args.launcher == 'none',
     )
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs') / cfg.name)

@@ -116,8 +116,10 @@ def log_settings(log_config: Mapping[str, Any] | None, work_dir: str | Path) -> 
                 )
             backend = {'type': 'TensorboardVisBackend', 'save_dir': save_dir}
         elif kind == 'WandbLoggerHook':
-            allowed = {'init_kwargs', 'commit', 'define_metric_cfg'}
-            backend = {'type': 'WandbVisBackend', 'save_dir': str(work_dir), **options}
+            from lakonlab.runner import wandb_log  # noqa: F401 - registers it
+
+            allowed = {'init_kwargs', 'define_metric_cfg'}
+            backend = {'type': 'WandbBackend', 'save_dir': str(work_dir), **options}
         else:
             raise ValueError(
                 f'log_config.hooks: type {kind!r} is unknown; expected TextLoggerHook, TensorboardLoggerHook or '

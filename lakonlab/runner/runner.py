@@ -13,7 +13,6 @@ import contextlib
 import gc
 import hashlib
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -43,6 +42,7 @@ from lakonlab.ranks import ALONE, Ranks
 from lakonlab.registry import DATASETS, MODELS
 from lakonlab.runner.agreement import require_agreement, require_same_config
 from lakonlab.runner.description import describe
+from lakonlab.runner.ending import save_and_exit, save_and_fail
 from lakonlab.runner.guard import SkipGuard
 from lakonlab.runner.hooks.checkpoint import CheckpointHook
 from lakonlab.runner.hooks.mirror import MirrorHook
@@ -74,8 +74,6 @@ logger = logging.getLogger('lakonlab.runner')
 
 DEFAULT_GC_INTERVAL = 20
 DEFAULT_WATCHDOG_SECONDS = 1800
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a process that another one's signal has stopped."""
 
 
 class Runner:
@@ -160,6 +158,7 @@ class Runner:
         self.started_from: list[dict[str, str]] = []
         self.checkpoint_hook = next((hook for hook in self.hooks if isinstance(hook, CheckpointHook)), None)
         self._stop: StopRequest | None = None
+        self.failure: Exception | None = None
         self.checkpoint_dir = run_directory(
             self.checkpoint_hook and self.checkpoint_hook.out_dir, self.work_dir, mirror
         )
@@ -290,12 +289,13 @@ class Runner:
         """Train from the starting point to the last iteration.
 
         Ctrl-C and SIGTERM end the run after the iteration in progress, saved. An evaluation is given up, and made when
-        the run goes on.
+        the run goes on. One that fails ends the run in the same way, with its error.
 
         Raises:
             SystemExit: The run was stopped by a signal; the code is 130 or 143.
             TrainingDivergedError: Too many steps in a row were skipped.
             CheckpointError: The starting point does not fit, or a checkpoint could not be written.
+            Exception: What failed in an evaluation.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.clock.active())
@@ -315,18 +315,22 @@ class Runner:
             self.call_hook('before_run')
             self.call_hook('before_train')
             self.call_hook('before_train_epoch')
+            if self.failure is not None:
+                save_and_fail(self, self.failure)
             if self._owes_evaluation():  # stopped again while it was made up for
-                self._save_and_exit(stop)
+                save_and_exit(self, stop)
             self.clock.restart()
             for batch in in_phase('data', () if is_done else self.train_dataloader):
                 # processes notice a signal at different moments, and learn of it with the sums of the same step
                 self.strategy.stop_requested = stop.signal is not None
                 self.train_iter(batch)
                 is_stopped = self.strategy.stop_requested if self.world_size > 1 else stop.signal is not None
+                if self.failure is not None:
+                    save_and_fail(self, self.failure)
                 if self.iter == self.max_iters or is_stopped:
                     break
             if self.iter < self.max_iters or self._owes_evaluation():
-                self._save_and_exit(stop)
+                save_and_exit(self, stop)
             if is_done and self.checkpoint_hook is not None:
                 self.checkpoint_hook.save(self, self.iter)  # one that owes no evaluation
             self.call_hook('after_train_epoch')
@@ -372,6 +376,16 @@ class Runner:
         """
         for hook in self.hooks:
             getattr(hook, event)(self, **kwargs)
+
+    def end_with(self, error: Exception) -> None:
+        """End the run with an error that does no harm to its state, after the iteration in progress, saved.
+
+        Args:
+            error: What every process has met at the same place; only the first one ends the run.
+        """
+        if self.strategy.ranks.is_main:
+            logger.error('%s: %s; the run ends, saved if it can be', type(error).__name__, error)
+        self.failure = self.failure or error
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Everything but tensors that a resumed run needs, as plain data.
@@ -471,21 +485,3 @@ class Runner:
 
     def _enter_mirror(self, stack: contextlib.ExitStack) -> None:
         stack.enter_context(self.mirror_hook.active())
-
-    def _save_and_exit(self, stop: StopRequest) -> None:
-        name = 'a signal to another process' if stop.signal is None else stop.signal.name
-        if self.checkpoint_hook is None:
-            logger.warning('stopped by %s after iteration %d; nothing saved', name, self.iter)
-        else:
-            if self.checkpoint_hook.last_saved != self.iter:
-                self.checkpoint_hook.save(self, self.iter)
-            self.checkpoint_hook.save_owed(self)
-            self.checkpoint_hook.finish()
-            logger.info(
-                'stopped by %s after iteration %d, saved in %s; run the same command to go on',
-                name,
-                self.iter,
-                self.checkpoint_dir,
-            )
-        self.strategy.ranks.barrier()  # a process that ends before the others have saved would end them too
-        raise SystemExit(stop.exit_code or TERMINATED)

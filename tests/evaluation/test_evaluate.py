@@ -10,14 +10,21 @@ from torch import nn
 
 from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
-from lakonlab.evaluation.images import in_one_size, make_grid, to_uint8
+from lakonlab.evaluation.images import to_uint8
+from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.results import run_evaluations, write_results
 from lakonlab.ranks import ALONE
-from lakonlab.registry import HOOKS
+from lakonlab.registry import HOOKS, METRICS
 from tests.evaluation.thread_ranks import run_threads
 
 DIGIT_FEATURES = dict(type='DigitClassifier')
+
+
+@pytest.fixture(autouse=True)
+def _directory(tmp_path, monkeypatch):
+    """Runs write where no other test looks."""
+    monkeypatch.chdir(tmp_path)
 
 
 class Model(nn.Module):
@@ -38,6 +45,25 @@ class Model(nn.Module):
         self.draws.append(source.normal('probe', (len(data['ids']), 1)))
         images = torch.full_like(data['noise'], self.brightness / steps) + self.offset
         return dict(num_samples=len(images), pred_imgs=images)
+
+
+@METRICS.register_module()
+class Brightest(Metric):
+    """Largest value of a pixel."""
+
+    better = {'brightest': 'higher'}
+
+    def reset(self):
+        self.value = 0.0
+
+    def feed(self, batch):
+        self.value = max(self.value, batch.images.max().item())
+
+    def compute(self):
+        return dict(brightest=self.value)
+
+    def protocol(self):
+        return {}
 
 
 def config(**entry):
@@ -112,7 +138,9 @@ def test_references_are_kept_as_long_as_an_entry_compares_with_them(monkeypatch)
 
     monkeypatch.setattr('lakonlab.evaluation.hook.ReferenceSamples', Watched)
     cfg = config(**RMSE)
-    others = config(**RMSE, prefix='q')['evaluation'] + config(**dict(RMSE, reference_kwargs={}))['evaluation']
+    others = (
+        config(**RMSE, prefix='q')['evaluation'] + config(**dict(RMSE, reference_kwargs={}, prefix='r'))['evaluation']
+    )
     cfg['evaluation'] += others
     run_evaluations(Model(), cfg)
     size = 8 * 8 * 4
@@ -186,29 +214,13 @@ def test_images_and_grid(tmp_path):
     (results,) = run_evaluations(Model(), config(viz_num=12, viz_dir=str(tmp_path)))
     files = sorted(path.name for path in Path(results['images']).iterdir())
     assert files == [f'{number:09d}.png' for number in range(12)] + ['grid.png', 'mine.png']
-    assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 34 + 2, 3 * 34 + 2)
+    assert Image.open(tmp_path / 'default' / 'grid.png').size == (4 * 66 + 2, 3 * (66 + 12) + 2)  # captions of one line
     assert np.array(Image.open(tmp_path / 'default' / '000000003.png')).shape == (8, 8)
 
 
 def test_quantisation_rounds_and_clips():
     pixels = to_uint8(torch.tensor([-1.0, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 2.0]).reshape(6, 1, 1, 1))
     assert pixels[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 255, 255]
-
-
-def test_grid_is_row_by_row():
-    pixels = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(40, 1).repeat(40, 2).repeat(3, 3)
-    grid = make_grid(pixels, columns=3)
-    assert grid.shape == (2 * 42 + 2, 3 * 42 + 2, 3)
-    assert [grid[10 + 42 * row, 10 + 42 * column, 0] for row in (0, 1) for column in (0, 1, 2)] == [0, 1, 2, 3, 4, 96]
-
-
-def test_images_of_several_sizes_are_centred_in_one_grid():
-    images = [np.full((4, 8, 3), 10, np.uint8), np.full((6, 2, 3), 20, np.uint8)]
-    cells = in_one_size(images)
-    assert cells.shape == (2, 6, 8, 3)
-    assert cells[0, :, 0, 0].tolist() == [96, 10, 10, 10, 10, 96]
-    assert cells[1, 0, :, 0].tolist() == [96, 96, 96, 20, 20, 96, 96, 96]
-    assert [(cells[row] != 96).sum() for row in range(2)] == [4 * 8 * 3, 6 * 2 * 3]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +245,12 @@ def test_interval(interval, due):
         (dict(save_best_ckpt=True), 'evaluation val.best_metric: found None, but no metric'),
         (dict(save_best_ckpt=True, interval=None, metrics=dict(type='ReferenceRMSE')), 'never evaluates'),
         (
+            dict(metrics=[dict(type='ColorStats'), dict(type='ReferenceRMSE')]),
+            'evaluation val: ReferenceRMSE compares with reference samples, but reference_kwargs is not set',
+        ),
+        (
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
-            "found 'fid', expected a number of a metric of this entry: 'reference_rmse'",
+            "found 'fid', expected numbers of metrics of this entry: 'reference_rmse'",
         ),
         (dict(viz_num=-3), 'evaluation val: viz_num=-3: expected at least 0'),
         (dict(feed_batch_size=0), 'evaluation val: feed_batch_size=0: expected at least 1'),
@@ -268,7 +284,8 @@ def hook_and_runner(ranks=ALONE, **entry):
         checkpoint_hook=SimpleNamespace(
             save_best=lambda step, name, value: done.append(('best', step, name, value))
         ),
-        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False,
+        work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False, failure=None,
+        end_with=lambda error: setattr(runner, 'failure', error),
         strategy=SimpleNamespace(ranks=ranks, is_sharded=False, stop_requested=False),
     )  # fmt: skip
     hook.before_train(runner)
@@ -282,8 +299,50 @@ def test_hook_logs_scalars_and_a_grid(tmp_path, monkeypatch):
         hook.after_train_iter(runner, runner.iter)
     scalars, grid = runner.done
     assert scalars == ({'val_p_reference_rmse': pytest.approx(1.0)}, 5, 'now.json')
-    assert grid == ('val_p', (70, 70, 3), 5)
+    assert grid == ('val_p', (2 * (66 + 12) + 2, 2 * 66 + 2, 3), 5)
     assert Path('viz/run/val_p/5/grid.png').is_file()
+
+
+def test_images_are_called_after_the_work_dir(tmp_path, monkeypatch):
+    """Whatever the config is called, so that two runs of one config do not remove each other's."""
+    monkeypatch.chdir(tmp_path)
+    hook, runner = hook_and_runner(viz_num=4, **RMSE)
+    for runner.work_dir in ('work_dirs/first', 'work_dirs/second'):
+        hook.after_train_iter(runner, 0)
+    run_evaluations(Model(), {**config(viz_num=4), 'work_dir': 'work_dirs/third'}, tag='1')
+    assert [Path(f'viz/{run}/val_p/1/grid.png').is_file() for run in ('first', 'second', 'third', 'run')] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ('entries', 'message'),
+    [
+        ([dict(prefix='q'), dict(prefix='q')], "2 entries of the name 'val_q'"),
+        ([dict(prefix='q'), dict(prefix='', data='val_q')], "2 entries of the name 'val_q'"),
+        (
+            [dict(prefix='q', viz_dir='a', viz_num=1), dict(prefix='r', viz_dir='./a/', viz_num=1)],
+            "entries with viz_dir='a'",
+        ),
+        ([dict(prefix='q', viz_dir='a', viz_num=1), dict(prefix='r', viz_dir='a', viz_num=0)], None),
+    ],
+)
+def test_entries_share_neither_name_nor_folder(tmp_path, monkeypatch, entries, message):
+    monkeypatch.chdir(tmp_path)
+    cfg = config()
+    cfg['evaluation'] = [dict(cfg['evaluation'][0], **entry) for entry in entries]
+    if message is None:
+        run_evaluations(Model(), cfg)
+        return
+    with pytest.raises(ValueError, match=message):
+        run_evaluations(Model(), cfg)
+    _, runner = hook_and_runner()
+    runner.hooks = [HOOKS.build(dict(entry)) for entry in cfg['evaluation']]
+    with pytest.raises(ValueError, match=message):
+        runner.hooks[0].before_train(runner)
 
 
 def evaluate_at(hook, runner, iteration, error):
@@ -304,17 +363,62 @@ def test_only_the_main_process_logs_and_all_save_the_best(tmp_path, monkeypatch)
 
     states, done = zip(*run_threads(evaluated, 2), strict=True)
     assert states[0] == states[1]
-    assert states[0]['best']['value'] == pytest.approx(1.0)
+    assert [best['value'] for best in states[0]['best']] == [pytest.approx(1.0)]
     assert done == ([{'val_p_reference_rmse': pytest.approx(1.0)}, 'val_p', 'best'], ['best'])
 
 
 def test_an_error_of_the_log_ends_all():
+    """When they have saved; what is the best is found when the evaluation is made again."""
+
     def evaluated(ranks):
-        hook, runner = hook_and_runner(ranks, **RMSE)
+        hook, runner = hook_and_runner(ranks, save_best_ckpt=True, **RMSE)
         runner.visualizer.add_scalars = None
         hook.after_train_iter(runner, 0)
+        return type(runner.failure), hook.owed, hook.best[0].value, runner.done
 
-    assert [type(error) for error in run_threads(evaluated, 2)] == [TypeError] * 2
+    assert run_threads(evaluated, 2) == [(TypeError, 1, None, [])] * 2
+
+
+@METRICS.register_module()
+class BreaksItsWord(Brightest):
+    """Says that it gives a number, which it does not."""
+
+    better = {'promised': 'higher'}
+
+
+def test_a_number_that_decides_has_to_be_there():
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, save_best_ckpt=True, metrics=[dict(type='BreaksItsWord')])
+        hook.after_train_iter(runner, 0)
+        return str(runner.failure)
+
+    first, second = run_threads(evaluated, 2)
+    assert first == second
+    assert 'val_p.best_metric: val_p_promised has not been computed, only val_p_brightest' in first
+
+
+def test_evaluations_after_one_that_failed_are_owed_too():
+    hook, runner = hook_and_runner(**RMSE)
+    runner.failure = error = OSError('of another one')
+    hook.after_train_iter(runner, 0)
+    assert (hook.owed, runner.failure, runner.done) == (1, error, [])
+
+
+def test_an_error_of_one_process_is_raised_at_once():
+    """The others, which wait for it in a network that is divided, cannot save."""
+
+    def evaluated(ranks):
+        hook, runner = hook_and_runner(ranks, **RMSE)
+        runner.strategy.is_sharded = True
+        if ranks.rank == 0:
+            return hook.after_train_iter(runner, 0)
+        runner.model.val_step = None
+        with pytest.raises(TypeError):
+            hook.after_train_iter(runner, 0)
+        ranks.table.barrier.abort()  # as a launcher ends the others
+        return runner.failure, hook.owed
+
+    assert run_threads(evaluated, 2)[1] == (None, None)
 
 
 def test_best_checkpoint_is_saved_when_a_number_improves():
@@ -328,9 +432,34 @@ def test_best_checkpoint_is_saved_when_a_number_improves():
     assert evaluate_at(again, runner, 6, 0.75) == []
     assert [step for step, _, _ in evaluate_at(again, runner, 7, 0.25)] == [7]
 
+    of_one = {**hook.state_dict(), 'best': hook.state_dict()['best'][0]}  # as checkpoints before had it
+    older, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    older.load_state_dict(of_one)
+    assert evaluate_at(older, runner, 6, 0.75) == []
+
     other, runner = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
     other.load_state_dict(hook.state_dict())  # of another entry: its values say nothing here
     assert [step for step, _, _ in evaluate_at(other, runner, 6, 0.75)] == [6]
+
+
+def test_several_numbers_have_their_own_best():
+    """Brighter samples are farther from their references, and counted as better by the contrary metric."""
+    entry = {**RMSE, 'metrics': [*RMSE['metrics'], dict(type='Brightest')]}
+    names = ['reference_rmse', 'brightest']
+    hook, runner = hook_and_runner(save_best_ckpt=True, best_metric=names, **entry)
+    saved = [evaluate_at(hook, runner, *when) for when in ((1, 0.5), (2, 0.75), (3, 0.25), (4, 0.5), (5, 1.0))]
+    found = [[(step, name.removeprefix('val_p_'), value) for step, name, value in calls] for calls in saved]
+    assert found == [
+        [(1, 'reference_rmse', 0.5), (1, 'brightest', 0.5)],
+        [(2, 'brightest', 0.75)],
+        [(3, 'reference_rmse', 0.25)],
+        [],
+        [(5, 'brightest', 1.0)],
+    ]
+    again, runner = hook_and_runner(save_best_ckpt=True, best_metric=names[::-1], **entry)
+    again.load_state_dict(json.loads(json.dumps(hook.state_dict())))
+    assert evaluate_at(again, runner, 6, 0.5) == []
+    assert [name for _, name, _ in evaluate_at(again, runner, 7, 0.125)] == ['val_p_reference_rmse']
 
 
 def test_whoever_is_asked_to_stop_all_give_up(tmp_path, monkeypatch):
@@ -350,7 +479,7 @@ def test_whoever_is_asked_to_stop_all_give_up(tmp_path, monkeypatch):
     for given_up, owed, saved in run_threads(evaluated, 2):
         assert given_up == (
             True,
-            {'best': {'name': 'val_p_reference_rmse', 'value': None, 'step': None}, 'owed': 1},
+            {'best': [{'name': 'val_p_reference_rmse', 'value': None, 'step': None}], 'owed': 1},
             [],
         )
         assert owed is None
@@ -368,6 +497,19 @@ def test_best_checkpoint_needs_a_place():
     runner.checkpoint_hook = None
     with pytest.raises(ValueError, match='save_best_ckpt=True, but checkpoint_config is not set'):
         hook.before_train(runner)
+
+
+def test_entries_do_not_share_a_best_checkpoint():
+    hook, runner = hook_and_runner(save_best_ckpt=True, **RMSE)
+    fid = dict(type='InceptionMetrics', reference='a.npz', use_pr=False)
+    entries = dict(metrics=[fid]), dict(prefix='', metrics=[dict(fid, prefix='p')])
+    twins = [GenerativeEvalHook(**{'data': 'val', 'prefix': 'p', 'save_best_ckpt': True, **entry}) for entry in entries]
+    other, _ = hook_and_runner(save_best_ckpt=True, prefix='q', **RMSE)
+    runner.hooks = [hook, other, hook_and_runner(prefix='r', **RMSE)[0]]
+    hook.before_train(runner)
+    runner.hooks = twins
+    with pytest.raises(ValueError, match='another entry keeps the best checkpoint of val_p_fid too'):
+        twins[0].before_train(runner)
 
 
 def test_results_file(tmp_path):

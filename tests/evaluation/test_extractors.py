@@ -99,3 +99,23 @@ def test_every_extractor_says_what_it_is(inception_weights, tmp_path):
         assert (found.logits is not None) == extractor.classifies
         assert extractor.protocol()['name'] == name
         assert len(extractor.protocol()['weights_sha256']) == 64
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f'no weights of MobileNetV2: {INSTALL}')
+def test_mobilenet_sees_what_its_weights_were_trained_for():
+    """The mean, the deviation and the pooled layer are those that torchvision documents."""
+    from torchvision.models import MobileNet_V2_Weights
+    from torchvision.transforms.functional import to_pil_image
+
+    extractor = ExtractorPool().build(dict(type='MobileNetV2'))
+    transform = MobileNet_V2_Weights.IMAGENET1K_V1.transforms(resize_size=extractor.input_size)
+    assert transform.crop_size == [extractor.input_size]
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pooled = []
+    hook = extractor.net.classifier.register_forward_hook(lambda module, inputs, output: pooled.append(inputs[0]))
+    with torch.no_grad():
+        logits = extractor.net(torch.stack([transform(to_pil_image(image)) for image in pixels]))
+    hook.remove()
+    found = extract(extractor, pixels / 255, 2)
+    torch.testing.assert_close(found.embedding, pooled[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, logits, rtol=1e-4, atol=1e-4)

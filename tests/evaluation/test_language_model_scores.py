@@ -39,6 +39,13 @@ def scored(kind, scorer, samples, prompts=PROMPTS, size=3):
     return metric
 
 
+@pytest.mark.parametrize(('kind', 'own'), [('VQAScore', 'ClipT5Scorer'), ('HPSv3', 'Qwen2VLReward')])
+def test_a_scorer_that_is_named_is_taken(kind, own):
+    assert METRICS.build(dict(type=kind)).scorer_config == dict(type=own)
+    assert METRICS.build(dict(type=kind, scorer=dict(pixels=1))).scorer_config == dict(type=own, pixels=1)
+    assert METRICS.build(dict(type=kind, scorer=dict(type='OpenClipScorer'))).scorer_config['type'] == 'OpenClipScorer'
+
+
 @pytest.fixture(scope='module')
 def clip_t5(tmp_path_factory):
     """A folder each of the model, of its tokenizer and of its vision model."""

@@ -5,7 +5,7 @@ from torch import nn
 from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.digits import load_split
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
-from lakonlab.evaluation.metrics import FeatureDiversity, SamplingSpeed
+from lakonlab.evaluation.metrics import FeatureDiversity
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch, real_images
 from lakonlab.registry import FEATURE_EXTRACTORS, METRICS
@@ -100,16 +100,16 @@ def test_reference_rmse():
 
 
 def test_speed_leaves_out_the_first_batch():
-    metric = SamplingSpeed()
+    metric = METRICS.build(dict(type='SamplingSpeed'))
     images = torch.zeros(4, 1, 2, 2)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=100.0, warm_up=True))
-    assert metric.compute() == dict(samples_per_second=0.04)
+    assert metric.compute() == dict(samples_per_second=0.04, total_time=100.0)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=2.0))
     metric.feed(SampleBatch(images[:2], [0, 1], seconds=1.0))
-    assert metric.compute() == dict(samples_per_second=2.0)
+    assert metric.compute() == dict(samples_per_second=2.0, total_time=2.0)  # of batches of 4
     metric.reset()
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=1.0))
-    assert metric.compute() == dict(samples_per_second=4.0)
+    assert metric.compute() == dict(samples_per_second=4.0, total_time=1.0)
     with pytest.raises(ValueError, match='generated'):
         metric.feed(SampleBatch(images, [0, 1, 2, 3]))
 

@@ -1,11 +1,13 @@
 import html.parser
 import json
+import re
 from argparse import Namespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.viewer import Column, Gallery, Item, read_page, side_by_side, url_from
 from lakonlab.runner.compare_samples import compare_samples
 
@@ -145,14 +147,46 @@ def test_only_images_of_a_page_are_put_into_another_one(tmp_path, source):
         side_by_side([page], tmp_path / 'both.html', embed=True)
 
 
-def test_samples_of_other_noise_are_told(tmp_path, caplog):
-    for seed in (0, 5):
-        column = Column('a', dict(fid=1.5), dict(sampling_seed=seed))
-        gallery(columns=[column]).write(tmp_path / f'{seed}.html')
-    side_by_side([tmp_path / '0.html', tmp_path / '0.html'], tmp_path / 'both.html')
+def page_of(path, noise, seed=0):
+    """A page of samples with these hashes of noise."""
+    items = [Item(number, f'prompt {number}', [f'{number}.png'], [found]) for number, found in enumerate(noise)]
+    gallery(columns=[Column('a', dict(fid=1.5), dict(sampling_seed=seed))], items=items, title=path.stem).write(path)
+    return path
+
+
+def test_samples_of_the_same_noise(tmp_path, caplog):
+    page = page_of(tmp_path / 'a.html', ['x', 'y'])
+    common = side_by_side([page, page_of(tmp_path / 'b.html', ['x', 'y', 'z'])], tmp_path / 'both.html')
+    assert [item.noise for item in common.items] == [['x', 'x'], ['y', 'y'], [None, 'z']]
+    assert [item.shares_noise for item in common.items] == [True, True, None]  # the last one is alone
     assert not caplog.text
-    side_by_side([tmp_path / '0.html', tmp_path / '5.html'], tmp_path / 'both.html')
-    assert 'not of the same noise: sampling_seed is 0, 5' in caplog.text
+    side_by_side([page, page_of(tmp_path / 'c.html', ['x', 'y'], seed=5)], tmp_path / 'both.html')
+    assert 'sampling_seed is 0, 5: what samplers draw beyond the initial noise is not the same' in caplog.text
+
+
+def test_samples_of_other_noise_are_not_compared(tmp_path, caplog):
+    pages = [page_of(tmp_path / 'a.html', ['x', 'y', 'z']), page_of(tmp_path / 'b.html', ['x', 'w', 'v'])]
+    expected = r"2 of 3 samples did not start from the same noise .*: sample 1 from y in 'a', w in 'b'"
+    with pytest.raises(ValueError, match=f'{expected}; .* pass --any-noise'):
+        side_by_side(pages, tmp_path / 'both.html')
+    assert not caplog.text
+    common = side_by_side(pages, tmp_path / 'both.html', any_noise=True)
+    assert [item.shares_noise for item in common.items] == [True, False, False]
+    assert re.search(expected, caplog.text)
+
+
+def test_pages_that_do_not_say_their_noise(tmp_path, caplog):
+    page = page_of(tmp_path / 'new.html', ['x', 'y'])
+    text = page.read_text()
+    for hashes in (', "noise": ["x"]', ', "noise": ["y"]'):
+        assert text.count(hashes) == 1
+        text = text.replace(hashes, '')
+    (tmp_path / 'old.html').write_text(text.replace('>new<', '>old<').replace('"new"', '"old"'))
+    common = side_by_side([page, tmp_path / 'old.html', page], tmp_path / 'both.html')
+    assert [item.noise for item in common.items] == [['x', None, 'x'], ['y', None, 'y']]
+    assert {item.shares_noise for item in common.items} == {None}
+    assert 'of 2 of 2 samples it is not known' in caplog.text
+    assert "because 'old' does not say" in caplog.text
 
 
 def test_samples_of_different_data_are_not_compared(tmp_path):
@@ -165,10 +199,14 @@ def test_samples_of_different_data_are_not_compared(tmp_path):
         side_by_side([page, page], tmp_path / 'both.html', names=['x'])
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, caplog):
+    arguments = dict(out=str(tmp_path / 'both.html'), names=None, embed=False, any_noise=False)
     pages = [str(written_run(tmp_path, 'a', [0], 10)), str(written_run(tmp_path, 'b', [0], 20))]
-    out = tmp_path / 'both.html'
-    assert compare_samples(Namespace(pages=pages, out=str(out), names=None, embed=False)) == 0
-    assert [column.name for column in read_page(out).columns] == ['a', 'b']
+    assert compare_samples(Namespace(pages=pages, **arguments)) == 0
+    assert [column.name for column in read_page(arguments['out']).columns] == ['a', 'b']
     with pytest.raises(OSError, match=r'no\.html'):
-        compare_samples(Namespace(pages=[str(tmp_path / 'no.html')], out=str(out), names=None, embed=False))
+        compare_samples(Namespace(pages=[str(tmp_path / 'no.html')], **arguments))
+    pages = [str(page_of(tmp_path / f'{name}.html', [name])) for name in 'xy']
+    with pytest.raises(ConfigError, match='pass --any-noise'):
+        compare_samples(Namespace(pages=pages, **arguments))
+    assert compare_samples(Namespace(pages=pages, **{**arguments, 'any_noise': True})) == 0

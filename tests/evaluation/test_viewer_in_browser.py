@@ -33,7 +33,8 @@ DRIVER = """
     cards: cards().length, page: $('page').value, first: id(cards()[0]), hash: location.hash });
   const box = () => ({
     open: $('box').open, where: $('where').textContent, figures: $('stage').querySelectorAll('figure').length,
-    transform: $('stage').querySelector('img')?.style.transform, hash: location.hash });
+    transform: $('stage').querySelector('img')?.style.transform, hash: location.hash,
+    noise: $('noise').textContent });
   try {
     await wait(1500);
     report.start = {
@@ -44,6 +45,9 @@ DRIVER = """
     report.direction = [0, 2].map((position) => getComputedStyle(text(position)).direction);
     report.widths = [...cards()[0].querySelectorAll('img')].map((image) => Math.round(image.clientWidth));
     report.overflow = document.documentElement.scrollWidth - innerWidth;
+    report.noise = [0, 3, 4, 5].map((position) => text(position).querySelector('.noise')?.textContent ?? null);
+    report.noiseTitle = text(4).querySelector('.noise').title;
+    report.noiseCounts = $('tables').querySelector('p').textContent;
     report.missing = cards()[3].querySelectorAll('.missing').length;
     report.pixelated = cards()[0].querySelector('img').classList.contains('small');
     await press('ArrowRight'); report.second = shown();
@@ -58,7 +62,7 @@ DRIVER = """
     await press('+'); report.zoomed = box();
     await press('0'); report.fitted = box();
     await press('ArrowRight'); report.following = box();
-    await press(' '); report.alone = [box().figures, $('stage').querySelector('figcaption').textContent];
+    await press(' '); report.alone = [box().figures, box().noise, $('stage').querySelector('figcaption').textContent];
     await press(' '); await press(' '); report.together = box().figures;
     await press('Escape'); report.closed = box().open;
     cards()[5].querySelector('.picture').click(); await wait(50); report.clicked = box();
@@ -104,7 +108,8 @@ def large_gallery(folder):
         sources = [f'%C3%A4%20%231/{number % 10}.png', f'b/{number % 10}.png']
         if number == 3:
             sources = [None, 'b/not_there.png']
-        items.append(Item(number, captions.get(number, f'prompt {number}'), sources))
+        noise = {4: ['aa', 'bb'], 5: ['aa', None]}.get(number, ['aa', 'aa'])
+        items.append(Item(number, captions.get(number, f'prompt {number}'), sources, noise))
     columns = [
         Column('four steps', dict(fid=2.5, recall=0.5, kid=float('nan'))),
         Column(NASTY, dict(fid=3.25), dict(note=NASTY)),
@@ -134,6 +139,10 @@ def test_it_opens_and_shows_the_first_page(report):
     assert len(set(report['widths'])) == 1  # whatever the runs are called
     assert report['overflow'] <= 0
     assert report['pixelated']
+    assert report['noise'] == ['same noise', None, 'different noise', 'noise not known']
+    assert report['noiseTitle'] == f'four steps: aa\n{NASTY}: bb'
+    counts = '497 same noise, 1 different noise, 1 noise not known'
+    assert report['noiseCounts'] == f'samples in several runs: {counts}'
     assert report['numbers'] == ['', 'four steps', NASTY, 'fid', '2.5', '3.25', 'recall', '0.5', '–', 'kid', 'nan', '–']
 
 
@@ -168,7 +177,8 @@ def test_the_enlarged_view(report):
     assert 'scale(1.5)' in report['zoomed']['transform']
     assert report['fitted']['transform'] == 'translate(0px, 0px) scale(1)'
     assert report['following']['where'] == '2  (3 of 500)'
-    assert report['alone'] == [1, 'four steps']
+    assert report['alone'] == [1, 'noise aa', 'four steps']
+    assert report['following']['noise'] == 'same noise'
     assert report['together'] == 2
     assert report['closed'] is False
     assert report['clicked']['where'] == '5  (6 of 500)'

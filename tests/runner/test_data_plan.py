@@ -49,7 +49,7 @@ def test_trainers_on_data_need_images(wants):
 
 
 def test_plans_say_what_a_run_would_stumble_over(wants):
-    problems = planned_data_problems(config({**wants, 'fails': True}, dict(type='NotHere')), ['train', 'val'])
+    problems = planned_data_problems(config({**wants, 'fails': True}, dict(type='Digits')), ['train', 'val'])
     assert problems == ['data.train: list.txt is missing']
 
 

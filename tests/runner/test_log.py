@@ -42,7 +42,7 @@ def test_documented_form():
     assert settings.backends == [
         {'type': 'LocalVisBackend', 'save_dir': 'logs'},
         {'type': 'TensorboardVisBackend', 'save_dir': 'logs/tf_logs'},
-        {'type': 'WandbVisBackend', 'save_dir': 'logs', 'init_kwargs': {'project': 'PiFlow'}},
+        {'type': 'WandbBackend', 'save_dir': 'logs', 'init_kwargs': {'project': 'PiFlow'}},
     ]
 
 

@@ -34,9 +34,9 @@ def same_bits(found, expected):
 
 @METRICS.register_module()
 class Scripted(Metric):
-    """Gives values one after the other, whatever the samples."""
+    """Gives values one after the other, whatever the samples, as two numbers with contrary rules."""
 
-    better = {'value': 'lower'}
+    better = {'value': 'lower', 'highest': 'higher'}
 
     def __init__(self, values):
         super().__init__()
@@ -50,14 +50,15 @@ class Scripted(Metric):
 
     def compute(self):
         """The next value."""
-        return {'value': self.values.pop(0)}
+        value = self.values.pop(0)
+        return {'value': value, 'highest': value}
 
     def protocol(self):
         """Nothing has to be equal."""
         return {}
 
 
-def evaluation(prefix, interval, values):
+def evaluation(prefix, interval, values, best_metric=None):
     """An entry that keeps the best checkpoint."""
     return dict(
         type='GenerativeEvalHook',
@@ -67,6 +68,7 @@ def evaluation(prefix, interval, values):
         metrics=[dict(type='Scripted', values=values)],
         viz_num=0,
         save_best_ckpt=True,
+        best_metric=best_metric,
     )
 
 
@@ -112,6 +114,34 @@ def test_best_checkpoints_and_exports(workers, alone, tmp_path, strategy):  # no
     best = found / 'best_val_rarely_value'
     (tmp_path / 'alone').mkdir()
     assert alone.run(small_run.train, tmp_path / 'alone', resume_from=str(best)) == [steps[best.name]]
+
+
+def train_and_keep(ranks, folder, values, **changes):
+    """A run that keeps two best checkpoints and one other."""
+    return small_run.train(
+        ranks,
+        folder,
+        data__val=dict(type='SmallImages', size=3, key='noise'),
+        evaluation=[evaluation('', 2, values, ['value', 'highest'])],
+        checkpoint_config__max_keep_ckpts=1,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_best_checkpoints_of_several_numbers_outlive_resuming(workers, tmp_path, strategy):  # noqa: F811
+    """Neither a later save, nor another best, nor the run that goes on removes one; only a better one replaces it."""
+
+    def found():
+        run_dir = small_run.checkpoints(tmp_path)
+        paths = [path for path in run_dir.iterdir() if path.name != '.lock']
+        assert all(is_complete(path) for path in paths)
+        return {path.name: read_state(path)['iteration'] for path in paths}
+
+    workers.run(train_and_keep, tmp_path, [2.0, 1.0], strategy=strategy, total_iters=4)
+    assert found() == {'best_val_value': 4, 'best_val_highest': 2, 'iter_4': 4}
+    assert workers.run(train_and_keep, tmp_path, [3.0, 1.5], strategy=strategy) == [4, 4]
+    assert found() == {'best_val_value': 4, 'best_val_highest': 6, 'iter_8': 8}
 
 
 @DATASETS.register_module()

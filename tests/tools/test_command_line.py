@@ -159,7 +159,7 @@ def test_errors_of_training_are_plain(in_tmp, capsys, values, message):
         ({'cfg_options': ['evaluation=[]']}, 'evaluation=[]: nothing to evaluate'),
         (
             {'cfg_options': [*SMALL, 'model.inference_only=True', 'evaluation.0.reference_kwargs=None']},
-            'set reference_kwargs in this entry',
+            'evaluation.0: ReferenceRMSE compares with reference samples, but reference_kwargs is not set',
         ),
     ],
 )
@@ -204,6 +204,7 @@ def test_train_then_test(in_tmp, capsys):
     }
     assert all(entry['metrics']['samples_per_second'] > 0 for entry in by_prefix.values())
     assert by_prefix['euler1']['num_samples'] == 12
+    assert by_prefix['euler1']['images'] == 'viz/here/val_euler1/iter_2'
     assert {'torch', 'mmengine', 'lakonlab'} <= set(results['versions'])
     assert list((in_tmp / 'work_dirs' / 'here').glob('*_test.log'))
 

@@ -113,7 +113,7 @@ class SavePublished(Hook):
 
 def make_runner(path, options, name, resume_from=None):
     cfg = load_config(path, options)
-    check_config(cfg, evaluating=False)
+    check_config(cfg)
     cfg.seed = SEED
     return Runner.from_cfg(cfg, work_dir=f'work_dirs/{name}', resume_from=resume_from, validate=False)
 

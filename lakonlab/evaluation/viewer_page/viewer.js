@@ -21,6 +21,20 @@
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
   const pages = () => Math.max(1, Math.ceil(state.shown.length / state.size));
 
+  // of runs that have the sample: whether they started from one noise
+  const NOISE = { same: 'same noise', other: 'different noise', unknown: 'noise not known' };
+  function noiseOf(item) {
+    const hashes = item.noise.filter((_, column) => item.sources[column]);
+    if (hashes.length < 2) return null;
+    if (new Set(hashes.filter(Boolean)).size > 1) return 'other';
+    return hashes.every(Boolean) ? 'same' : 'unknown';
+  }
+  function noiseMark(item) {
+    const kind = noiseOf(item);
+    const hashes = item.noise.map((noise, column) => `${data.columns[column].name}: ${noise ?? 'not known'}`);
+    return kind ? [element('span', { className: `noise ${kind}`, dir: 'ltr', title: hashes.join('\n') }, NOISE[kind])] : [];
+  }
+
   function picture(source, alt) {
     if (!source) return element('div', { className: 'missing' }, 'missing');
     const isVideo = VIDEO.test(source);
@@ -44,7 +58,7 @@
       cell.append(button);
       row.append(cell);
     });
-    const text = element('p', { className: 'text', dir: 'auto' }, element('b', {}, `${item.id} `), item.caption);
+    const text = element('p', { className: 'text', dir: 'auto' }, element('b', {}, `${item.id} `), ...noiseMark(item), item.caption);
     const node = element('article', { className: 'item' }, row, text);
     node.dataset.position = position;
     return node;
@@ -132,6 +146,8 @@
       return figure;
     }));
     $('where').textContent = `${item.id}  (${state.current + 1} of ${state.shown.length})`;
+    const [hash] = wanted.map(([, column]) => item.noise[column]).filter(Boolean);
+    $('noise').replaceChildren(...(wanted.length > 1 ? noiseMark(item) : hash ? [`noise ${hash}`] : []));
     $('caption').textContent = item.caption;
     state.open = true;
     if (!$('box').open) $('box').showModal();
@@ -174,7 +190,11 @@
     for (const name of names) {
       rows.push([name, ...data.columns.map((column) => written(column.numbers[name]))]);
     }
+    const kinds = data.items.map(noiseOf).filter(Boolean);
+    const counts = Object.keys(NOISE).map((kind) => [kind, kinds.filter((other) => other === kind).length]);
+    const told = counts.filter(([, count]) => count).map(([kind, count]) => `${count} ${NOISE[kind]}`);
     const blocks = names.length ? [table(rows)] : [];
+    if (told.length) blocks.push(element('p', {}, `samples in several runs: ${told.join(', ')}`));
     for (const column of data.columns) {
       if (Object.keys(column.facts).length) {
         blocks.push(element('div', {}, column.name), element('pre', {}, JSON.stringify(column.facts, null, 1)));
