@@ -16,6 +16,7 @@ from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import FeatureMetric, Metric
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch
+from lakonlab.phases import beat
 from lakonlab.registry import IMAGE_DISTANCES, METRICS
 
 PAIRS_AT_ONCE = 64
@@ -139,7 +140,10 @@ class PairwiseDistance(Metric):
             ConfigError: No prompt or class has two samples.
         """
         open_groups = [members for members in self._groups.values() if len(members) > 1]
-        means = [*self._means.values(), *(self.distances(members).mean().item() for members in open_groups)]
+        means = list(self._means.values())
+        for members in open_groups:
+            means.append(self.distances(members).mean().item())
+            beat()
         if not means:
             raise ConfigError(f'{type(self).__name__} needs at least two samples of a prompt or a class')
         distance = Estimate.of(means)

@@ -181,10 +181,13 @@ def evaluate(
             )
         numbers: dict[str, float] = {}
         names: dict[str, list[str]] = {}
-        for metric in metrics:
-            computed = metric.compute()
-            names[metric.title] = list(computed)
-            numbers.update(computed)
+        with tqdm(metrics, desc=f'{name}: numbers', unit='metric', leave=False, disable=None) as progress:
+            for metric in progress:
+                progress.set_postfix_str(metric.title)
+                computed = metric.compute()
+                names[metric.title] = list(computed)
+                numbers.update(computed)
+                beat()
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
         noise = digest(hashes)

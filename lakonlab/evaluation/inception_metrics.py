@@ -117,7 +117,7 @@ class InceptionMetrics(FeatureMetric):
         self.preparation = Preparation(size, self.center_crop, self.resize_mode)
         if self.reference is not None:
             return
-        reference = read_reference(self.reference_path)
+        reference = read_reference(self.reference_path, 'InceptionMetrics.reference')
         if reference.features is None and (self.use_kid or self.use_pr):
             raise ValueError(
                 f'InceptionMetrics.reference={self.reference_path!r} holds no features, which KID and precision and '

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from lakonlab.datasets.collate import collate
 from lakonlab.evaluation.expected import Expected, at_least_two
@@ -21,6 +22,7 @@ from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Featu
 from lakonlab.evaluation.frechet import Moments, frechet_distance
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch, extract, finite_rows, real_images
+from lakonlab.phases import beat
 from lakonlab.registry import DATASETS, METRICS
 
 
@@ -255,11 +257,17 @@ class FrechetDistance(FeatureMetric):
 
             device = next((parameter.device for parameter in self.extractor.parameters()), torch.device('cpu'))
             moments, digest = Moments(), hashlib.sha256()
-            for batch in build_dataloader(self._real, 256):
-                images = real_images(batch)
-                digest.update(f'{tuple(images.shape[1:])}'.encode())
-                digest.update(images.float().contiguous().cpu().numpy().tobytes())
-                moments.update(extract(self.extractor, images.to(device), 256, self.preparation).embedding)
+            progress = tqdm(
+                total=len(self._real), desc='features of real images', unit='image', leave=False, disable=None
+            )
+            with progress:
+                for batch in build_dataloader(self._real, 256):
+                    images = real_images(batch)
+                    digest.update(f'{tuple(images.shape[1:])}'.encode())
+                    digest.update(images.float().contiguous().cpu().numpy().tobytes())
+                    moments.update(extract(self.extractor, images.to(device), 256, self.preparation).embedding)
+                    progress.update(len(images))
+                    beat()
             self._reference, self._reference_hash = moments, digest.hexdigest()
         return self._reference
 

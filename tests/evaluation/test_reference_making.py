@@ -17,7 +17,7 @@ DIGIT_CONFIG = 'configs/digits/dit_digits_teacher.py'
 def run(source, out, **changes):
     """What the command does with its defaults and some changes."""
     defaults = dict(
-        data='val', extractor='DigitClassifier', no_resize=False, center_crop=False, resize_mode=None,
+        data=None, extractor='DigitClassifier', no_resize=False, center_crop=False, resize_mode=None,
         num_images=None, batch_size=64, no_features=False, device='cpu',
     )  # fmt: skip
     return make(Namespace(source=str(source), out=str(out), **{**defaults, **changes}))
@@ -130,6 +130,22 @@ def test_of_statistics(tmp_path):
         ('folder', 'out.pkl', {}, r'ends in \.safetensors'),
         ('folder', 'out.safetensors', {}, 'has no images'),
         (DIGIT_CONFIG, 'out.safetensors', dict(data='vall'), "data='vall'"),
+        ('folder', 'out.safetensors', dict(data='train'), "--data train: only a config has .*SOURCE='folder'"),
+        ('a.npz', 'out.safetensors', dict(data='train'), "--data train: only a config has .*SOURCE='a.npz'"),
+        ('a.npz', 'out.safetensors', dict(extractor=None), "SOURCE: there is no file of reference statistics 'a.npz'"),
+        (
+            DIGIT_CONFIG,
+            'out.safetensors',
+            dict(extractor='DigitsClassifier'),
+            "--extractor: 'DigitsClassifier' is no feature extractor; did you mean 'DigitClassifier'",
+        ),
+        (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"type": 5}'), '--extractor: 5 is no feature extractor'),
+        (
+            DIGIT_CONFIG,
+            'out.safetensors',
+            dict(extractor='{"type": "DINOv2", "size": 8}'),
+            "--extractor: 'size' is no argument of DINOv2",
+        ),
         (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"typ": 1}'), "'type' is missing"),
         (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"type": '), 'a dict in JSON'),
         (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"type": "DigitClassifier", "weights": "no"}'), 'no file'),
