@@ -361,7 +361,7 @@ class GenerativeEvalHook(Hook):
             if not runner.strategy.ranks.is_common(error):  # other processes wait for this one, and cannot be told
                 raise
             self.owed = iteration
-            runner.end_with(error)
+            runner.end_with(error, f'evaluation {self.name} after iteration {iteration}')
 
     def _evaluate_and_log(self, runner, iteration: int) -> None:
         strategy = runner.strategy

@@ -9,24 +9,49 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 GREY = 96
-LEAST, MOST = 64, 256
+LEAST, MOST = 64, 512
 """Pixels of the longer side of a cell: smaller images are enlarged by a whole factor, larger ones are shrunk."""
+LONGEST = 2048
+"""Pixels of the longer side of a grid, for which images are shrunk further."""
+PADDING = 2
 FONT_SIZE, LINE_HEIGHT, LINES = 10, 12, 3
 ELLIPSIS = '...'
 
 
 def shrunk(image: np.ndarray) -> np.ndarray:
-    """An image as a grid needs it: of at most ``MOST`` pixels on its longer side.
+    """An image as a grid can use it: of at most ``MOST`` pixels on its longer side.
 
     Args:
         image: Shape (H, W, 3), uint8.
     """
-    height, width, _ = image.shape
-    factor = MOST / max(height, width)
+    return _resized(image, MOST / max(image.shape[:2]))
+
+
+def fitted(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images, shrunk by one factor so that a grid of them with captions has no side longer than ``LONGEST``.
+
+    Args:
+        images: Each of shape (H, W, 3), uint8; at least one.
+    """
+    columns = _columns(len(images))
+    room = [(LONGEST - PADDING) // count - PADDING for count in (-(-len(images) // columns), columns)]
+    room[0] -= LINES * LINE_HEIGHT
+    factor = min(room[axis] / max(image.shape[axis] for image in images) for axis in (0, 1))
+    return [_resized(image, factor) for image in images]
+
+
+def _resized(image: np.ndarray, factor: float) -> np.ndarray:
+    """An image, antialiased, with shorter sides; never with longer ones."""
     if factor >= 1:
         return image
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    height, width, _ = image.shape
+    size = max(1, int(width * factor)), max(1, int(height * factor))
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def _columns(count: int) -> int:
+    """Images per row of a square."""
+    return math.ceil(math.sqrt(count))
 
 
 def sample_grid(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
@@ -37,12 +62,12 @@ def sample_grid(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.nda
         captions: One for each; as much of it is drawn as fits into three lines.
 
     Returns:
-        One image, shape (rows, columns, 3), uint8.
+        One image, shape (rows, columns, 3), uint8, no side longer than ``LONGEST``.
     """
-    return make_grid(with_captions(enlarged(in_one_size(images)), captions))
+    return make_grid(with_captions(enlarged(in_one_size(fitted(images))), captions))
 
 
-def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
+def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = PADDING) -> np.ndarray:
     """Arrange images of one size in rows.
 
     Args:
@@ -54,7 +79,7 @@ def make_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) 
         One image, shape (rows, columns, 3), uint8.
     """
     count, height, width, _ = pixels.shape
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    columns = min(count, columns or _columns(count))
     rows = -(-count // columns)
     grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), GREY, np.uint8)
     for index, image in enumerate(pixels):

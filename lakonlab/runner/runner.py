@@ -377,14 +377,16 @@ class Runner:
         for hook in self.hooks:
             getattr(hook, event)(self, **kwargs)
 
-    def end_with(self, error: Exception) -> None:
+    def end_with(self, error: Exception, what: str) -> None:
         """End the run with an error that does no harm to its state, after the iteration in progress, saved.
 
         Args:
             error: What every process has met at the same place; only the first one ends the run.
+            what: What has failed.
         """
         if self.strategy.ranks.is_main:
-            logger.error('%s: %s; the run ends, saved if it can be', type(error).__name__, error)
+            name = type(error).__name__
+            logger.error('%s has failed: %s: %s; the run is saved, if it can be, and ends', what, name, error)
         self.failure = self.failure or error
 
     def state_dict(self, step: int) -> dict[str, Any]:

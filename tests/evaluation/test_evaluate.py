@@ -283,7 +283,7 @@ def hook_and_runner(ranks=ALONE, **entry):
             save_best=lambda step, name, value: done.append(('best', step, name, value))
         ),
         work_dir='work_dirs/run', timestamp='now', seed=5, is_asked_to_stop=False, failure=None,
-        end_with=lambda error: setattr(runner, 'failure', error),
+        end_with=lambda error, what: setattr(runner, 'failure', error),
         strategy=SimpleNamespace(ranks=ranks, is_sharded=False, stop_requested=False),
     )  # fmt: skip
     hook.before_train(runner)

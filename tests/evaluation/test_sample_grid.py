@@ -31,10 +31,28 @@ def test_small_images_are_enlarged_and_large_ones_shrunk(tmp_path):
     grid = sample_grid([dot], [''])
     assert grid.shape == (8 * 8 + 4, 5 * 8 + 4, 3)
     assert (grid[2:-2, 2:-2] == dot.repeat(8, 0).repeat(8, 1)).all()
-    assert shrunk(np.full((1024, 512, 3), 7, np.uint8)).shape == (256, 128, 3)
+    assert shrunk(np.full((1024, 512, 3), 7, np.uint8)).shape == (512, 256, 3)
     folder = ImageFolder(tmp_path)
-    folder.add(torch.rand(4, 3, 512, 512), range(4), ['a'] * 4)
-    assert folder.finish().shape == (2 * (256 + 12 + 2) + 2, 2 * (256 + 2) + 2, 3)
+    folder.add(torch.rand(4, 3, 768, 768), range(4), ['a'] * 4)
+    assert folder.finish().shape == (2 * (512 + 12 + 2) + 2, 2 * (512 + 2) + 2, 3)
+
+
+@pytest.mark.parametrize('size', [(512, 512), (288, 512), (512, 64), (1, 512)])
+@pytest.mark.parametrize('count', [1, 2, 7, 60, 90, 100])
+def test_a_grid_is_no_larger_than_logs_can_take(size, count):
+    """And nearly as large, unless the images are small."""
+    image = np.full((*size, 3), 200, np.uint8)
+    grid = sample_grid([image[: size[0] // 2 + 1], *[image] * (count - 1)], ['one two three four ' * 20] * count)
+    assert max(grid.shape) <= 2048
+    assert count < 60 or max(grid.shape) > 1900
+
+
+def test_shrinking_is_antialiased():
+    """Thin lines become their mean instead of coming and going."""
+    lines = np.zeros((512, 512, 3), np.uint8)
+    lines[::2] = 255
+    cell = sample_grid([lines] * 100, [''] * 100)[2:160, 2:160]
+    assert abs(cell[8:-8].astype(float) - 127.5).max() < 6
 
 
 def test_captions_are_below_their_images():

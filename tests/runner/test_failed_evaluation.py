@@ -130,6 +130,8 @@ def test_an_evaluation_of_the_last_iteration(alone, tmp_path):
     assert start == 0
     assert 'viz' in error
     assert saved(tmp_path) == {'iter_3': 3}
+    (log,) = (tmp_path / 'work_dirs' / small_run.NAME).glob('*.log')
+    assert 'ERROR - evaluation val after iteration 3 has failed: NotADirectoryError: ' in log.read_text()
     (tmp_path / 'viz').unlink()
     assert alone.run(train, tmp_path, images, total_iters=3, checkpoint_config__interval=100) == [(3, None)]
     assert (tmp_path / 'viz' / 'val' / '3' / 'grid.png').is_file()
@@ -151,7 +153,10 @@ def fail_alone(ranks, folder, **changes):
         runner.train()
 
 
-@pytest.mark.parametrize(('strategy', 'found'), [('ddp', {'iter_3': 3}), ('fsdp', None), ('fsdp2', None)])
+@pytest.mark.parametrize(
+    ('strategy', 'found'),
+    [('ddp', {'iter_3': 3}), ('fsdp2', None), pytest.param('fsdp', None, marks=pytest.mark.slow)],
+)
 def test_an_error_of_one_process(workers, tmp_path, strategy, found):  # noqa: F811
     """Where networks are divided, the others wait in them; then it ends at once, and with it the others."""
     changes = dict(
