@@ -20,6 +20,9 @@ from torch.autograd import profiler
 PHASES = ('data', 'teacher', 'student', 'rollout', 'optimiser', 'checkpoint', 'evaluation')
 """The phases of a run; ``student`` is the forward and backward pass without what is marked inside of it."""
 
+SAMPLING_PHASES = ('network', 'policy')
+"""The phases of making samples; ``policy`` is the loop without the network: policies, solver."""
+
 OTHER = 'other'
 """Name of the time outside of every phase."""
 

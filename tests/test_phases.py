@@ -244,4 +244,4 @@ def test_training_names_teacher_and_rollouts(cls, monkeypatch):
     seen.clear()
     with clock.active(), phase('evaluation'):
         model.forward_test(torch.randn(2, 2, 4, 4))
-    assert {current for _, _, current in seen} == {'evaluation'}
+    assert {(name, current) for _, name, current in seen} == {('forward', 'network'), ('rollout', 'evaluation')}

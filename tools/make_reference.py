@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
         'source', metavar='SOURCE', help='folder of images, config (.py), .npz of images, or .npz/.pkl of statistics'
     )
     parser.add_argument('out', metavar='OUT', help='file to write, .safetensors')
-    parser.add_argument('--data', default='val', metavar='SPLIT', help='data split of the config (default: val)')
+    parser.add_argument('--data', metavar='SPLIT', help='data split of the config (default: val)')
     parser.add_argument(
         '--extractor', metavar='NAME', help='feature extractor, or its config in JSON (default: InceptionV3)'
     )

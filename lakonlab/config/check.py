@@ -292,6 +292,7 @@ class _Checker(Walker):
         if entry.get('save_best_ckpt') and self.training:
             self._best_checkpoint(entry, path)
         self._metrics(entry.get('metrics'), f'{path}.metrics')
+        self._ranges(path, entry, schema.LEAST_OF_EVALUATION)
         kinds = [kind for kind, _ in self._metrics_of(entry, path)]
         compared = [kind.__name__ for kind in kinds if getattr(kind, 'needs_reference', False)]
         if compared and entry.get('reference_kwargs') is None:

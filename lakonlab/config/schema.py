@@ -226,6 +226,7 @@ MULTIPLIERS = ('lr_mult', 'decay_mult')
 
 LEAST_OF_LOADER = {'samples_per_gpu': 1, 'workers_per_gpu': 0, 'prefetch_factor': 1}
 LEAST_OF_CHECKPOINTS = {'interval': 1, 'must_save_interval': 1}
+LEAST_OF_EVALUATION = {'viz_num': 0, 'feed_batch_size': 1}
 LEAST_OF_LOOP = {'max_skipped_iters': 0}
 
 LOOP_TYPES = ('DynamicIterBasedRunner', 'DynamicIterBasedRunnerMod', 'IterBasedRunner')

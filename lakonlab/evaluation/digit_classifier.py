@@ -76,6 +76,7 @@ class DigitClassifier(FeatureExtractor):
     """
 
     input_size = 8
+    classifies = True
 
     def __init__(self, weights: str | None = None):
         super().__init__()
@@ -92,6 +93,7 @@ class DigitClassifier(FeatureExtractor):
             self.net.load_state_dict(state)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f'DigitClassifier.weights: {path} does not hold a digit classifier: {error}') from None
+        self.feature_dim = feature_dim
         self.weights_hash = hashlib.sha256(content).hexdigest()
 
     def forward(self, images: Tensor) -> Features:

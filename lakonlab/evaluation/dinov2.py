@@ -24,12 +24,15 @@ class DINOv2(FeatureExtractor):
         ValueError: They are of another network.
     """
 
+    classifies = False
+
     def __init__(self, weights: str = 'huggingface://facebook/dinov2-base', input_size: int = 224):
         super().__init__()
         from transformers import Dinov2Model
 
         self.input_size = input_size
         self.net = loaded_whole(Dinov2Model, hub_name(weights), 'DINOv2.weights')
+        self.feature_dim = self.net.config.hidden_size
         self.weights_hash = digest_of(hub_name(weights), self.net)
         self.register_buffer('mean', tensor(MEAN).reshape(3, 1, 1), persistent=False)
         self.register_buffer('std', tensor(STD).reshape(3, 1, 1), persistent=False)

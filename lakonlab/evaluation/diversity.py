@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lakonlab.config.errors import ConfigError
+from lakonlab.evaluation.entries import prefixed
 from lakonlab.evaluation.estimate import Estimate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import FeatureMetric, Metric
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch
+from lakonlab.phases import beat
 from lakonlab.registry import IMAGE_DISTANCES, METRICS
 
 PAIRS_AT_ONCE = 64
@@ -35,7 +37,12 @@ def vendi_score(features: Tensor) -> float:
 
     Args:
         features: Shape (N, D); similarity is the cosine of the angle between two of them.
+
+    Returns:
+        The number; NaN if a feature is.
     """
+    if not features.isfinite().all():
+        return torch.nan
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     # the same eigenvalues but for zeros, of the smaller of two matrices
     similarities = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
@@ -58,19 +65,15 @@ class VendiScore(FeatureMetric):
     """
 
     def __init__(self, extractor: Mapping[str, Any], per_group: bool = True, resize: bool = True, prefix: str = ''):
-        self.per_group, self.resize, self.prefix = per_group, resize, prefix
-        super().__init__(extractor)
-
-    def bind(self, extractors: ExtractorPool) -> None:
-        super().bind(extractors)
-        self.preparation = Preparation(self.extractor.input_size if self.resize else None)
+        self.per_group, self.prefix = per_group, prefix
+        super().__init__(extractor, resize)
 
     def reset(self) -> None:
         super().reset()
         self._groups: dict[str | int, list[Tensor]] = {}
 
     def feed(self, batch: SampleBatch) -> None:
-        embeddings = batch.features(self.extractor, self.preparation).embedding.float().cpu()
+        embeddings = self.features(batch).embedding.float().cpu()
         groups = groups_of(batch) if self.per_group else [0] * len(batch.ids)
         for group, embedding in zip(groups, embeddings, strict=True):
             self._groups.setdefault(group, []).append(embedding)
@@ -78,14 +81,13 @@ class VendiScore(FeatureMetric):
 
     def compute(self) -> dict[str, float]:
         score = Estimate.of([vendi_score(torch.stack(members)) for members in self._groups.values()])
-        name = f'{self.prefix}_vendi' if self.prefix else 'vendi'
+        name = prefixed(self.prefix, 'vendi')
         return {name: score.mean, f'{name}_std': score.std}
 
     def protocol(self) -> dict[str, Any]:
         sizes = [len(members) for members in self._groups.values()]
         return dict(
             **super().protocol(),
-            preparation=self.preparation.protocol(),
             num_groups=len(sizes),
             images_per_group=[min(sizes), max(sizes)],
         )
@@ -138,11 +140,14 @@ class PairwiseDistance(Metric):
             ConfigError: No prompt or class has two samples.
         """
         open_groups = [members for members in self._groups.values() if len(members) > 1]
-        means = [*self._means.values(), *(self.distances(members).mean().item() for members in open_groups)]
+        means = list(self._means.values())
+        for members in open_groups:
+            means.append(self.distances(members).mean().item())
+            beat()
         if not means:
             raise ConfigError(f'{type(self).__name__} needs at least two samples of a prompt or a class')
         distance = Estimate.of(means)
-        name = f'{self.prefix}_{self.number}' if self.prefix else self.number
+        name = prefixed(self.prefix, self.number)
         return {name: distance.mean, f'{name}_std': distance.std}
 
     @abstractmethod
@@ -154,18 +159,15 @@ class PairwiseDistance(Metric):
         """Distances of all pairs of members, each pair once."""
 
 
-@METRICS.register_module()
-class CosineDiversity(PairwiseDistance):
-    """Mean cosine distance of features, over pairs of samples of a prompt or class; of DINOv2, for instance.
+class FeatureDistance(PairwiseDistance):
+    """A distance of features.
 
     Args:
         extractor: Config of a feature extractor.
         max_per_group: Only the first samples of each prompt or class count.
-        resize: Resize images to the extractor's size, bicubically.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
         prefix: Goes before the names of the numbers, with a ``_``.
     """
-
-    number = 'cosine_diversity'
 
     def __init__(self, extractor: Mapping[str, Any], max_per_group: int = 16, resize: bool = True, prefix: str = ''):
         self.extractor_config, self.resize = dict(extractor), resize
@@ -175,13 +177,12 @@ class CosineDiversity(PairwiseDistance):
         self.extractor = extractors.build(self.extractor_config)
         self.preparation = Preparation(self.extractor.input_size if self.resize else None)
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(extractor=self.extractor.protocol())
+
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         return batch.features(self.extractor, self.preparation).embedding.float().cpu()
-
-    def distances(self, members: Sequence[Tensor]) -> Tensor:
-        unit = torch.nn.functional.normalize(torch.stack(list(members)).double(), dim=1)
-        rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
-        return 1 - (unit[rows] * unit[columns]).sum(dim=1)
 
     def protocol(self) -> dict[str, Any]:
         return dict(
@@ -190,6 +191,43 @@ class CosineDiversity(PairwiseDistance):
             extractor=self.extractor.protocol(),
             preparation=self.preparation.protocol(),
         )
+
+
+@METRICS.register_module()
+class CosineDiversity(FeatureDistance):
+    """Mean cosine distance of features, over pairs of samples of a prompt or class; of DINOv2, for instance.
+
+    The arguments are those of the base class.
+    """
+
+    number = 'cosine_diversity'
+
+    def distances(self, members: Sequence[Tensor]) -> Tensor:
+        unit = torch.nn.functional.normalize(torch.stack(list(members)).double(), dim=1)
+        rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
+        return 1 - (unit[rows] * unit[columns]).sum(dim=1)
+
+
+@METRICS.register_module()
+class FeatureDiversity(FeatureDistance):
+    """Mean Euclidean distance of features, over pairs of samples of a prompt or class.
+
+    It does not tell better weights from worse ones: noise is diverse too.
+
+    Args:
+        extractor: Config of a feature extractor.
+        max_per_class: Only the first samples of each prompt or class count.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
+        prefix: Goes before the names of the numbers, with a ``_``.
+    """
+
+    number = 'feature_diversity'
+
+    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000, resize: bool = True, prefix: str = ''):
+        super().__init__(extractor, max_per_class, resize, prefix)
+
+    def distances(self, members: Sequence[Tensor]) -> Tensor:
+        return torch.pdist(torch.stack(list(members)).double())
 
 
 def _as_bytes(image: Tensor) -> Tensor:
@@ -221,6 +259,10 @@ class LPIPSDiversity(PairwiseDistance):
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(network=self.network.protocol())
 
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         self.network.to(batch.images.device)
@@ -258,6 +300,10 @@ class ReferenceLPIPS(Metric):
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.network = extractors.build(self.network_config, IMAGE_DISTANCES)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(network=self.network.protocol())
 
     def reset(self) -> None:
         self._distances: list[float] = []

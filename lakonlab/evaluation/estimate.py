@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,5 +21,10 @@ class Estimate(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate of values that were computed of parts; at least one."""
+        """The estimate of values that were computed of parts; at least one.
+
+        Of values that are not all finite, the deviation is NaN, and the mean is what a sum makes of them.
+        """
+        if not all(map(math.isfinite, values)):
+            return cls(sum(values) / len(values), math.nan)
         return cls(statistics.fmean(values), statistics.pstdev(values))

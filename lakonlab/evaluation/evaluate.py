@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,12 @@ from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import quantised
 from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
 from lakonlab.evaluation.rounds import Share, in_order, shares, to_send
-from lakonlab.evaluation.samples import SampleBatch, captions_of, prompts_of, real_images
-from lakonlab.evaluation.sampling import device_of, given_noise, sample
+from lakonlab.evaluation.samples import SampleBatch, captions_of, finite_rows, marked, prompts_of, real_images
+from lakonlab.evaluation.sampling import device_of, given_noise, nfe_of, sample
 from lakonlab.phases import beat
 from lakonlab.ranks import ALONE, Ranks
+
+logger = logging.getLogger('lakonlab.evaluation')
 
 
 def _attention_flops(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
@@ -47,6 +50,7 @@ def evaluate(
     sample_kwargs: Mapping[str, Any] | None = None,
     reference_kwargs: Mapping[str, Any] | None = None,
     references: ReferenceSamples | None = None,
+    keep_references: bool = True,
     data: str = 'val',
     version: object = None,
     images: ImageFolder | None = None,
@@ -69,10 +73,12 @@ def evaluate(
         model: Has ``val_step``; put into evaluation mode while it samples. Not needed for real images.
         dataloader: Made by :func:`build_evaluation_loader`: batches with ``ids``, noise and conditions, or with real
             images.
-        metrics: What to measure; reset first. Only those of the main process are used.
+        metrics: What to measure; reset before and after, so that they hold no samples between evaluations. Only those
+            of the main process are used.
         sample_kwargs: Arguments of ``val_step``: ``role``, ``test_cfg_override``.
         reference_kwargs: The same, for the samples that ``ReferenceRMSE`` compares with.
         references: Where reference samples are kept between evaluations.
+        keep_references: Whether a later evaluation compares with the same ones.
         data: Name of the split.
         version: What changes when the weights of the model do.
         images: Where to write samples; only that of the main process is used.
@@ -88,11 +94,13 @@ def evaluate(
         stop: Whether this process is asked to stop; asked before every round of batches.
 
     Returns:
-        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol),
-        ``num_samples``, ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the sampling
-        arguments with ``sampling_seed``, None for real images, ``initial_noise``, a hash of that of all samples, None
-        where it is not known, ``quantize``, and ``image_sizes``, height and width of the images, which every protocol
-        repeats.
+        In every process: ``metrics`` (name -> number), ``protocol`` (class of the metric -> its protocol, with the
+        names of its ``numbers``), ``num_samples``, ``num_not_finite`` (samples with pixels that are not finite, of
+        which most numbers are NaN), ``nfe`` (network evaluations per sample), ``seconds``, ``num_processes``, and the
+        sampling arguments with ``sampling_seed``, None for real images, ``initial_noise``, a hash of that of all
+        samples, None where it is not known, ``quantize``, and ``image_sizes``, height and width of the images, which
+        every protocol repeats; and ``reused``, of images written before, how many samples were ``read`` and how many
+        were ``made``, None if none were to be read.
 
     Raises:
         ConfigError: A metric needs reference samples and ``reference_kwargs`` is not given, or there are no samples.
@@ -109,31 +117,36 @@ def evaluate(
     for metric in metrics:
         metric.reset()
     start, count, nfe = time.perf_counter(), 0, None
+    num_read = 0  # by this process, from images that were written before
     sizes: set[tuple[int, int]] = set()
+    not_finite: list[int] = []
     hashes: dict[int, str | None] = {}
 
     def make(share: Share, warm_up: bool, make_reference: bool) -> tuple[SampleBatch, torch.device]:
-        nonlocal nfe
-        batch, seconds, reference, flops, noise = share.batch, None, None, None, None
+        nonlocal nfe, num_read
+        batch, seconds, reference, flops, noise, phases = share.batch, None, None, None, None, None
         found = None if written is None else written.read(batch['ids'])
         if is_divided and written is not None and not all(ranks.all_gather(found is not None)):
             found = None  # a network that is divided makes the samples of all processes or of none
         if found is not None:
             pixels, noise = found.images.to(device_of(model)), given_noise(batch) or found.noise
+            num_read += share.count
         elif generate and warm_up and needs_flops:
             with FlopCounterMode(display=False, custom_mapping=FURTHER_OPERATIONS) as counter:
-                pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
+                pixels, seconds, nfe, noise, phases = sample(model, batch, sample_kwargs or {}, seed)
             flops = counter.get_total_flops() / len(batch['ids'])
         elif generate:
-            pixels, seconds, nfe, noise = sample(model, batch, sample_kwargs or {}, seed)
+            pixels, seconds, nfe, noise, phases = sample(model, batch, sample_kwargs or {}, seed)
         else:
             pixels = real_images(batch)
         if needs_reference:
-            reference = references.get(model, batch, data, reference_kwargs, version, make_reference, seed)
+            reference = references.get(
+                model, batch, data, reference_kwargs, version, make_reference, seed, keep_references
+            )
         labels, prompts = batch.get('labels'), prompts_of(batch)
         made = SampleBatch(
             pixels, batch['ids'], labels, reference, seconds,
-            warm_up=warm_up, prompts=prompts, flops=flops, noise=noise,
+            warm_up=warm_up, prompts=prompts, flops=flops, noise=noise, phases=phases,
         )  # fmt: skip
         return to_send(made, share.count), pixels.device
 
@@ -143,10 +156,11 @@ def evaluate(
             if images is not None:
                 images.add(batch.images, batch.ids, captions_of(batch), batch.noise)
             sizes.add(tuple(batch.images.shape[-2:]))
+            not_finite.extend(batch.ids[row] for row in (~finite_rows(batch.images)).nonzero().flatten().tolist())
             hashes.update(zip(batch.ids, batch.noise or [None] * len(batch.ids), strict=True))
-            batch.images = quantised(batch.images, quantize)
+            batch.images = quantised(marked(batch.images), quantize)
             if batch.reference is not None:
-                batch.reference = quantised(batch.reference, quantize)
+                batch.reference = quantised(marked(batch.reference), quantize)
             for metric in metrics:
                 metric.feed(batch)
             count += len(batch.ids)
@@ -155,18 +169,37 @@ def evaluate(
     def summarise() -> dict[str, Any]:
         if count == 0:
             raise ConfigError(f'{name}: the data split {data!r} has no samples')
+        if not_finite:
+            first = ', '.join(map(str, not_finite[:4])) + (', ...' if len(not_finite) > 4 else '')
+            logger.warning(
+                '%s: %d of %d samples have pixels that are not finite (%s): numbers that they are part of are nan, and '
+                'no images of them are written',
+                name,
+                len(not_finite),
+                count,
+                first,
+            )
         numbers: dict[str, float] = {}
-        for metric in metrics:
-            numbers.update(metric.compute())
+        names: dict[str, list[str]] = {}
+        with tqdm(metrics, desc=f'{name}: numbers', unit='metric', leave=False, disable=None) as progress:
+            for metric in progress:
+                progress.set_postfix_str(metric.title)
+                computed = metric.compute()
+                names[metric.title] = list(computed)
+                numbers.update(computed)
+                beat()
         sampling_seed = seed if generate else None
         image_sizes = [list(size) for size in sorted(sizes)]
         noise = digest(hashes)
         common = dict(sampling_seed=sampling_seed, initial_noise=noise, quantize=quantize, image_sizes=image_sizes)
         return dict(
             metrics=numbers,
-            protocol={metric.title: {**metric.protocol(), **common} for metric in metrics},
+            protocol={
+                metric.title: dict(numbers=names[metric.title], **metric.protocol(), **common) for metric in metrics
+            },
             num_samples=count,
-            nfe=nfe,
+            num_not_finite=len(not_finite),
+            nfe=nfe_of(model, sample_kwargs or {}) if nfe is None and generate else nfe,
             seconds=time.perf_counter() - start,
             num_processes=ranks.world_size,
             generated=generate,
@@ -176,6 +209,7 @@ def evaluate(
             quantize=quantize,
             image_sizes=image_sizes,
             reference_kwargs=dict(reference_kwargs) if needs_reference else None,
+            reused=None if written is None else dict(read=total_read, made=count - total_read),
         )
 
     was_training = model is not None and model.training
@@ -199,7 +233,12 @@ def evaluate(
     finally:
         if model is not None:
             model.train(was_training)
-    return ranks.on_main(summarise)
+    total_read = sum(ranks.all_gather(num_read))
+    try:
+        return ranks.on_main(summarise)
+    finally:
+        for metric in metrics:
+            metric.reset()
 
 
 def build_evaluation_loader(

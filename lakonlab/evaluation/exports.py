@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from lakonlab.evaluation.expected import Expected, with_prompts
 from lakonlab.evaluation.images import to_uint8
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.samples import SampleBatch
@@ -60,6 +61,9 @@ class PromptExport(Metric):
     @property
     def title(self) -> str:
         return f'{type(self).__name__} ({self.out_dir})'
+
+    def expect(self, samples: Expected) -> None:
+        with_prompts(samples, type(self).__name__)
 
     def reset(self) -> None:
         self.num_images = 0
@@ -249,11 +253,7 @@ class HPSv3BenchmarkExport(PromptExport):
     def write(self, index: int, prompt: str, images: Sequence[Image.Image]) -> None:
         category = 'all'
         if self._metadata is not None:
-            if index >= len(self._metadata):
-                raise ValueError(
-                    f'HPSv3BenchmarkExport: {self.metadata_path} has {len(self._metadata)} prompts, not {index}'
-                )
-            category, expected = self._metadata[index]
+            category, expected = self.entry(index)
             self.check_prompt(index, prompt, expected)
         for number, image in enumerate(images):
             name = f'{index:05d}_{number:02d}'

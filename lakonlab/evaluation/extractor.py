@@ -30,9 +30,13 @@ class FeatureExtractor(nn.Module, ABC):
 
     Attributes:
         input_size: Side in pixels that metrics bring images to; None if images are taken as they are.
+        feature_dim: Dimension of the features; None if it shows only in what comes out.
+        classifies: Whether there are class scores; None if it shows only in what comes out.
     """
 
     input_size: int | None = None
+    feature_dim: int | None = None
+    classifies: bool | None = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> Features:

@@ -35,6 +35,8 @@ class Moments:
         features = features.double().cpu()
         if not torch.isfinite(features).all():
             raise ValueError('features are not finite: the samples or the feature extractor are broken')
+        if not len(features):
+            return
         if self._shift is None:
             self._shift = features.mean(dim=0)
             self._sum = torch.zeros_like(self._shift)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
-from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, run_name
+from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, metric_configs, run_name
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
+from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
+from lakonlab.evaluation.interval import checked_interval, is_multiple
+from lakonlab.evaluation.metrics import build_metrics
 from lakonlab.evaluation.preparation import QUANTISATIONS
-from lakonlab.evaluation.references import ReferenceSamples, needs_reference_kwargs
+from lakonlab.evaluation.references import ReferenceSamples, is_frozen, needs_reference_kwargs
 from lakonlab.evaluation.sample_page import gallery
 from lakonlab.evaluation.sampling import check_sample_kwargs
+from lakonlab.evaluation.training_record import forget_later, record
 from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.registry import HOOKS, METRICS
+from lakonlab.registry import HOOKS
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.remote_path import as_path
 from lakonlab.storage.schemes import LIST, WRITE, require
@@ -86,7 +89,7 @@ class GenerativeEvalHook(Hook):
         self.data = data
         self.prefix = prefix
         self.name = entry_name(data, prefix)
-        self.interval = _checked_interval(interval)
+        self.interval = checked_interval(interval)
         self.sample_kwargs = check_sample_kwargs(sample_kwargs, f'evaluation {self.name}: sample_kwargs')
         self.reference_kwargs = None
         if reference_kwargs is not None:
@@ -96,6 +99,9 @@ class GenerativeEvalHook(Hook):
                 require(viz_dir, WRITE, LIST, setting=f'evaluation {self.name}: viz_dir')
             except StorageError as error:
                 raise ValueError(str(error)) from error
+        for key, value, least in (('viz_num', viz_num, 0), ('feed_batch_size', feed_batch_size, 1)):
+            if value is not None and value < least:
+                raise ValueError(f'evaluation {self.name}: {key}={value!r}: expected at least {least}')
         self.viz_dir = viz_dir
         self.viz_num = viz_num
         self.feed_batch_size = feed_batch_size
@@ -106,16 +112,7 @@ class GenerativeEvalHook(Hook):
             )
         self.quantize = quantize
         self.metric_cpu_offload = metric_cpu_offload
-        if isinstance(metrics, Mapping):
-            metrics = [metrics]
-        self.metrics = [METRICS.build(dict(metric)) for metric in metrics or ()]
-        titles = [metric.title for metric in self.metrics]
-        repeated = sorted({title for title in titles if titles.count(title) > 1})
-        if repeated:
-            raise ValueError(
-                f'evaluation {self.name}: metrics has {", ".join(repeated)} more than once, whose numbers would have '
-                'the same names: give each a prefix of its own, or an entry of its own where it takes none'
-            )
+        self.metrics = build_metrics(metric_configs(metrics), f'evaluation {self.name}')
         self.best: list[BestValue] = []
         if save_best_ckpt:
             if interval is None:
@@ -162,11 +159,7 @@ class GenerativeEvalHook(Hook):
         Returns:
             True at multiples of the interval that holds there.
         """
-        if self.interval is None or isinstance(self.interval, int):
-            interval = self.interval
-        else:
-            interval = self.interval['interval'][bisect_right(self.interval['milestones'], iteration)]
-        return interval is not None and iteration % interval == 0
+        return is_multiple(self.interval, iteration)
 
     def run(
         self,
@@ -181,6 +174,8 @@ class GenerativeEvalHook(Hook):
         stop: Callable[[], bool] | None = None,
         origin: Mapping[str, Any] | None = None,
         reuse: bool = False,
+        iteration: int | None = None,
+        keep_references: bool = True,
     ) -> tuple[dict[str, Any], np.ndarray | None]:
         """Evaluate now; several processes do so together.
 
@@ -197,20 +192,24 @@ class GenerativeEvalHook(Hook):
             origin: What the weights are, as plain data.
             reuse: Measure the images that an evaluation of the same ``origin`` and arguments has written, instead of
                 making them again; then all samples are measured with 8 bits per channel.
+            iteration: Number of completed iterations, while training.
+            keep_references: Whether a later evaluation compares with the same reference samples.
 
         Returns:
             In every process the results (see :func:`lakonlab.evaluation.evaluate.evaluate`), with ``name``, ``data``,
             ``prefix``, ``images``, the folder of images, and ``page``, which shows them; and in the main process the
             grid of samples, uint8 (H, W, 3), or None.
         """
-        if self._loader is None:
-            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+        self._load(data, loader, ranks)
         path = None if self.viz_num == 0 else as_path(images_folder(self.viz_dir, run, self.name)) / tag
         page = None if path is None else str(path.parent / f'{path.name}.html')
+        weights = dict(iteration=iteration) if origin is None else origin
         origin = None if origin is None else {**origin, 'seed': seed, 'loader': loader, **self._sampling()}
         written = None
         if reuse and path is not None and origin is not None and self.generate:
             written = ranks.together(lambda: WrittenImages(path, origin))
+            if written.problem is not None and ranks.is_main:
+                logger.warning('%s: all samples are made: %s', self.name, written.problem)
         folder, grid = None, None
 
         def prepare() -> None:
@@ -224,7 +223,7 @@ class GenerativeEvalHook(Hook):
             nonlocal grid
             grid = folder.finish() if folder else None
             if folder and folder.captions:
-                gallery(f'{run} {self.name} {tag}', results, folder, page).write(page)
+                gallery(f'{run} {self.name} {tag}', results, weights, folder, page).write(page)
             if self.metric_cpu_offload:
                 self.extractors.offload()
 
@@ -236,6 +235,7 @@ class GenerativeEvalHook(Hook):
             sample_kwargs=self.sample_kwargs,
             reference_kwargs=self.reference_kwargs,
             references=self.references,
+            keep_references=keep_references,
             data=self.data,
             version=tag,
             images=folder,
@@ -254,14 +254,51 @@ class GenerativeEvalHook(Hook):
             for metric, value in results['metrics'].items():
                 logger.info('%s_%s = %.4f', self.name, metric, value)
             logger.info('%s: %d samples in %.1f s', self.name, results['num_samples'], results['seconds'])
+            if written is not None:
+                read, made = results['reused']['read'], results['reused']['made']
+                level = logging.WARNING if made else logging.INFO
+                logger.log(level, '%s: %d samples were read from %s, %d made', self.name, read, path, made)
         images = None if path is None else str(path)
         summary = dict(name=self.name, data=self.data, prefix=self.prefix, images=images, page=page)
         return {**summary, **results}, grid
+
+    def _load(self, data: Mapping[str, Any], loader: str, ranks: Ranks) -> None:
+        if self._loader is None:
+            self._loader = ranks.together(lambda: build_evaluation_loader(data, self.data, loader, ranks))
+
+    def check(self, data: Mapping[str, Any], loader: str = 'val_dataloader', ranks: Ranks = ALONE) -> None:
+        """See that the samples to come suffice for the metrics, which are bound; by all processes together.
+
+        Args:
+            data: Section ``data`` of the config.
+            loader: Key of the loader arguments in it.
+            ranks: The processes.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        self._load(data, loader, ranks)
+        ranks.on_main(lambda: check_expected(self.metrics, self._loader, self.generate, self.name, self.data))
 
     def bind(self) -> None:
         """Load the networks and references of the metrics, if they are not yet there."""
         for metric in self.metrics:
             metric.bind(self.extractors)
+
+    def compares_like_one_of(self, others: Iterable[Hook]) -> bool:
+        """Whether another evaluation compares with the same reference samples.
+
+        Args:
+            others: Hooks of the run.
+        """
+        mine = self.data, self.reference_kwargs
+        return any(
+            isinstance(other, GenerativeEvalHook)
+            and other is not self
+            and (other.data, other.reference_kwargs) == mine
+            and any(metric.needs_reference for metric in other.metrics)
+            for other in others
+        )
 
     def _sampling(self) -> dict[str, Any]:
         """What decides which samples are made, beside the weights."""
@@ -270,7 +307,8 @@ class GenerativeEvalHook(Hook):
     def before_train(self, runner) -> None:
         """Share networks with the other evaluations, and see that best checkpoints have a place to go.
 
-        What the metrics need is loaded now, so that what is missing is found before anything is trained.
+        What the metrics need is loaded now, so that what is missing is found before anything is trained. From the file
+        of results, those of later iterations, which will be made again, are removed.
 
         Raises:
             ValueError: It has none, or another evaluation's best checkpoints would take the same one, or what metrics
@@ -292,6 +330,8 @@ class GenerativeEvalHook(Hook):
             )
         if self.interval is not None:
             runner.strategy.ranks.on_main(self.bind)
+            self.check(runner.cfg.data, ranks=runner.strategy.ranks)
+        runner.strategy.ranks.on_main(lambda: forget_later(runner.work_dir, runner.iter))
 
     def before_train_epoch(self, runner) -> None:
         """Make up for an evaluation in which the run was stopped, or which failed."""
@@ -335,6 +375,8 @@ class GenerativeEvalHook(Hook):
                 ranks=strategy.ranks,
                 is_divided=strategy.is_sharded,
                 stop=lambda: runner.is_asked_to_stop,
+                iteration=iteration,
+                keep_references=is_frozen(self.reference_kwargs or {}) or self.compares_like_one_of(runner.hooks),
             )
         numbers = {f'{self.name}_{metric}': value for metric, value in results['metrics'].items()}
 
@@ -347,6 +389,7 @@ class GenerativeEvalHook(Hook):
                 )
             if numbers:
                 runner.visualizer.add_scalars(numbers, step=iteration, file_path=f'{runner.timestamp}.json')
+            record(runner.work_dir, iteration, results)
             if grid is not None:
                 runner.visualizer.add_image(self.name, grid, step=iteration)
 
@@ -365,23 +408,3 @@ class GenerativeEvalHook(Hook):
         found = state['best'] or []  # of versions that kept one: its state, or None
         if self.best:
             restore(self.best, [found] if isinstance(found, Mapping) else found)
-
-
-def _checked_interval(interval: int | Mapping[str, Sequence[int]] | None) -> int | dict[str, list[int]] | None:
-    if interval is None:
-        return None
-    if isinstance(interval, Mapping):
-        if set(interval) != {'milestones', 'interval'}:
-            raise ValueError(f'evaluation.interval has keys {sorted(interval)}; expected milestones and interval')
-        milestones, intervals = list(interval['milestones']), list(interval['interval'])
-        if len(intervals) != len(milestones) + 1 or sorted(milestones) != milestones:
-            raise ValueError(
-                f'evaluation.interval: {len(milestones)} milestones {milestones} in increasing order need '
-                f'{len(milestones) + 1} intervals, found {intervals}'
-            )
-        interval, values = dict(milestones=milestones, interval=intervals), intervals
-    else:
-        values = [interval]
-    if any(not isinstance(value, int) or value < 1 for value in values):
-        raise ValueError(f'evaluation.interval={interval}: expected positive whole numbers of iterations')
-    return interval

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +98,7 @@ class ImageFolder:
         """Write samples.
 
         Args:
-            images: Shape (B, C, H, W), float in [0, 1].
+            images: Shape (B, C, H, W), float in [0, 1]; those with pixels that are not finite are left out.
             ids: Number of each sample.
             captions: What the page says about each; None for nothing.
             noise: Hash of the noise that each started from; None where it is not known.
@@ -106,7 +106,8 @@ class ImageFolder:
         Raises:
             OSError: One of these or of those before could not be written.
         """
-        wanted = [row for row, number in enumerate(ids) if self.limit is None or number < self.limit]
+        finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        wanted = [row for row in range(len(ids)) if finite[row] and (self.limit is None or ids[row] < self.limit)]
         if not wanted:
             return
         for row, pixels in zip(wanted, to_uint8(images[wanted]), strict=True):
@@ -171,11 +172,16 @@ class WrittenImages:
     Args:
         path: Their folder.
         origin: What the samples depend on; images of other samples are not used.
+
+    Attributes:
+        problem: Why none of the images can be used; None if they can.
     """
 
     def __init__(self, path: str | AnyPath, origin: Mapping[str, Any]):
         self.path = as_path(path)
-        self._names = set(files.list_names(str(self.path))) if is_of(self.path, origin) else set()
+        names = set(files.list_names(str(self.path)))
+        self.problem = _problem(self.path, names, origin)
+        self._names = names if self.problem is None else set()
 
     def read(self, ids: Sequence[int]) -> Written | None:
         """What was written of some samples.
@@ -196,6 +202,22 @@ class WrittenImages:
             return None
 
 
+def _problem(path: AnyPath, names: Collection[str], origin: Mapping[str, Any]) -> str | None:
+    """Why images in a folder are not those of the samples that an origin describes."""
+    if not any(OWN_FILE.fullmatch(name) for name in names):
+        return f'there are no images in {path}'
+    if is_of(path, origin):
+        return None
+    if ORIGIN_FILE not in names:
+        return f'{path} has no {ORIGIN_FILE}, which says of what weights its images are, as those of a training run'
+    try:
+        there, here = json.loads(files.read_text(str(path / ORIGIN_FILE))), json.loads(_origin_text(origin))
+        differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    except (ValueError, AttributeError, TypeError):  # damaged
+        differing = []
+    return f'the images in {path} are of other samples: {ORIGIN_FILE} differs in {", ".join(differing) or "all"}'
+
+
 def _read(path: str) -> tuple[Tensor, str | None]:
     """An image (C, H, W) with the channels that it was written with, and the hash of its noise."""
     with Image.open(io.BytesIO(files.read_bytes(path))) as image:
@@ -207,6 +229,11 @@ def _read(path: str) -> tuple[Tensor, str | None]:
 def image_name(number: int) -> str:
     """Name of the file of a sample."""
     return f'{number:09d}.png'
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file has the name of a sample."""
+    return re.fullmatch(r'\d{9,}\.png', name) is not None
 
 
 def is_of(path: str | AnyPath, origin: Mapping[str, Any] | None) -> bool:

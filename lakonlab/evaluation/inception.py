@@ -34,6 +34,8 @@ class InceptionV3(FeatureExtractor):
     """
 
     input_size = 299
+    feature_dim = 2048
+    classifies = True
 
     def __init__(self, weights: str = WEIGHTS):
         super().__init__()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lakonlab.evaluation.entries import prefixed
+from lakonlab.evaluation.expected import Expected, at_least_two
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.frechet import Moments, frechet_distance
 from lakonlab.evaluation.inception_score import inception_score
@@ -87,23 +89,22 @@ class InceptionMetrics(FeatureMetric):
             if value is not None and value < least:
                 raise ValueError(f'InceptionMetrics.{name}={value!r}: expected at least {least}')
         Preparation(1, center_crop, resize_mode)  # refuses what is impossible
-        super().__init__(extractor or dict(type='InceptionV3'))
+        super().__init__(extractor or dict(type='InceptionV3'), resize)
         self.reference_path = str(reference or reference_pkl)
         self.wanted_images = num_images
-        self.center_crop, self.resize, self.resize_mode = center_crop, resize, resize_mode
+        self.center_crop, self.resize_mode = center_crop, resize_mode
         self.use_kid, self.use_pr, self.use_is = use_kid, use_pr, use_is
         self.kid_num_subsets, self.kid_max_subset_size = kid_num_subsets, kid_max_subset_size
         self.pr_k, self.is_splits, self.is_shuffle, self.seed = pr_k, is_splits, is_shuffle, seed
         self.prefix = prefix
         self.better = self.better_of(dict(prefix=prefix, use_kid=use_kid, use_is=use_is))
-        self.preparation: Preparation | None = None
         self.reference: ReferenceStatistics | None = None
 
     @classmethod
     def better_of(cls, arguments: Mapping[str, Any]) -> Mapping[str, str]:
         used = {'fid': True, 'kid': arguments.get('use_kid', False), 'is': arguments.get('use_is', True)}
         prefix = arguments.get('prefix', '')
-        return {_named(prefix, name): better for name, better in BETTER.items() if used[name]}
+        return {prefixed(prefix, name): better for name, better in BETTER.items() if used[name]}
 
     def bind(self, extractors: ExtractorPool) -> None:
         """Get the network and the reference statistics.
@@ -112,11 +113,11 @@ class InceptionMetrics(FeatureMetric):
             ValueError: They do not fit each other, or what is to be computed.
         """
         super().bind(extractors)
-        if self.reference is not None:
-            return
         size = self.extractor.input_size if self.resize or self.center_crop else None
         self.preparation = Preparation(size, self.center_crop, self.resize_mode)
-        reference = read_reference(self.reference_path)
+        if self.reference is not None:
+            return
+        reference = read_reference(self.reference_path, 'InceptionMetrics.reference')
         if reference.features is None and (self.use_kid or self.use_pr):
             raise ValueError(
                 f'InceptionMetrics.reference={self.reference_path!r} holds no features, which KID and precision and '
@@ -129,7 +130,47 @@ class InceptionMetrics(FeatureMetric):
                     f'InceptionMetrics.reference={self.reference_path!r} was made with the {name} {theirs}, but this '
                     f'metric has {mine}: their features are not comparable'
                 )
+        self._check_dimension(reference, self.extractor.feature_dim)
+        if self.use_is and self.extractor.classifies is False:
+            raise ValueError(self._no_classes())
         self.reference = reference
+
+    def _check_dimension(self, reference: ReferenceStatistics, size: int | None) -> None:
+        if size is not None and size != len(reference.mean):
+            raise ValueError(
+                f'InceptionMetrics.reference={self.reference_path!r} is of features of {len(reference.mean)} numbers, '
+                f'but {type(self.extractor).__name__} has {size}: it was made with another extractor'
+            )
+
+    def _no_classes(self) -> str:
+        return f'InceptionMetrics.extractor: {type(self.extractor).__name__} does not classify; set use_is=False'
+
+    def expect(self, samples: Expected) -> None:
+        """See that there are enough samples for what is computed, and warn if there are fewer than wanted.
+
+        Raises:
+            ValueError: There are not.
+        """
+        count = samples.count
+        if self.wanted_images is not None and count < self.wanted_images:
+            logger.warning(
+                'InceptionMetrics.num_images=%d, but there will be only %d samples: the numbers will not be comparable '
+                'with those of the full number',
+                self.wanted_images,
+                count,
+            )
+        count = min(count, self.wanted_images or count)
+        at_least_two(samples, 'InceptionMetrics')
+        if self.use_pr and self.pr_k >= min(count, len(self.reference.features)):
+            raise ValueError(
+                f'InceptionMetrics.pr_k={self.pr_k}: expected less than the {count} samples and the '
+                f'{len(self.reference.features)} features of the reference; or set use_pr=False'
+            )
+        if self.use_is and self.is_splits > count:
+            raise ValueError(
+                f'InceptionMetrics.is_splits={self.is_splits}: expected at most the {count} samples; or set '
+                'use_is=False'
+            )
 
     def reset(self) -> None:
         super().reset()
@@ -143,12 +184,11 @@ class InceptionMetrics(FeatureMetric):
             count = min(count, self.wanted_images - self.num_images)
         if count == 0:
             return
-        features = batch.features(self.extractor, self.preparation)
+        features = self.features(batch)
         if self.use_is and features.logits is None:
-            raise ValueError(
-                f'InceptionMetrics.extractor: {type(self.extractor).__name__} does not classify; set use_is=False'
-            )
-        embedding = features.embedding[:count]
+            raise ValueError(self._no_classes())
+        self._check_dimension(self.reference, features.embedding.shape[1])
+        embedding = self.whole(features.embedding[:count])
         self._moments.update(embedding)
         if self.use_kid or self.use_pr:
             self._features.append(embedding.float().cpu())
@@ -169,6 +209,8 @@ class InceptionMetrics(FeatureMetric):
                 self.wanted_images,
                 self.num_images,
             )
+        if self.num_broken:
+            return dict.fromkeys((prefixed(self.prefix, name) for name in self._numbers()), torch.nan)
         reference, numbers = self.reference, {}
         numbers['fid'] = frechet_distance(
             self._moments.mean(), self._moments.covariance(), reference.mean, reference.covariance
@@ -185,23 +227,38 @@ class InceptionMetrics(FeatureMetric):
         if self.use_is:
             score = inception_score(torch.cat(self._logits), self.is_splits, self.is_shuffle, self.seed)
             numbers.update({'is': score.mean, 'is_std': score.std})
-        return {_named(self.prefix, name): value for name, value in numbers.items()}
+        return {prefixed(self.prefix, name): value for name, value in numbers.items()}
+
+    def _numbers(self) -> list[str]:
+        """What is computed, without prefix."""
+        optional = (
+            (self.use_kid, ['kid', 'kid_std']),
+            (self.use_pr, ['precision', 'recall']),
+            (self.use_is, ['is', 'is_std']),
+        )
+        return ['fid', *(name for is_used, names in optional if is_used for name in names)]
 
     def _subset_size(self) -> int:
         return min(self.kid_max_subset_size, self.num_images, len(self.reference.features))
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        return dict(**super().sources(extractors), reference=self._reference_facts())
+
+    def _reference_facts(self) -> dict[str, Any]:
+        reference = self.reference
+        return dict(
+            path=self.reference_path,
+            sha256=reference.sha256,
+            num_images=reference.num_images,
+            provenance=dict(reference.provenance),
+        )
 
     def protocol(self) -> dict[str, Any]:
         reference = self.reference
         facts = dict(
             **super().protocol(),
             wanted_images=self.wanted_images,
-            preparation=self.preparation.protocol(),
-            reference=dict(
-                path=self.reference_path,
-                sha256=reference.sha256,
-                num_images=reference.num_images,
-                provenance=dict(reference.provenance),
-            ),
+            reference=self._reference_facts(),
         )
         if self.use_kid:
             size = self._subset_size()
@@ -215,7 +272,3 @@ class InceptionMetrics(FeatureMetric):
                 splits=self.is_splits, shuffle=self.is_shuffle, seed=self.seed if self.is_shuffle else None
             )
         return facts
-
-
-def _named(prefix: str, name: str) -> str:
-    return f'{prefix}_{name}' if prefix else name

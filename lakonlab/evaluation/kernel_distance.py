@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.evaluation.estimate import Estimate
+from lakonlab.phases import beat
 
 SEED = 2020
 """Seed of everything that metrics draw; that of torch-fidelity, so that it draws the same subsets."""
@@ -47,6 +48,7 @@ def kernel_distance(
             torch.from_numpy(draws.choice(len(reference), subset_size, replace=False)).to(reference.device)
         ]
         values.append(unbiased_discrepancy(mine, real.to(mine.device)))
+        beat()
     return Estimate.of(values)
 
 

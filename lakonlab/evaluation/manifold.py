@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from lakonlab.phases import beat
 
 BLOCK_ROWS = 2048
 BLOCK_COLUMNS = 8192
@@ -47,14 +50,18 @@ def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -
         )
     centre = reference.mean(dim=0, dtype=torch.float64).to(features)
     generated, real = _Members(features - centre), _Members(reference.to(features) - centre)
-    radii, real_radii = (_squared_radii(members, neighbours) for members in (generated, real))
-    is_precise = torch.zeros(len(features), dtype=torch.bool)
-    is_recalled = torch.zeros(len(reference), dtype=torch.bool)
-    for rows in _blocks(0, len(features), BLOCK_ROWS):
-        for columns in _blocks(0, len(reference), BLOCK_COLUMNS):
-            distances = _squared_distances(generated, rows, real, columns)
-            is_precise[rows] |= (distances <= real_radii[columns]).any(dim=1).cpu()
-            is_recalled[columns] |= (distances <= radii[rows, None]).any(dim=0).cpu()
+    count, real_count = len(features), len(reference)
+    pairs = count * (count + 1) // 2 + real_count * (real_count + 1) // 2 + count * real_count
+    with tqdm(total=pairs, desc='precision, recall', unit='pair', unit_scale=True, leave=False, disable=None) as bar:
+        radii, real_radii = (_squared_radii(members, neighbours, bar) for members in (generated, real))
+        is_precise = torch.zeros(count, dtype=torch.bool)
+        is_recalled = torch.zeros(real_count, dtype=torch.bool)
+        for rows in _blocks(0, count, BLOCK_ROWS):
+            for columns in _blocks(0, real_count, BLOCK_COLUMNS):
+                distances = _squared_distances(generated, rows, real, columns)
+                is_precise[rows] |= (distances <= real_radii[columns]).any(dim=1).cpu()
+                is_recalled[columns] |= (distances <= radii[rows, None]).any(dim=0).cpu()
+                _done(bar, distances.numel())
     return PrecisionRecall(is_precise.double().mean().item(), is_recalled.double().mean().item())
 
 
@@ -67,7 +74,12 @@ class _Members:
         self.squares = torch.cat([part.double().square_().sum(dim=1) for part in parts])
 
 
-def _squared_radii(members: _Members, neighbours: int) -> Tensor:
+def _done(bar: tqdm, pairs: int) -> None:
+    bar.update(pairs)
+    beat()
+
+
+def _squared_radii(members: _Members, neighbours: int, bar: tqdm) -> Tensor:
     """Squared distance of each member to its k-th nearest neighbour, shape (N,), float64."""
     count = len(members.squares)
     # the nearest of all is the member itself
@@ -79,10 +91,13 @@ def _squared_radii(members: _Members, neighbours: int) -> Tensor:
 
     for rows in _blocks(0, count, BLOCK_ROWS):
         take_in(rows, _squared_distances(members, rows, members, rows))
+        size = rows.stop - rows.start
+        _done(bar, size * (size + 1) // 2)
         for columns in _blocks(rows.stop, count, BLOCK_COLUMNS):  # of a pair, the distance is computed once
             distances = _squared_distances(members, rows, members, columns)
             take_in(rows, distances)
             take_in(columns, distances.T.contiguous())
+            _done(bar, distances.numel())
     return nearest.amax(dim=1)
 
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from lakonlab.config.errors import ConfigError
-from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor
+from lakonlab.datasets.collate import collate
+from lakonlab.evaluation.expected import Expected, at_least_two
+from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
 from lakonlab.evaluation.frechet import Moments, frechet_distance
-from lakonlab.evaluation.samples import SampleBatch, extract, real_images
+from lakonlab.evaluation.preparation import Preparation
+from lakonlab.evaluation.samples import SampleBatch, extract, finite_rows, real_images
+from lakonlab.phases import beat
 from lakonlab.registry import DATASETS, METRICS
 
 
@@ -59,6 +64,30 @@ class Metric(ABC):
             extractors: Where to build them.
         """
 
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        """The part of the protocol that tells files which can be replaced, and networks, as they are now.
+
+        Before results are kept it is compared with what they are of; a metric whose networks take long to load leaves
+        it out.
+
+        Args:
+            extractors: Where to build networks.
+
+        Returns:
+            Some of the items of :meth:`protocol`.
+        """
+        return {}
+
+    def expect(self, samples: Expected) -> None:  # noqa: B027 (most metrics measure whatever comes)
+        """See that the samples to come suffice, before any is made.
+
+        Args:
+            samples: What they will be.
+
+        Raises:
+            ValueError: They do not.
+        """
+
     def prepare(self, tag: str) -> None:  # noqa: B027 (most metrics write nothing)
         """Get ready for an evaluation, before anything is sampled.
 
@@ -95,26 +124,80 @@ class Metric(ABC):
         """
 
 
+def build_metrics(configs: Iterable[Mapping[str, Any]], name: str) -> list[Metric]:
+    """The metrics of an evaluation.
+
+    Args:
+        configs: Their configs.
+        name: Of the evaluation, for messages.
+
+    Raises:
+        ValueError: Two of them would call their numbers the same.
+    """
+    metrics = [METRICS.build(dict(config)) for config in configs]
+    titles = [metric.title for metric in metrics]
+    repeated = sorted({title for title in titles if titles.count(title) > 1})
+    if repeated:
+        raise ValueError(
+            f'{name}: metrics has {", ".join(repeated)} more than once, whose numbers would have the same names: give '
+            'each a prefix of its own, or an entry of its own where it takes none'
+        )
+    return metrics
+
+
 class FeatureMetric(Metric):
     """A metric of features.
 
+    Attributes:
+        num_broken: Samples whose features are not finite, because their pixels are not, or are far out of range; for
+            subclasses that count them with :meth:`whole`.
+
     Args:
         extractor: Config of a feature extractor.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
-    def __init__(self, extractor: Mapping[str, Any]):
+    def __init__(self, extractor: Mapping[str, Any], resize: bool = True):
         super().__init__()
-        self.extractor_config = dict(extractor)
+        self.extractor_config, self.resize = dict(extractor), resize
         self.extractor: FeatureExtractor | None = None
+        self.preparation: Preparation | None = None
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.extractor = extractors.build(self.extractor_config)
+        self.preparation = Preparation(self.extractor.input_size if self.resize else None)
+
+    def features(self, batch: SampleBatch) -> Features:
+        """Features of a batch, of images that are prepared as the protocol says."""
+        return batch.features(self.extractor, self.preparation)
+
+    def sources(self, extractors: ExtractorPool) -> dict[str, Any]:
+        self.bind(extractors)
+        return dict(extractor=self.extractor.protocol())
 
     def protocol(self) -> dict[str, Any]:
-        return dict(num_images=self.num_images, extractor=self.extractor.protocol())
+        return dict(
+            num_images=self.num_images,
+            extractor=self.extractor.protocol(),
+            preparation=self.preparation.protocol(),
+        )
 
     def reset(self) -> None:
         self.num_images = 0
+        self.num_broken = 0
+
+    def whole(self, embedding: Tensor) -> Tensor:
+        """The features that are finite; the others are counted, and make every number NaN.
+
+        Args:
+            embedding: Shape (B, D).
+
+        Returns:
+            Shape (at most B, D).
+        """
+        finite = finite_rows(embedding)
+        self.num_broken += int((~finite).sum())
+        return embedding[finite]
 
 
 @METRICS.register_module()
@@ -124,22 +207,46 @@ class FrechetDistance(FeatureMetric):
     Args:
         extractor: Config of a feature extractor.
         reference: Config of a data set of real images.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
     better = {'frechet_distance': 'lower'}
 
-    def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any]):
-        super().__init__(extractor)
+    def __init__(self, extractor: Mapping[str, Any], reference: Mapping[str, Any], resize: bool = True):
+        super().__init__(extractor, resize)
         self.reference_config = dict(reference)
+        self._real: Dataset | None = None
         self._reference: Moments | None = None
         self._reference_hash = ''
+
+    def bind(self, extractors: ExtractorPool) -> None:
+        """Get the network, and see that the data set has real images.
+
+        Raises:
+            ValueError: It has none, or there is no such data set.
+        """
+        super().bind(extractors)
+        if self._real is not None:
+            return
+        try:
+            real = DATASETS.build(dict(self.reference_config))
+            if len(real) < 2:
+                raise ValueError(f'it has {len(real)} images, expected at least 2')
+            real_images(collate([real[0]]))
+        except ValueError as error:
+            raise ValueError(f'FrechetDistance.reference={self.reference_config}: {error}') from error
+        self._real = real
+
+    def expect(self, samples: Expected) -> None:
+        at_least_two(samples, 'FrechetDistance')
 
     def reset(self) -> None:
         super().reset()
         self.moments = Moments()
 
     def feed(self, batch: SampleBatch) -> None:
-        self.moments.update(batch.features(self.extractor).embedding)
+        self.moments.update(self.whole(self.features(batch).embedding))
+        _ = self.reference  # what is wrong with real images shows before all samples are made
         self.num_images += len(batch.ids)
 
     @property
@@ -150,15 +257,23 @@ class FrechetDistance(FeatureMetric):
 
             device = next((parameter.device for parameter in self.extractor.parameters()), torch.device('cpu'))
             moments, digest = Moments(), hashlib.sha256()
-            for batch in build_dataloader(DATASETS.build(dict(self.reference_config)), 256):
-                images = real_images(batch)
-                digest.update(f'{tuple(images.shape[1:])}'.encode())
-                digest.update(images.float().contiguous().cpu().numpy().tobytes())
-                moments.update(extract(self.extractor, images.to(device), 256).embedding)
+            progress = tqdm(
+                total=len(self._real), desc='features of real images', unit='image', leave=False, disable=None
+            )
+            with progress:
+                for batch in build_dataloader(self._real, 256):
+                    images = real_images(batch)
+                    digest.update(f'{tuple(images.shape[1:])}'.encode())
+                    digest.update(images.float().contiguous().cpu().numpy().tobytes())
+                    moments.update(extract(self.extractor, images.to(device), 256, self.preparation).embedding)
+                    progress.update(len(images))
+                    beat()
             self._reference, self._reference_hash = moments, digest.hexdigest()
         return self._reference
 
     def compute(self) -> dict[str, float]:
+        if self.num_broken:
+            return dict(frechet_distance=torch.nan)
         mine, real = self.moments, self.reference
         return dict(frechet_distance=frechet_distance(mine.mean(), mine.covariance(), real.mean(), real.covariance()))
 
@@ -173,9 +288,24 @@ class ClassAccuracy(FeatureMetric):
 
     Args:
         extractor: Config of a feature extractor that classifies.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
     """
 
     better = {'class_accuracy': 'higher'}
+
+    def bind(self, extractors: ExtractorPool) -> None:
+        """Get the network.
+
+        Raises:
+            ValueError: It does not classify.
+        """
+        super().bind(extractors)
+        if self.extractor.classifies is False:
+            raise ValueError(f'ClassAccuracy.extractor: {type(self.extractor).__name__} does not classify')
+
+    def expect(self, samples: Expected) -> None:
+        if not samples.has_labels:
+            raise ValueError('ClassAccuracy needs samples with labels')
 
     def reset(self) -> None:
         super().reset()
@@ -184,50 +314,15 @@ class ClassAccuracy(FeatureMetric):
     def feed(self, batch: SampleBatch) -> None:
         if batch.labels is None:
             raise ValueError('ClassAccuracy needs samples with labels')
-        logits = batch.features(self.extractor).logits
+        logits = self.features(batch).logits
         if logits is None:
             raise ValueError(f'ClassAccuracy.extractor: {type(self.extractor).__name__} does not classify')
-        self._correct += int((logits.argmax(dim=1) == batch.labels.to(logits.device)).sum())
+        is_right = logits.argmax(dim=1) == batch.labels.to(logits.device)
+        self._correct += int((is_right & finite_rows(logits)).sum())
         self.num_images += len(batch.ids)
 
     def compute(self) -> dict[str, float]:
         return dict(class_accuracy=self._correct / self.num_images)
-
-
-@METRICS.register_module()
-class FeatureDiversity(FeatureMetric):
-    """Mean distance of features over all pairs of samples of a class, averaged over the classes.
-
-    It does not tell better weights from worse ones: noise is diverse too.
-
-    Args:
-        extractor: Config of a feature extractor.
-        max_per_class: Only the first samples of each class count, because the pairs grow with their square.
-    """
-
-    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000):
-        super().__init__(extractor)
-        self.max_per_class = max_per_class
-
-    def reset(self) -> None:
-        super().reset()
-        self._by_class: dict[int, list[Tensor]] = {}
-
-    def feed(self, batch: SampleBatch) -> None:
-        labels = [0] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
-        for label, embedding in zip(labels, batch.features(self.extractor).embedding.cpu(), strict=True):
-            members = self._by_class.setdefault(label, [])
-            if len(members) < self.max_per_class:
-                members.append(embedding)
-                self.num_images += 1
-
-    def compute(self) -> dict[str, float]:
-        distances = [
-            torch.pdist(torch.stack(members).double()).mean() for members in self._by_class.values() if len(members) > 1
-        ]
-        if not distances:
-            raise ConfigError('FeatureDiversity needs at least two samples of a class')
-        return dict(feature_diversity=torch.stack(distances).mean().item())
 
 
 @METRICS.register_module()
@@ -261,35 +356,3 @@ class ReferenceRMSE(Metric):
 
     def protocol(self) -> dict[str, Any]:
         return dict(num_images=self.num_images, pixel_range=self.pixel_range)
-
-
-@METRICS.register_module()
-class SamplingSpeed(Metric):
-    """Samples per second of wall time of one process, without the first batch of each process if there are others.
-
-    Several processes together make about as many times more; if they share a machine, or wait for one another because
-    a network is divided among them, the speed of each is less than it would be alone.
-    """
-
-    def reset(self) -> None:
-        self._warm_up, self._timed = (0, 0.0), (0, 0.0)
-
-    def feed(self, batch: SampleBatch) -> None:
-        if batch.seconds is None:
-            raise ValueError('SamplingSpeed needs samples that are generated now, not real images or images in files')
-        count, seconds = self._warm_up if batch.warm_up else self._timed
-        total = count + len(batch.ids), seconds + batch.seconds
-        if batch.warm_up:
-            self._warm_up = total
-        else:
-            self._timed = total
-
-    def _counted(self) -> tuple[int, float]:
-        return self._timed if self._timed[0] else self._warm_up
-
-    def compute(self) -> dict[str, float]:
-        count, seconds = self._counted()
-        return dict(samples_per_second=count / seconds)
-
-    def protocol(self) -> dict[str, Any]:
-        return dict(num_images=self._counted()[0], num_threads=torch.get_num_threads())

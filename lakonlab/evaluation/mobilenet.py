@@ -41,6 +41,9 @@ class MobileNetV2(FeatureExtractor):
         ValueError: The file holds something else.
     """
 
+    feature_dim = 1280
+    classifies = True
+
     def __init__(self, weights: str | None = None, input_size: int = 224):
         super().__init__()
         from torchvision.models import mobilenet_v2

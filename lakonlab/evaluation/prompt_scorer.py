@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lakonlab.evaluation.entries import prefixed
 from lakonlab.evaluation.estimate import Estimate
+from lakonlab.evaluation.expected import Expected, with_prompts
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import Metric
-from lakonlab.evaluation.samples import SampleBatch
+from lakonlab.evaluation.samples import SampleBatch, finite_rows
 from lakonlab.registry import PROMPT_SCORERS
 
 
@@ -50,7 +52,7 @@ class PromptMetric(Metric):
 
     def __init__(self, scorer: Mapping[str, Any], prefix: str = ''):
         self.prefix = prefix
-        self.name = f'{prefix}_{self.number}' if prefix else self.number
+        self.name = prefixed(prefix, self.number)
         self.better = self.better_of(dict(prefix=prefix))
         self.scorer_config = dict(scorer)
         self.scorer: PromptScorer | None = None
@@ -58,11 +60,13 @@ class PromptMetric(Metric):
 
     @classmethod
     def better_of(cls, arguments: Mapping[str, Any]) -> Mapping[str, str]:
-        prefix = arguments.get('prefix', '')
-        return {f'{prefix}_{cls.number}' if prefix else cls.number: 'higher'}
+        return {prefixed(arguments.get('prefix', ''), cls.number): 'higher'}
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.scorer = extractors.build(self.scorer_config, PROMPT_SCORERS)
+
+    def expect(self, samples: Expected) -> None:
+        with_prompts(samples, type(self).__name__)
 
     def reset(self) -> None:
         self._scores: list[float] = []
@@ -79,7 +83,9 @@ class PromptMetric(Metric):
         scorer = self.scorer.to(batch.images.device)
         for start in range(0, len(batch.ids), batch.feed_batch_size):
             part = slice(start, start + batch.feed_batch_size)
-            self._scores += scorer(batch.images[part], batch.prompts[part]).double().tolist()
+            scores = scorer(batch.images[part], batch.prompts[part]).double()
+            # a scorer that quantises takes images that are not finite for black ones
+            self._scores += scores.masked_fill(~finite_rows(batch.images[part]), torch.nan).tolist()
 
     def compute(self) -> dict[str, float]:
         score = Estimate.of(self._scores)

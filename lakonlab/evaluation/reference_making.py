@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lakonlab.datasets.images import as_tensor, read_rgb
 from lakonlab.evaluation.extractor import FeatureExtractor
 from lakonlab.evaluation.frechet import Moments
+from lakonlab.evaluation.images import GRID_FILE, ORIGIN_FILE, is_image_name
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import extract, real_images
 from lakonlab.evaluation.statistics import ReferenceStatistics
@@ -82,6 +83,8 @@ def make_reference(
 def images_of_folder(folder: str | Path, batch_size: int = 64) -> tuple[Iterator[Tensor], dict[str, Any]]:
     """All images below a folder, in the order of their names.
 
+    Where an evaluation wrote its samples, they are all that counts, not the grid that shows them once more.
+
     Args:
         folder: The folder, of any scheme.
         batch_size: Most images of a batch; those of a batch are of one size.
@@ -92,7 +95,9 @@ def images_of_folder(folder: str | Path, batch_size: int = 64) -> tuple[Iterator
     Raises:
         FileNotFoundError: There are no images.
     """
-    found = [info for info in files.list_files(folder) if info.name.lower().endswith(IMAGE_SUFFIXES)]
+    listed = files.list_files(folder)
+    is_sample = _is_sample_of_folder(info.name for info in listed)
+    found = [info for info in listed if info.name.lower().endswith(IMAGE_SUFFIXES) and is_sample(info.name)]
     if not found:
         raise FileNotFoundError(f'{folder} has no images ({", ".join(IMAGE_SUFFIXES)})')
     listing = '\n'.join(f'{info.name} {info.size}' for info in found)
@@ -110,6 +115,24 @@ def images_of_folder(folder: str | Path, batch_size: int = 64) -> tuple[Iterator
         yield torch.stack(batch)
 
     return batches(), source
+
+
+def _is_sample_of_folder(names: Iterable[str]) -> Callable[[str], bool]:
+    """Tells of each file what counts: in a folder with ``samples.json`` the samples; beside samples no grid."""
+    recorded, with_samples = set(), set()
+    for folder, _, file in (name.rpartition('/') for name in names):
+        if file == ORIGIN_FILE:
+            recorded.add(folder)
+        elif is_image_name(file):
+            with_samples.add(folder)
+
+    def is_sample(name: str) -> bool:
+        folder, _, file = name.rpartition('/')
+        if folder in recorded:
+            return is_image_name(file)
+        return not (folder in with_samples and file == GRID_FILE)
+
+    return is_sample
 
 
 def images_of_npz(path: str | Path, batch_size: int = 64) -> tuple[Iterator[Tensor], dict[str, Any]]:

@@ -102,17 +102,19 @@ def to_send(samples: SampleBatch, count: int) -> SampleBatch:
     def part(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[:count].detach().to('cpu', copy=True)
 
-    seconds = samples.seconds
+    seconds, phases = samples.seconds, samples.phases
+    kept = count / len(samples.ids)
     return SampleBatch(
         part(samples.images),
         list(samples.ids[:count]),
         part(samples.labels),
         part(samples.reference),
-        None if seconds is None else seconds * count / len(samples.ids),
+        None if seconds is None else seconds * kept,
         warm_up=samples.warm_up,
         prompts=None if samples.prompts is None else list(samples.prompts[:count]),
         flops=samples.flops,
         noise=None if samples.noise is None else list(samples.noise[:count]),
+        phases=None if phases is None else {name: value * kept for name, value in phases.items()},
     )
 
 
@@ -128,13 +130,15 @@ def in_order(
         feed_batch_size: Largest batch given to a feature extractor.
 
     Yields:
-        Batches in the order of the data set. Their ``seconds`` are the sum over their samples, as if one process had
-        made one after the other.
+        Batches in the order of the data set. Their ``seconds`` and ``phases`` are sums over their samples, as if one
+        process had made one after the other.
     """
     rows = sorted((row, rank) for rank, part in enumerate(parts) for row in range(len(part.ids)))
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]
         timed = all(part.seconds is not None for part in parts if part.ids)
+        measured = [part.phases or {} for part in parts if part.ids]
+        phases = [name for name in measured[0] if all(name in other for other in measured)]
         reference = _take(parts, 'reference', chosen)
         yield SampleBatch(
             _take(parts, 'images', chosen).to(device),
@@ -147,6 +151,7 @@ def in_order(
             None if parts[0].prompts is None else [parts[rank].prompts[row] for row, rank in chosen],
             parts[0].flops,
             [None if parts[rank].noise is None else parts[rank].noise[row] for row, rank in chosen],
+            {name: sum(parts[rank].phases[name] / len(parts[rank].ids) for _, rank in chosen) for name in phases},
         )
 
 

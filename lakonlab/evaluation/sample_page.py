@@ -8,19 +8,26 @@ from typing import Any
 from lakonlab.evaluation.images import ImageFolder, image_name
 from lakonlab.evaluation.viewer import Column, Gallery, Item, url_from
 
-FACTS = ('num_samples', 'nfe', 'quantize', 'sample_kwargs', 'sampling_seed', 'initial_noise', 'protocol')
+FACTS = (
+    'checkpoint', 'iteration', 'model_sha256', 'num_samples', 'nfe', 'quantize', 'sample_kwargs', 'reference_kwargs',
+    'sampling_seed', 'initial_noise', 'reused', 'protocol',
+)  # fmt: skip
 
 
-def gallery(title: str, results: Mapping[str, Any], folder: ImageFolder, page: str) -> Gallery:
+def gallery(
+    title: str, results: Mapping[str, Any], weights: Mapping[str, Any], folder: ImageFolder, page: str
+) -> Gallery:
     """What the page shows.
 
     Args:
         title: Its title.
         results: Of the evaluation.
+        weights: What they are of, as far as it is known: ``checkpoint``, ``iteration``, ``model_sha256``.
         folder: Where the samples have been written.
         page: Where the page will be, beside the folder.
     """
-    facts = {key: results[key] for key in FACTS if results.get(key) is not None}
+    known = {**weights, **results}
+    facts = {key: known[key] for key in FACTS if known.get(key) is not None}
     items = [
         Item(
             number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ class SampleBatch:
         prompts: Text each sample was asked to show; None without texts.
         flops: Floating-point operations of one sample; None where they were not counted.
         noise: Hash of the noise that each sample started from; None for one of which it is not known.
+        phases: Parts of ``seconds``: of the network, and of the sampling loop beside it; None where not measured.
     """
 
     images: Tensor
@@ -38,6 +40,7 @@ class SampleBatch:
     prompts: list[str] | None = None
     flops: float | None = None
     noise: list[str | None] | None = None
+    phases: Mapping[str, float] | None = None
     _features: dict[tuple[int, Preparation], Features] = field(default_factory=dict, repr=False)
 
     def features(self, extractor: FeatureExtractor, preparation: Preparation = AS_THEY_ARE) -> Features:
@@ -69,11 +72,27 @@ def extract(
         preparation: How images are brought to its size.
 
     Returns:
-        Features of all images.
+        Features of all images; NaN for images that are not finite.
     """
     parts = [extractor.to(images.device)(preparation(part)) for part in images.split(batch_size)]
+    embedding = torch.cat([part.embedding for part in parts])
     logits = None if parts[0].logits is None else torch.cat([part.logits for part in parts])
-    return Features(torch.cat([part.embedding for part in parts]), logits)
+    broken = ~finite_rows(images)
+    if broken.any():  # an extractor that quantises takes them for black ones
+        embedding = embedding.masked_fill(broken[:, None], torch.nan)
+        logits = None if logits is None else logits.masked_fill(broken[:, None], torch.nan)
+    return Features(embedding, logits)
+
+
+def finite_rows(tensor: Tensor) -> Tensor:
+    """Which rows of a tensor (B, ...) have finite numbers only, shape (B,), bool."""
+    return tensor.isfinite().flatten(1).all(dim=1)
+
+
+def marked(images: Tensor) -> Tensor:
+    """Images of which those that are not finite are NaN throughout, so that no step on the way makes them finite."""
+    broken = ~finite_rows(images)
+    return images.masked_fill(broken[:, None, None, None], torch.nan) if broken.any() else images
 
 
 def real_images(batch: dict) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.evaluation.initial_noise import RecordingSource, noise_hashes
+from lakonlab.phases import SAMPLING_PHASES, PhaseClock
 
 SAMPLE_ARGUMENTS = ('role', 'test_cfg_override')
 
@@ -23,12 +24,15 @@ class Samples(NamedTuple):
         nfe: Network evaluations per sample; None if the model does not say.
         noise: Hash of the noise that each sample started from; None if neither the data set brought nor the model drew
             any.
+        phases: Seconds of ``'network'`` and of ``'policy'``, the rest of the sampling loop, as far as the model marks
+            them and the device can be timed without waiting for it.
     """
 
     images: Tensor
     seconds: float
     nfe: int | None
     noise: list[str] | None = None
+    phases: Mapping[str, float] | None = None
 
 
 def check_sample_kwargs(kwargs: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
@@ -60,6 +64,18 @@ def given_noise(batch: Mapping[str, Any]) -> list[str] | None:
     return None if batch.get('noise') is None else noise_hashes(batch['noise'])
 
 
+def nfe_of(model: nn.Module, kwargs: Mapping[str, Any]) -> int | None:
+    """Network evaluations of a sample, without making one; None if the model does not say.
+
+    Args:
+        model: Has ``val_step``.
+        kwargs: Arguments of ``val_step``.
+    """
+    if not hasattr(model, 'role'):
+        return None
+    return model.role(kwargs.get('role')).num_function_evaluations(kwargs.get('test_cfg_override'))
+
+
 def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int = 0) -> Samples:
     """Generate the images of one batch.
 
@@ -77,10 +93,13 @@ def sample(model: nn.Module, batch: dict, kwargs: Mapping[str, Any], seed: int =
     device, hashes = device_of(model), given_noise(batch)
     source = RecordingSource(seed, row_ids=batch['ids'])
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    start = time.perf_counter()
-    with torch.no_grad():
+    start, clock = time.perf_counter(), PhaseClock(device)
+    with torch.no_grad(), clock.active():
         outputs = model.val_step(batch, source=source, **kwargs)
     images = outputs['pred_imgs']
     if images.device.type not in ('cpu', 'meta'):
         torch.accelerator.synchronize()
-    return Samples(images, time.perf_counter() - start, outputs.get('nfe'), source.hashes if hashes is None else hashes)
+    seconds = time.perf_counter() - start
+    phases = clock.seconds() if device.type in ('cpu', 'cuda') else {}
+    phases = {name: phases[name] for name in SAMPLING_PHASES if name in phases}
+    return Samples(images, seconds, outputs.get('nfe'), source.hashes if hashes is None else hashes, phases)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lakonlab.storage import files
 from lakonlab.storage.array_pickle import UnsafeArrayError, read_array_pickle
+from lakonlab.storage.errors import StorageError
 from lakonlab.storage.local import sha256_of
 
 FORMAT = 'lakonlab.reference_statistics.1'
@@ -80,13 +81,14 @@ class ReferenceStatistics:
         files.write_bytes(path, save(tensors, metadata={'format': FORMAT, 'facts': text}))
 
 
-def read_reference(path: str | Path) -> ReferenceStatistics:
+def read_reference(path: str | Path, setting: str = 'reference') -> ReferenceStatistics:
     """Read reference statistics; the same file only once as long as it does not change.
 
     Args:
         path: Of any scheme: ``.safetensors`` as :meth:`ReferenceStatistics.save` writes it; ``.pkl`` in the published
             layout (``mean``, ``cov``, ``real_feats_np``, ``num_real_feeded``), of which nothing is run; or ``.npz``
             with ``mean``/``mu``, ``cov``/``sigma`` and, optionally, ``features``/``pool_3``.
+        setting: Config key that names it, for messages.
 
     Returns:
         The statistics.
@@ -95,11 +97,17 @@ def read_reference(path: str | Path) -> ReferenceStatistics:
         ValueError: The file is damaged, is of another kind or says too little.
         OSError: There is no such file, or it cannot be downloaded.
     """
-    local = files.fetch(path)
+    try:
+        local = files.fetch(path)
+    except StorageError as error:
+        raise type(error)(f'{setting}: {error}') from error
     if not local.is_file():
-        raise FileNotFoundError(f'there is no file of reference statistics {str(path)!r}')
+        raise FileNotFoundError(f'{setting}: there is no file of reference statistics {str(path)!r}')
     stat = local.stat()
-    return _read(str(local), str(path), stat.st_mtime_ns, stat.st_size)
+    try:
+        return _read(str(local), str(path), stat.st_mtime_ns, stat.st_size)
+    except ReferenceFileError as error:
+        raise ReferenceFileError(f'{setting}: {error}') from error.__cause__
 
 
 @lru_cache(maxsize=4)

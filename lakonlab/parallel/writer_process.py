@@ -45,7 +45,8 @@ def main(descriptor: int) -> None:
     from lakonlab.storage.checkpoint import CheckpointError
     from lakonlab.storage.shared_memory import SharedMemory
 
-    connection.send(READY)
+    if not _told(connection, READY):
+        return
     memory = None
     while (request := _next(connection)) is not None:
         job, layouts, memory_size = request
@@ -59,7 +60,8 @@ def main(descriptor: int) -> None:
         except Exception as error:  # travels to the process that asked for it
             outcome = portable(error, CheckpointError)
         parts.clear()
-        connection.send(outcome)
+        if not _told(connection, outcome):
+            return
 
 
 def _next(connection: Connection) -> Any:
@@ -68,6 +70,15 @@ def _next(connection: Connection) -> Any:
         return connection.recv()
     except (EOFError, ConnectionError):
         return None
+
+
+def _told(connection: Connection, message: Any) -> bool:
+    """Whether the process of the run can be told something; False if it is gone, which is no error of this one."""
+    try:
+        connection.send(message)
+    except ConnectionError:
+        return False
+    return True
 
 
 def _ranks(rank: int, world_size: int, address: tuple[str, int] | None):

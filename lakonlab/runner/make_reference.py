@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 
-from lakonlab.config.errors import ConfigError
+from lakonlab.config.errors import ConfigError, describe_unknown
+from lakonlab.config.signature import arguments_of
 from lakonlab.evaluation.statistics import SUFFIX, ReferenceStatistics
+from lakonlab.registry import FEATURE_EXTRACTORS
 from lakonlab.runner.launch import impossible_values, logged_to_console
 from lakonlab.storage import files
 
 OF_IMAGES = ('extractor', 'no_resize', 'center_crop', 'resize_mode', 'num_images')
 """Arguments that say how features are made of images."""
+
+DEFAULT_SPLIT = 'val'
 
 logger = logging.getLogger('lakonlab.evaluation')
 
@@ -39,6 +43,11 @@ def make(args: Namespace) -> int:
         if not args.out.endswith(SUFFIX):
             raise ConfigError(f'OUT={args.out!r}: expected a name that ends in {SUFFIX}')
         files.require(args.out, 'write', setting='OUT')
+        if args.data is not None and not args.source.endswith('.py'):
+            raise ConfigError(
+                f'--data {args.data}: only a config has data splits, but SOURCE={args.source!r} is none; leave this '
+                'out, or name a config'
+            )
         statistics = _converted(args) or _made(args)
         statistics.save(args.out)
         kept = 'no features' if statistics.features is None else 'features'
@@ -54,6 +63,7 @@ def _converted(args: Namespace) -> ReferenceStatistics | None:
         return None
     if not args.source.endswith(('.pkl', '.npz')):
         return None
+    read = read_reference(args.source, 'SOURCE')
     given = [name for name in OF_IMAGES if getattr(args, name) not in (None, False)]
     if given:
         options = ', '.join('--' + name.replace('_', '-') for name in given)
@@ -61,7 +71,6 @@ def _converted(args: Namespace) -> ReferenceStatistics | None:
             f'{options}: SOURCE={args.source!r} holds statistics already, and how their features were made of images '
             'cannot be chosen any more; leave this out, or name the images'
         )
-    read = read_reference(args.source)
     provenance = {**read.provenance, 'source': dict(kind='statistics', path=args.source, sha256=read.sha256)}
     features = None if args.no_features else read.features
     return ReferenceStatistics(read.mean, read.covariance, read.num_images, features, provenance)
@@ -88,16 +97,17 @@ def _made(args: Namespace) -> ReferenceStatistics:
         make_reference,
     )
 
+    config = extractor_config(args.extractor or 'InceptionV3')
     if args.source.endswith('.py'):
         from lakonlab.config.load import load_config
 
         cfg = load_config(args.source)
-        batches, source = images_of_split(cfg.to_dict()['data'], args.data)
+        batches, source = images_of_split(cfg.to_dict()['data'], args.data or DEFAULT_SPLIT)
     elif args.source.endswith('.npz'):
         batches, source = images_of_npz(args.source, args.batch_size)
     else:
         batches, source = images_of_folder(args.source, args.batch_size)
-    extractor = ExtractorPool().build(extractor_config(args.extractor or 'InceptionV3'))
+    extractor = ExtractorPool().build(config)
     size = extractor.input_size if args.center_crop or not args.no_resize else None
     return make_reference(
         batches,
@@ -113,7 +123,27 @@ def _made(args: Namespace) -> ReferenceStatistics:
 
 
 def extractor_config(text: str) -> Mapping[str, Any]:
-    """Config of an extractor from the command line: its name, or a dict in JSON."""
+    """Config of an extractor from the command line: its name, or a dict in JSON.
+
+    Raises:
+        ConfigError: It is neither, or there is no such extractor, or it has no such argument.
+    """
+    config = _extractor_dict(text)
+    kind = FEATURE_EXTRACTORS.get(config['type']) if isinstance(config['type'], str) else None
+    if kind is None:
+        raise ConfigError(
+            describe_unknown('--extractor', 'feature extractor', config['type'], FEATURE_EXTRACTORS.names())
+        )
+    arguments = arguments_of(kind)
+    for name, value in config.items():
+        if name != 'type' and name not in arguments.names and not arguments.is_open:
+            raise ConfigError(
+                describe_unknown('--extractor', f'argument of {config["type"]}', name, arguments.names, value=value)
+            )
+    return config
+
+
+def _extractor_dict(text: str) -> Mapping[str, Any]:
     if not text.lstrip().startswith('{'):
         return dict(type=text)
     try:

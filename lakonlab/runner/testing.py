@@ -15,6 +15,10 @@ from torch import nn
 
 from lakonlab import __version__
 from lakonlab.config.errors import ConfigError
+from lakonlab.evaluation.circumstances import circumstances
+from lakonlab.evaluation.entries import metric_configs
+from lakonlab.evaluation.extractor import ExtractorPool
+from lakonlab.evaluation.kept_results import changes
 from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.dry_run import MISSING, pretrained_files
@@ -117,11 +121,12 @@ def evaluate_checkpoint(
         seed: Seed of the initial weights, where none are loaded, of what samplers draw beyond the noise that a data set
             gives each sample, and of the global random state.
         deterministic: Whether to allow deterministic algorithms only.
-        skip_existing: Keep results of the same entries, weights and seed from the present file.
-        timer: Measure sampling speed in every entry.
+        skip_existing: Keep results of the same entries, weights and seed from the present file, unless what their
+            metrics compare with, or see through, has changed.
+        timer: Measure sampling speed in every entry that makes samples.
         reuse_viz: Measure images that an evaluation of the same weights has written, instead of making them again; all
             samples are then measured with 8 bits per channel.
-        command: Command line, for the file.
+        command: Command line, kept with the results that it made.
         strategy: Processes and devices; None for one process.
 
     Returns:
@@ -145,7 +150,7 @@ def evaluate_checkpoint(
     weights = ranks.on_main(lambda: _announced(find_weights(cfg, checkpoint, required=sampling)))
     path = Path(cfg.work_dir) / RESULTS_FILE
     origin, present = ranks.on_main(lambda: _origin_and_present(cfg, weights, seed, path))
-    finished = present if skip_existing else {}
+    finished = ranks.on_main(lambda: _current(entries, present)) if skip_existing else {}
     pending = [entry for entry in entries if _identity(entry) not in finished]
     if len(pending) < len(entries) and ranks.is_main:
         logger.info('%d of %d evaluations are finished in %s and kept', len(entries) - len(pending), len(entries), path)
@@ -164,8 +169,9 @@ def evaluate_checkpoint(
             origin=origin,
             reuse=reuse_viz,
         )
+        made = dict(**circumstances(), command=command, versions=_versions(), strategy=strategy.name)
         for entry, result in zip(pending, results, strict=True):
-            fresh[_identity(entry)] = {**result, 'nfe': _nfe(model, result), 'entry': entry}
+            fresh[_identity(entry)] = {**result, 'entry': entry, 'made': made}
     results_by_entry = {**finished, **fresh}
     kept = {_identity(entry): results_by_entry[_identity(entry)] for entry in entries}
     if splits is not None:
@@ -177,10 +183,6 @@ def evaluate_checkpoint(
         name=cfg.name,
         config=cfg.filename,
         weights=weights.reason,
-        command=command,
-        versions=_versions(),
-        strategy=strategy.name,
-        num_processes=ranks.world_size,
         **origin,
     )
     content = ranks.on_main(lambda: write_results(path, ordered, **facts))
@@ -214,6 +216,21 @@ def _origin_and_present(
     return origin, _finished(path, origin)
 
 
+def _current(entries: Sequence[Mapping[str, Any]], present: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Present results of entries that are still those of the files that their metrics read."""
+    extractors, current = ExtractorPool(), {}
+    for entry in entries:
+        result = present.get(_identity(entry))
+        if result is None:
+            continue
+        changed = changes(entry, result, extractors)
+        if changed:
+            logger.warning('%s is evaluated again: %s', result['name'], '; '.join(changed))
+        else:
+            current[_identity(entry)] = result
+    return current
+
+
 def _build(cfg: Config, checkpoint: AnyPath | None, seed: int, strategy: Any) -> nn.Module:
     """The model with the weights of a checkpoint, spread over the processes."""
     sections = {key: cfg.get(key) or {} for key in ('train_cfg', 'test_cfg')}
@@ -235,9 +252,8 @@ def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool, reuse_viz: 
         entry for entry in cfg.to_dict().get('evaluation') or () if splits is None or entry.get('data', 'val') in splits
     ]
     for entry in entries:
-        metrics = entry.get('metrics') or []
-        metrics = [metrics] if isinstance(metrics, Mapping) else list(metrics)
-        if timer and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
+        metrics = metric_configs(entry.get('metrics'))
+        if timer and entry.get('generate', True) and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
             entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
         if reuse_viz:  # what is read from files has 8 bits per channel and takes no time to sample
             entry['metrics'] = [metric for metric in metrics if metric['type'] not in TIMED_METRICS]
@@ -285,14 +301,6 @@ def _finished(path: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Any]
     if any(content.get(key) != value for key, value in origin.items()):
         return {}
     return {_identity(result['entry']): result for result in content['evaluations'] if 'entry' in result}
-
-
-def _nfe(model: nn.Module, result: Mapping[str, Any]) -> int | None:
-    """Network evaluations of one sample; None for real images."""
-    if not result['generated'] or not hasattr(model, 'role'):
-        return None
-    kwargs = result['sample_kwargs']
-    return model.role(kwargs.get('role')).num_function_evaluations(kwargs.get('test_cfg_override'))
 
 
 def _versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from lakonlab.storage.errors import MissingFileError, StorageError, TransientErr
 from lakonlab.storage.paths import scheme_of
 from lakonlab.storage.ranges import Answer, chunks_of, open_ranges
 from lakonlab.storage.retry import Patience, persistently
-from lakonlab.storage.s3_client import code_of, of_connection, request
+from lakonlab.storage.s3_client import code_of, content_type, of_connection, request
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class S3Files(Backend):
     def create(self, path: str, content: bytes) -> bool:
         """See the base class; a request with a condition, or without one where the server does not know it."""
         bucket, key = split_file(path)
-        put = partial(request, path, 'put_object', Bucket=bucket, Key=key, Body=content)
+        put = partial(request, path, 'put_object', Bucket=bucket, Key=key, Body=content, **content_type(key))
         try:
             persistently(partial(put, IfNoneMatch='*'), f'creating {path}')
         except StorageError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import mimetypes
 import os
 import re
 import threading
@@ -310,6 +311,21 @@ def _is_hiccup_of_credentials(error: Exception) -> bool:
     return isinstance(error, known.MetadataRetrievalError) or (
         isinstance(error, known.CredentialRetrievalError) and provider in CREDENTIAL_SERVICES
     )
+
+
+def content_type(key: str) -> dict[str, str]:
+    """What a new file is, for browsers, which download what they are not told the type of.
+
+    Args:
+        key: Its key, whose ending decides.
+
+    Returns:
+        An argument of requests that make files; none if the ending says nothing.
+    """
+    kind, encoding = mimetypes.guess_type(f'/{key.rpartition("/")[2]}', strict=False)
+    if kind is None or encoding is not None:
+        return {}
+    return {'ContentType': f'{kind}; charset=utf-8' if kind.startswith('text/') else kind}
 
 
 def _is_of_amazon(url: str) -> bool:

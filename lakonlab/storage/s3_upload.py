@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from lakonlab.storage.errors import MissingFileError, StorageError, TransientError
 from lakonlab.storage.retry import Patience, persistently
-from lakonlab.storage.s3_client import code_of, request
+from lakonlab.storage.s3_client import code_of, content_type, request
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class _Upload(io.RawIOBase):
     def __init__(self, path: str, bucket: str, key: str, size: int | None):
         self.path, self._size = path, size
         self._where = {'Bucket': bucket, 'Key': key}
+        self._type = content_type(key)
         self._buffer = io.BytesIO()
         self._written = 0
         self._id: str | None = None
@@ -113,7 +114,8 @@ class _Upload(io.RawIOBase):
 
     def _send(self) -> None:
         if self._id is None:
-            call = partial(request, self.path, 'create_multipart_upload', **self._where, Metadata={MARK: self._mark})
+            facts = dict(self._type, Metadata={MARK: self._mark})
+            call = partial(request, self.path, 'create_multipart_upload', **self._where, **facts)
             self._id = persistently(call, f'beginning the upload of {self.path}')['UploadId']
             self._threads = ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix='upload-part')
         if len(self._waiting) == PARTS_IN_FLIGHT:
@@ -139,7 +141,8 @@ class _Upload(io.RawIOBase):
         """Send what is left, and make the file visible."""
         if self._id is None:
             content = self._buffer.getvalue()
-            call = partial(request, self.path, 'put_object', **self._where, Body=content, ContentMD5=_checksum(content))
+            facts = dict(self._type, Body=content, ContentMD5=_checksum(content))
+            call = partial(request, self.path, 'put_object', **self._where, **facts)
             persistently(call, f'writing {self.path}')
             return
         if self._buffer.tell():

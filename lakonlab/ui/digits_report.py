@@ -297,11 +297,11 @@ def _grids(seed: SeedResults) -> list[tuple[str, Path]]:
 
 def _protocol(seed: SeedResults) -> list[str]:
     """How the numbers were measured, one fact a line."""
-    results = seed.results[TEACHER]
     entry = seed.evaluation(TEACHER, 'val_euler32')
-    lines = [f'PyTorch {results.get("torch")}, Python {results.get("python")}, {results.get("num_threads")} thread(s)']
     if entry is None:
-        return lines
+        return []
+    made = entry.get('made') or {}
+    lines = [f'PyTorch {made.get("torch")}, Python {made.get("python")}, {made.get("num_threads")} thread(s)']
     protocol = entry['protocol'].get('FrechetDistance')
     if protocol:
         extractor, reference = protocol['extractor'], protocol['reference']

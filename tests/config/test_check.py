@@ -190,6 +190,8 @@ def test_all_problems_are_listed():
         ('checkpoint_config.max_keep_ckpts', -2, 'at least 1, or -1'),
         ('evaluation.0.interval', 0, 'at least 1'),
         ('evaluation.0.interval', 2.5, 'at least 1'),
+        ('evaluation.0.viz_num', -3, 'at least 0'),
+        ('evaluation.0.feed_batch_size', 0, 'at least 1'),
         ('evaluation.0.metrics', 'fid', 'list'),
         ('evaluation.0.metrics', ['fid'], 'dict'),
         ('log_config.interval', 0, 'at least 1'),

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from lakonlab.evaluation.diversity import vendi_score
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.results import run_evaluations
 from lakonlab.evaluation.samples import SampleBatch, extract
+from lakonlab.phases import PhaseClock, phase
 from lakonlab.registry import FEATURE_EXTRACTORS, METRICS
 from tests.evaluation.test_evaluate import config
 from tests.evaluation.test_inception_metrics import FourPixels
@@ -183,6 +185,32 @@ class Attention(nn.Module):
         noise = data['noise'].reshape(-1, 1, 8, 8) + self.weight
         images = nn.functional.scaled_dot_product_attention(noise, noise, noise)
         return dict(num_samples=len(images), pred_imgs=images, nfe=1)
+
+
+class Sleeper(Multiplier):
+    """Takes its time, and says what for."""
+
+    def val_step(self, data, source=None, **arguments):
+        for _ in range(2):
+            with phase('policy'):
+                time.sleep(0.02)
+                with phase('network'):
+                    time.sleep(0.05)
+        time.sleep(0.03)  # decoding
+        return super().val_step(data, source, **arguments)
+
+
+def test_time_of_the_network_and_of_policies():
+    with PhaseClock(torch.device('cpu')).active() as training:
+        (results,) = run_evaluations(Sleeper(), config(metrics=[dict(type='SamplingSpeed')]))
+        assert set(training.seconds()) == {'other'}  # what a run logs is not divided further
+    numbers = results['metrics']
+    assert 0.1 <= numbers['network_time'] < 0.2
+    assert 0.04 <= numbers['policy_time'] < 0.1
+    assert numbers['network_time'] + numbers['policy_time'] + 0.03 <= numbers['total_time'] < 0.3
+    assert results['protocol']['SamplingSpeed']['batch_size'] == 10
+    (results,) = run_evaluations(Multiplier(), config(metrics=[dict(type='SamplingSpeed')]))
+    assert set(results['metrics']) == {'samples_per_second', 'total_time'}  # it does not say
 
 
 def test_operations_of_attention():

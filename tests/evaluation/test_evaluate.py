@@ -12,12 +12,19 @@ from lakonlab.evaluation.evaluate import build_evaluation_loader
 from lakonlab.evaluation.hook import GenerativeEvalHook
 from lakonlab.evaluation.images import to_uint8
 from lakonlab.evaluation.metrics import Metric
+from lakonlab.evaluation.references import ReferenceSamples
 from lakonlab.evaluation.results import run_evaluations, write_results
 from lakonlab.ranks import ALONE
 from lakonlab.registry import HOOKS, METRICS
 from tests.evaluation.thread_ranks import run_threads
 
 DIGIT_FEATURES = dict(type='DigitClassifier')
+
+
+@pytest.fixture(autouse=True)
+def _directory(tmp_path, monkeypatch):
+    """Runs write where no other test looks."""
+    monkeypatch.chdir(tmp_path)
 
 
 class Model(nn.Module):
@@ -120,6 +127,53 @@ def test_references_are_made_once_per_split_and_version():
         assert [steps for _, steps, _ in model.calls].count(2) == expected
 
 
+def test_references_are_kept_as_long_as_an_entry_compares_with_them(monkeypatch):
+    kept = []
+
+    class Watched(ReferenceSamples):
+        def get(self, *args, **kwargs):
+            images = super().get(*args, **kwargs)
+            kept.append(self.kept_bytes)
+            return images
+
+    monkeypatch.setattr('lakonlab.evaluation.hook.ReferenceSamples', Watched)
+    cfg = config(**RMSE)
+    for other in (dict(prefix='q'), dict(prefix='r', reference_kwargs={})):
+        cfg['evaluation'] += config(**{**RMSE, **other})['evaluation']
+    run_evaluations(Model(), cfg)
+    size = 8 * 8 * 4
+    assert kept == [10 * size, 20 * size, 25 * size, 15 * size, 5 * size, 0, 0, 0, 0]
+
+    kept.clear()  # while training: a teacher's samples are compared with again, those of weights that change are not
+    for reference_kwargs, expected in ((dict(role='teacher'), [10, 20, 25, 25, 25, 25]), ({}, [0] * 6)):
+        hook, runner = hook_and_runner(**dict(RMSE, reference_kwargs=reference_kwargs))
+        for runner.iter in (0, 1):
+            hook.after_train_iter(runner, runner.iter)
+        assert kept == [count * size for count in expected]
+        kept.clear()
+
+
+def test_references_have_limited_room(caplog):
+    model, images = Model(), torch.rand(4, 1, 2, 2)
+    batches = [dict(ids=ids, noise=images[ids]) for ids in ([0, 1], [2, 3])]
+    references = ReferenceSamples(limit=3 * images[0].nbytes + 1)
+    for _ in range(3):
+        for batch in batches:
+            found = references.get(model.eval(), batch, 'val', dict(role='teacher'), 'same')
+            assert torch.equal(found, torch.ones(2, 1, 2, 2))
+    assert references.kept_bytes == 3 * images[0].nbytes
+    assert [ids for _, _, ids in model.calls] == [[0, 1], [2, 3], [2, 3], [2, 3]]
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+
+
+def test_metrics_hold_nothing_between_evaluations():
+    entry = config(metrics=dict(type='VendiScore', extractor=DIGIT_FEATURES))['evaluation'][0]
+    hook = GenerativeEvalHook(**{key: value for key, value in entry.items() if key != 'type'})
+    results, _ = hook.run(Model(), config()['data'], 'run', '1')
+    assert results['protocol']['VendiScore']['num_images'] == 25
+    assert hook.metrics[0].num_images == 0
+
+
 def test_metrics_whose_numbers_have_the_same_names_are_refused():
     vendi = dict(type='VendiScore', extractor=DIGIT_FEATURES)
     with pytest.raises(ValueError, match='evaluation val_p: metrics has VendiScore more than once'):
@@ -196,6 +250,8 @@ def test_interval(interval, due):
             dict(save_best_ckpt=True, best_metric='fid', metrics=[dict(type='ReferenceRMSE')]),
             "found 'fid', expected numbers of metrics of this entry: 'reference_rmse'",
         ),
+        (dict(viz_num=-3), 'evaluation val: viz_num=-3: expected at least 0'),
+        (dict(feed_batch_size=0), 'evaluation val: feed_batch_size=0: expected at least 1'),
         (dict(viz_dir='https://host/viz'), 'viz_dir: .* https:// cannot be written'),
         (dict(sample_kwargs=dict(test_cfg={})), 'sample_kwargs: unknown test_cfg'),
     ],

@@ -95,7 +95,8 @@ def test_every_extractor_says_what_it_is(inception_weights, tmp_path):
         size = extractor.input_size or 8
         channels = 1 if name == 'DigitClassifier' else 3
         found = extract(extractor, torch.rand(2, channels, min(size, 64), min(size, 64)), 1)
-        assert found.embedding.shape[0] == 2
+        assert found.embedding.shape == (2, extractor.feature_dim)
+        assert (found.logits is not None) == extractor.classifies
         assert extractor.protocol()['name'] == name
         assert len(extractor.protocol()['weights_sha256']) == 64
 

@@ -4,8 +4,9 @@ from torch import nn
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.digits import load_split
+from lakonlab.evaluation.diversity import FeatureDiversity
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
-from lakonlab.evaluation.metrics import FeatureDiversity, SamplingSpeed
+from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch, real_images
 from lakonlab.registry import FEATURE_EXTRACTORS, METRICS
 
@@ -47,7 +48,8 @@ def test_class_accuracy(pixels):
     metric.feed(SampleBatch(one_hot([0, 1, 2]), [0, 1, 2], torch.tensor([0, 1, 3])))
     metric.feed(SampleBatch(one_hot([3]), [3], torch.tensor([3])))
     assert metric.compute() == dict(class_accuracy=0.75)
-    assert metric.protocol() == dict(num_images=4, extractor=dict(name='Pixels'))
+    as_they_are = dict(size=None, center_crop=False, mode='bicubic')
+    assert metric.protocol() == dict(num_images=4, extractor=dict(name='Pixels'), preparation=as_they_are)
     metric.reset()
     metric.feed(SampleBatch(one_hot([3]), [3], torch.tensor([2])))
     assert metric.compute() == dict(class_accuracy=0.0)
@@ -76,14 +78,14 @@ def test_diversity_counts_the_first_samples_of_a_class(pixels):
     metric.bind(ExtractorPool())
     images = torch.arange(4.0).reshape(4, 1, 1, 1)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], torch.zeros(4, dtype=torch.long)))
-    assert metric.compute() == dict(feature_diversity=1.0)
+    assert metric.compute() == dict(feature_diversity=1.0, feature_diversity_std=0.0)
     assert metric.num_images == 2
 
 
 def test_diversity_of_single_samples_is_an_error_of_the_config(pixels):
     metric = bound(dict(type='FeatureDiversity', extractor=pixels))
     metric.feed(SampleBatch(one_hot([0, 1]), [0, 1], torch.tensor([0, 1])))
-    with pytest.raises(ConfigError, match='at least two samples of a class'):
+    with pytest.raises(ConfigError, match='at least two samples of a prompt or a class'):
         metric.compute()
 
 
@@ -98,16 +100,16 @@ def test_reference_rmse():
 
 
 def test_speed_leaves_out_the_first_batch():
-    metric = SamplingSpeed()
+    metric = METRICS.build(dict(type='SamplingSpeed'))
     images = torch.zeros(4, 1, 2, 2)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=100.0, warm_up=True))
-    assert metric.compute() == dict(samples_per_second=0.04)
+    assert metric.compute() == dict(samples_per_second=0.04, total_time=100.0)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=2.0))
     metric.feed(SampleBatch(images[:2], [0, 1], seconds=1.0))
-    assert metric.compute() == dict(samples_per_second=2.0)
+    assert metric.compute() == dict(samples_per_second=2.0, total_time=2.0)  # of batches of 4
     metric.reset()
     metric.feed(SampleBatch(images, [0, 1, 2, 3], seconds=1.0))
-    assert metric.compute() == dict(samples_per_second=4.0)
+    assert metric.compute() == dict(samples_per_second=4.0, total_time=1.0)
     with pytest.raises(ValueError, match='generated'):
         metric.feed(SampleBatch(images, [0, 1, 2, 3]))
 
@@ -144,6 +146,34 @@ def test_metrics_share_features(pixels):
         metric.feed(batch)
     assert metrics[0].extractor is metrics[1].extractor
     assert metrics[0].extractor.calls == 2  # three images in parts of two, once
+
+
+@pytest.mark.parametrize('resize', [True, False])
+def test_features_are_of_the_size_that_the_extractor_looks_at(pixels, monkeypatch, resize):
+    """Of samples and of real images, as the protocol says."""
+    monkeypatch.setattr(Pixels, 'input_size', 4)
+    seen = []
+    monkeypatch.setattr(Pixels, 'forward', lambda self, images: seen.append(images) or Features(images.flatten(1)))
+    images = load_split('val')[0][:20] / 2 + 0.5
+    common = dict(extractor=pixels, resize=resize)
+    frechet = bound(dict(type='FrechetDistance', reference=dict(type='Digits', split='val'), **common))
+    diversity = bound(dict(type='FeatureDiversity', **common))
+    for metric in (frechet, diversity):
+        metric.feed(SampleBatch(images, list(range(20))))
+        metric.compute()
+        assert metric.protocol()['preparation'] == dict(size=4 if resize else None, center_crop=False, mode='bicubic')
+    assert {tuple(batch.shape[1:]) for batch in seen} == {(1, 4, 4) if resize else (1, 8, 8)}
+    assert len(seen) == 4  # of samples twice, of 355 real images in two batches
+    torch.testing.assert_close(seen[0], Preparation(4 if resize else None)(images))
+
+
+def test_class_accuracy_is_of_the_size_that_the_extractor_looks_at():
+    digits, labels = load_split('val')
+    larger = torch.nn.functional.interpolate(digits / 2 + 0.5, (24, 24), mode='bilinear')
+    metric = bound(dict(type='ClassAccuracy', extractor=dict(type='DigitClassifier')))
+    metric.feed(SampleBatch(larger, list(range(len(labels))), labels))
+    assert metric.compute()['class_accuracy'] > 0.9
+    assert metric.protocol()['preparation']['size'] == 8
 
 
 def test_real_images():

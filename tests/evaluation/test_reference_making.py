@@ -17,7 +17,7 @@ DIGIT_CONFIG = 'configs/digits/dit_digits_teacher.py'
 def run(source, out, **changes):
     """What the command does with its defaults and some changes."""
     defaults = dict(
-        data='val', extractor='DigitClassifier', no_resize=False, center_crop=False, resize_mode=None,
+        data=None, extractor='DigitClassifier', no_resize=False, center_crop=False, resize_mode=None,
         num_images=None, batch_size=64, no_features=False, device='cpu',
     )  # fmt: skip
     return make(Namespace(source=str(source), out=str(out), **{**defaults, **changes}))
@@ -94,6 +94,22 @@ def test_of_a_folder(tmp_path):
         make_reference(batches, GreyDigits().eval(), Preparation(8), source, num_images=21)
 
 
+@pytest.mark.parametrize('origin', [None, dict(seed=0)])
+def test_of_samples_that_an_evaluation_wrote(tmp_path, origin):
+    """The grid, which shows all of them once more, is no sample; nor is a stranger where it is known what is one."""
+    from lakonlab.evaluation.images import ImageFolder
+    from lakonlab.evaluation.reference_making import images_of_folder
+
+    samples = ImageFolder(tmp_path / 'iter_4', origin=origin)
+    samples.add(quantised_digits()[:20] / 255, range(20))
+    samples.finish()
+    Image.new('L', (8, 8)).save(tmp_path / 'iter_4' / 'mine.png')
+    (tmp_path / 'others').mkdir()
+    Image.new('L', (8, 8)).save(tmp_path / 'others' / 'grid.png')  # beside no samples, an image like any other
+    batches, source = images_of_folder(tmp_path)
+    assert sum(len(batch) for batch in batches) == source['num_files'] == (22 if origin is None else 21)
+
+
 def test_of_statistics(tmp_path):
     values, covariance = expected_of(quantised_digits() / 255)
     np.savez(tmp_path / 'a.npz', mu=values.mean(0), sigma=covariance, pool_3=values)
@@ -114,6 +130,22 @@ def test_of_statistics(tmp_path):
         ('folder', 'out.pkl', {}, r'ends in \.safetensors'),
         ('folder', 'out.safetensors', {}, 'has no images'),
         (DIGIT_CONFIG, 'out.safetensors', dict(data='vall'), "data='vall'"),
+        ('folder', 'out.safetensors', dict(data='train'), "--data train: only a config has .*SOURCE='folder'"),
+        ('a.npz', 'out.safetensors', dict(data='train'), "--data train: only a config has .*SOURCE='a.npz'"),
+        ('a.npz', 'out.safetensors', dict(extractor=None), "SOURCE: there is no file of reference statistics 'a.npz'"),
+        (
+            DIGIT_CONFIG,
+            'out.safetensors',
+            dict(extractor='DigitsClassifier'),
+            "--extractor: 'DigitsClassifier' is no feature extractor; did you mean 'DigitClassifier'",
+        ),
+        (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"type": 5}'), '--extractor: 5 is no feature extractor'),
+        (
+            DIGIT_CONFIG,
+            'out.safetensors',
+            dict(extractor='{"type": "DINOv2", "size": 8}'),
+            "--extractor: 'size' is no argument of DINOv2",
+        ),
         (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"typ": 1}'), "'type' is missing"),
         (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"type": '), 'a dict in JSON'),
         (DIGIT_CONFIG, 'out.safetensors', dict(extractor='{"type": "DigitClassifier", "weights": "no"}'), 'no file'),

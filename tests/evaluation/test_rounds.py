@@ -50,12 +50,15 @@ class Painter(nn.Module):
 
 
 class Recorder(Metric):
-    """Keeps what it is fed."""
+    """Keeps what it is fed, for good."""
 
     needs_reference = True
 
-    def reset(self):
+    def __init__(self):
         self.batches = []
+
+    def reset(self):
+        pass
 
     def feed(self, batch):
         self.batches.append((list(batch.ids), batch.images.clone(), batch.labels.clone(), batch.reference.clone()))
@@ -222,17 +225,18 @@ def test_rows_are_repeated():
 
 
 def test_what_is_sent_leaves_the_rest_behind():
-    whole = SampleBatch(torch.ones(8, 1, 2, 2), list(range(8)), torch.arange(8), seconds=4.0)
+    whole = SampleBatch(torch.ones(8, 1, 2, 2), list(range(8)), torch.arange(8), seconds=4.0, phases=dict(network=2.0))
     sent = to_send(whole, 2)
     assert sent.ids == [0, 1]
     assert sent.labels.tolist() == [0, 1]
-    assert sent.seconds == 1.0
+    assert (sent.seconds, sent.phases) == (1.0, dict(network=0.5))
     assert sent.images.untyped_storage().nbytes() == 2 * 4 * 4
 
 
 def test_speed_is_that_of_one_process():
     def part(ids, seconds, warm_up):
-        return SampleBatch(torch.zeros(len(ids), 1, 2, 2), ids, seconds=seconds, warm_up=warm_up)
+        phases = dict(network=seconds / 2, policy=seconds / 4)
+        return SampleBatch(torch.zeros(len(ids), 1, 2, 2), ids, seconds=seconds, warm_up=warm_up, phases=phases)
 
     metric = METRICS.build(dict(type='SamplingSpeed'))
     rounds = (
@@ -245,7 +249,12 @@ def test_speed_is_that_of_one_process():
         for batch in batches:
             metric.feed(batch)
     assert metric.compute()['samples_per_second'] == pytest.approx(7 / 3.5)
-    assert metric.protocol()['num_images'] == 7
+    assert metric.protocol()['num_timed'] == 7
+    # a batch of four has two samples of each process
+    assert metric.protocol()['batch_size'] == 4
+    assert metric.compute()['total_time'] == pytest.approx(2 * 0.5 + 2 * 0.5)
+    assert metric.compute()['network_time'] == pytest.approx(metric.compute()['total_time'] / 2)
+    assert metric.compute()['policy_time'] == pytest.approx(metric.compute()['total_time'] / 4)
 
 
 def measure(ranks, size, folder):

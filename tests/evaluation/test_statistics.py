@@ -6,6 +6,7 @@ import torch
 
 from lakonlab.evaluation.statistics import ReferenceStatistics, read_reference
 from lakonlab.storage import array_pickle
+from lakonlab.storage.errors import StorageError
 from tests.evaluation.test_feature_distances import features
 
 
@@ -109,8 +110,12 @@ def test_other_files(tmp_path):
         read_reference(tmp_path / 'objects.npz')
     with pytest.raises(ValueError, match=r'ends in \.safetensors, \.pkl, \.npz'):
         read_reference(published(tmp_path / 'a.bin'))
-    with pytest.raises(FileNotFoundError):
-        read_reference(tmp_path / 'missing.pkl')
+    with pytest.raises(FileNotFoundError, match=r'^key: .*missing\.pkl'):
+        read_reference(tmp_path / 'missing.pkl', 'key')
+    with pytest.raises(ValueError, match=r'^key: .*images\.npz.*holds images'):
+        read_reference(tmp_path / 'images.npz', 'key')
+    with pytest.raises(StorageError, match=r'^key: '):
+        read_reference('ftp://host/a.npz', 'key')
 
 
 def test_ours(tmp_path):

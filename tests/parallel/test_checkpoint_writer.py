@@ -166,3 +166,14 @@ def test_who_leaves_does_not_wait_for_a_writer_that_never_comes(tmp_path, monkey
     monkeypatch.setattr(processes, 'GRACE_SECONDS', 40.0)
     with pytest.raises(ProcessFailedError, match=r"KeyError: 'left after 1?\d s'"), ProcessPool(2) as pool:
         pool.run(leave_after_handing_over, tmp_path)
+
+
+def test_who_leaves_while_its_writer_starts_has_the_last_word(capfd, monkeypatch):
+    """A run that fails at once shows its own error, and none of a writer that finds it gone."""
+    monkeypatch.setattr('lakonlab.parallel.checkpoint_writer.GRACE_SECONDS', 60)
+    writer = CheckpointWriter()
+    writer.start()
+    process = writer._process
+    writer.close()
+    assert process.returncode == 0
+    assert capfd.readouterr().err == ''

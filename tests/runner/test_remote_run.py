@@ -78,6 +78,8 @@ def test_a_run_that_is_continued(workers, there, tmp_path):  # noqa: F811
     assert not (second / 'viz').exists()
     names = {info.name.split('/')[0] for info in files.list_files(run_dir)}
     assert names == {'iter_6', 'iter_8'}  # no lock, nothing unfinished
+    evaluated = json.loads(files.read_text(f'{where}/logs/evaluations.json'))['evaluations']
+    assert [entry['iteration'] for entry in evaluated] == [4, 8]  # one by each machine
 
     images = sorted(path.relative_to(disk).as_posix() for path in (disk / 'viz').rglob('*.png'))
     assert len(images) == 2 * 4  # three samples and a grid at iterations 4 and 8

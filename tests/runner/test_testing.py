@@ -10,6 +10,7 @@ from lakonlab.config.check import check_config
 from lakonlab.config.load import load_config
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.results import RESULTS_FILE
+from lakonlab.evaluation.viewer import read_page
 from lakonlab.ranks import ALONE
 from lakonlab.registry import MODELS, STRATEGIES
 from lakonlab.runner.paths import run_directory
@@ -61,6 +62,9 @@ def without_times(results):
     """The numbers by entry, and whatever else must be equal however many processes evaluate."""
     numbers = [dict(entry['metrics']) for entry in results['evaluations']]
     for entry in numbers:
+        times = [entry.pop(name) for name in ('network_time', 'policy_time', 'total_time')]
+        assert 0 < times[0] + times[1] <= times[2]
+        assert min(times) > 0
         del entry['samples_per_second']
     keys = ('name', 'num_samples', 'nfe', 'sampling_seed', 'protocol')
     facts = [{key: entry[key] for key in keys} for entry in results['evaluations']]
@@ -90,7 +94,8 @@ def test_two_processes(alone, pool, kind):
     images = sorted(file.name for file in (folder / 'viz').rglob('*.png'))
     results, other = pool.run(evaluated, folder, kind)
     assert other == results == json.loads(path.read_text())
-    assert (results['num_processes'], results['strategy']) == (2, kind)
+    for entry in results['evaluations']:
+        assert (entry['num_processes'], entry['made']['strategy']) == (2, kind)
     (numbers, *facts), (expected_numbers, *expected_facts) = without_times(results), without_times(expected)
     assert facts == expected_facts
     assert numbers == [pytest.approx(entry, rel=1e-5) for entry in expected_numbers]
@@ -112,7 +117,12 @@ def test_images_are_measured_again(alone, monkeypatch):
     results = evaluate_checkpoint(cfg, seed=5, reuse_viz=True)
     for found, made in zip(results['evaluations'], expected['evaluations'], strict=True):
         assert found['quantize'] == 'uint8'
-        assert not {'samples_per_second', 'latency_seconds'} & set(found['metrics'])
+        facts = read_page(found['page']).columns[0].facts
+        assert facts['nfe'] == found['nfe'] == made['nfe'] > 0
+        assert (facts['iteration'], facts['model_sha256']) == (7, results['model_sha256'])
+        assert facts['reused'] == dict(read=SIZE, made=0)
+        assert facts['reference_kwargs'] == made['reference_kwargs'] is not None
+        assert not {'samples_per_second', 'network_time', 'latency_seconds'} & set(found['metrics'])
         for name, value in found['metrics'].items():
             assert value == pytest.approx(made['metrics'][name], rel=0.05, abs=0.02)
     assert 'samples_per_second' not in Path(config(folder).work_dir, 'results.md').read_text()
@@ -133,3 +143,15 @@ def test_what_the_main_process_does_not_find_ends_all(alone, tmp_path):
     for error in run_threads(lambda ranks: evaluated(ranks, tmp_path, 'single'), 2):
         assert isinstance(error, CheckpointError)
         assert 'there is no checkpoint to evaluate' in str(error)
+
+
+def test_the_timer_leaves_real_images_alone(alone, tmp_path):
+    folder, _ = alone
+    cfg = config(folder)
+    cfg.work_dir = str(tmp_path)
+    made, real = ({**entry, 'metrics': [{'type': 'ColorStats'}], 'viz_num': 0} for entry in cfg.evaluation)
+    cfg.data.val2 = {'type': 'Digits', 'split': 'val'}
+    cfg.evaluation = [made, {**real, 'generate': False, 'data': 'val2'}]
+    found = evaluate_checkpoint(cfg, checkpoint=str(folder / 'checkpoints' / 'teacher' / 'iter_7'), timer=True)
+    assert [entry['metrics'].keys() >= {'network_time', 'policy_time', 'total_time', 'samples_per_second'}
+            for entry in found['evaluations']] == [True, False]  # fmt: skip

@@ -199,6 +199,29 @@ def test_large_file_in_parts(bucket, small_parts, s3_server):
         assert facts['ETag'].endswith('-3"')  # it really was uploaded in three parts
 
 
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('page.html', 'text/html; charset=utf-8'),
+        ('000000001.png', 'image/png'),
+        ('state.json', 'application/json'),
+        ('noise: 0?', None),
+        ('weights.safetensors', None),
+        ('logs.txt.gz', None),  # what it is and how it is packed are two things
+    ],
+)
+def test_browsers_are_told_what_a_file_is(swift_bucket, swift, small_parts, name, expected):
+    folder = f'{swift_bucket}/a.html b'
+    files.write_bytes(f'{folder}/{name}', b'content')
+    assert files.create(f'{folder}/new/{name}', b'content')
+    if name.endswith('html'):
+        files.write_bytes(f'{folder}/large/{name}', bytes(SMALLEST_PART + 1))
+    for key in files.list_files(folder):
+        bucket = swift_bucket.removeprefix('s3://')
+        found = swift.client().head_object(Bucket=bucket, Key=f'a.html b/{key.name}')['ContentType']
+        assert found == (expected or 'binary/octet-stream')
+
+
 def test_failed_upload_in_parts_is_forgotten(bucket, small_parts, s3_server):
     def fail():
         with files.open_write(f'{bucket}/large.bin') as stream:

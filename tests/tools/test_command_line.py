@@ -205,7 +205,7 @@ def test_train_then_test(in_tmp, capsys):
     assert all(entry['metrics']['samples_per_second'] > 0 for entry in by_prefix.values())
     assert by_prefix['euler1']['num_samples'] == 12
     assert by_prefix['euler1']['images'] == 'viz/here/val_euler1/iter_2'
-    assert {'torch', 'mmengine', 'lakonlab'} <= set(results['versions'])
+    assert {'torch', 'mmengine', 'lakonlab'} <= set(by_prefix['euler1']['made']['versions'])
     assert list((in_tmp / 'work_dirs' / 'here').glob('*_test.log'))
 
     capsys.readouterr()

@@ -49,10 +49,11 @@ def fabricate(suffix='', scale=1.0):
                 metrics['reference_rmse'] = rmse * scale
             extractor = dict(name='DigitClassifier', weights_sha256='ab' * 32)
             protocol = dict(FrechetDistance=dict(num_images=1000, extractor=extractor, reference=dict(num_images=355)))
-            entries.append(dict(name=name, nfe=1, metrics=metrics, protocol=protocol, images=images))
+            facts = dict(protocol=protocol, images=images, made=dict(torch='2'))
+            entries.append(dict(name=name, nfe=1, metrics=metrics, **facts))
         folder = Path('work_dirs', run)
         folder.mkdir(parents=True)
-        folder.joinpath('results.json').write_text(json.dumps(dict(name=run, evaluations=entries, torch='2')))
+        folder.joinpath('results.json').write_text(json.dumps(dict(name=run, evaluations=entries)))
         log = [json.dumps(dict(step=step, loss_diffusion=1 / step, lr=1)) for step in (50, 100, 150)]
         folder.joinpath('scalars.json').write_text('\n'.join([*log, '{"step": 200, "loss_dif']))
     return names

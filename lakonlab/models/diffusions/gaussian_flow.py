@@ -21,6 +21,7 @@ from lakonlab.models.diffusions.schedulers import scheduler_class
 from lakonlab.models.section import at_least, in_range, one_of, read_section
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.ops.shapes import concatenate_rows, expand_like, select_rows
+from lakonlab.phases import phase
 from lakonlab.registry import MODULES
 
 
@@ -170,7 +171,8 @@ class GaussianFlow(nn.Module):
             return self.forward_train(x_0, **kwargs)
         if return_u:
             return self.forward_u(**kwargs)
-        return self.forward_test(x_0 if noise is None else noise, **kwargs)
+        with phase('policy'):
+            return self.forward_test(x_0 if noise is None else noise, **kwargs)
 
     def pred(self, x_t: Tensor, t: Tensor, source: RandomSource | None = None, **kwargs) -> Any:
         """Call the network in its own dtype and return its output in the dtype of ``x_t``.
@@ -397,7 +399,8 @@ class GaussianFlow(nn.Module):
         scheduler = self.build_scheduler(cfg, self.num_solver_steps(test_cfg_override), x_t)
         for i, t in enumerate(tqdm(scheduler.timesteps, desc='sampling', disable=not show_pbar, leave=False)):
             time = t.expand(len(x_t))
-            u = self.forward_u(x_t, time, guidance_scale, test_cfg=test_cfg_override, **kwargs)
+            with phase('network'):
+                u = self.forward_u(x_t, time, guidance_scale, test_cfg=test_cfg_override, **kwargs)
             if clamp_denoised is not None:
                 u = (x_t - clamp_denoised(x_t - scheduler.levels[i] * u)) / scheduler.levels[i]
             randomness = scheduler.random_arguments(i, source, x_t)

@@ -34,6 +34,7 @@ from lakonlab.models.section import at_least, in_range, one_of
 from lakonlab.ops.isotropic_mixture import GaussianMixture, mixture_mean, sample_mixture
 from lakonlab.ops.random_source import RandomSource, TorchSource
 from lakonlab.ops.shapes import expand_like, select_rows
+from lakonlab.phases import phase
 from lakonlab.registry import MODULES
 
 
@@ -269,7 +270,8 @@ class GMFlow(GaussianFlow):
             first = k * cfg.num_substeps
             t = scheduler.timesteps[first].expand(len(x_t))
             weight = self._guidance_weights(t, guidance_scale, cfg)
-            predictions = self._predict_pair(x_t, t, weight, guidance_scale, **kwargs)
+            with phase('network'):
+                predictions = self._predict_pair(x_t, t, weight, guidance_scale, **kwargs)
             frames = _frames_first(x_t)
             sigma = _level(scheduler.levels[first], frames)
             conditional, negative = (

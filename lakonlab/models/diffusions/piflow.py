@@ -216,7 +216,8 @@ class PiFlow(GaussianFlow):
                 torch.full((len(x_t),), sigma, dtype=torch.float64)
                 for sigma in (scheduler.levels[i], scheduler.destinations[i])
             )
-            output = self.pred(x_t, t.expand(len(x_t)), **kwargs)
+            with phase('network'):
+                output = self.pred(x_t, t.expand(len(x_t)), **kwargs)
             policy = self.build_policy(output, x_t, sigma_src, eps=cfg.eps)
             if cfg.temperature < 1 and i < num_steps - 1:
                 policy = policy.temperature(cfg.temperature)
