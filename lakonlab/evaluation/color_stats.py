@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lakonlab.evaluation.entries import prefixed
 from lakonlab.evaluation.estimate import Estimate
 from lakonlab.evaluation.metrics import Metric
 from lakonlab.evaluation.preparation import as_rgb
@@ -41,7 +42,7 @@ class ColorStats(Metric):
     def compute(self) -> dict[str, float]:
         numbers = {}
         for name, values in self._values.items():
-            name = f'{self.prefix}_{name}' if self.prefix else name
+            name = prefixed(self.prefix, name)
             numbers[name], numbers[f'{name}_std'] = Estimate.of(values)
         return numbers
 

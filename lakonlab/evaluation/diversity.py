@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lakonlab.config.errors import ConfigError
+from lakonlab.evaluation.entries import prefixed
 from lakonlab.evaluation.estimate import Estimate
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.metrics import FeatureMetric, Metric
@@ -80,7 +81,7 @@ class VendiScore(FeatureMetric):
 
     def compute(self) -> dict[str, float]:
         score = Estimate.of([vendi_score(torch.stack(members)) for members in self._groups.values()])
-        name = f'{self.prefix}_vendi' if self.prefix else 'vendi'
+        name = prefixed(self.prefix, 'vendi')
         return {name: score.mean, f'{name}_std': score.std}
 
     def protocol(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class PairwiseDistance(Metric):
         if not means:
             raise ConfigError(f'{type(self).__name__} needs at least two samples of a prompt or a class')
         distance = Estimate.of(means)
-        name = f'{self.prefix}_{self.number}' if self.prefix else self.number
+        name = prefixed(self.prefix, self.number)
         return {name: distance.mean, f'{name}_std': distance.std}
 
     @abstractmethod
@@ -158,18 +159,15 @@ class PairwiseDistance(Metric):
         """Distances of all pairs of members, each pair once."""
 
 
-@METRICS.register_module()
-class CosineDiversity(PairwiseDistance):
-    """Mean cosine distance of features, over pairs of samples of a prompt or class; of DINOv2, for instance.
+class FeatureDistance(PairwiseDistance):
+    """A distance of features.
 
     Args:
         extractor: Config of a feature extractor.
         max_per_group: Only the first samples of each prompt or class count.
-        resize: Resize images to the extractor's size, bicubically.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
         prefix: Goes before the names of the numbers, with a ``_``.
     """
-
-    number = 'cosine_diversity'
 
     def __init__(self, extractor: Mapping[str, Any], max_per_group: int = 16, resize: bool = True, prefix: str = ''):
         self.extractor_config, self.resize = dict(extractor), resize
@@ -186,11 +184,6 @@ class CosineDiversity(PairwiseDistance):
     def members(self, batch: SampleBatch) -> Sequence[Tensor]:
         return batch.features(self.extractor, self.preparation).embedding.float().cpu()
 
-    def distances(self, members: Sequence[Tensor]) -> Tensor:
-        unit = torch.nn.functional.normalize(torch.stack(list(members)).double(), dim=1)
-        rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
-        return 1 - (unit[rows] * unit[columns]).sum(dim=1)
-
     def protocol(self) -> dict[str, Any]:
         return dict(
             num_images=self.num_images,
@@ -198,6 +191,43 @@ class CosineDiversity(PairwiseDistance):
             extractor=self.extractor.protocol(),
             preparation=self.preparation.protocol(),
         )
+
+
+@METRICS.register_module()
+class CosineDiversity(FeatureDistance):
+    """Mean cosine distance of features, over pairs of samples of a prompt or class; of DINOv2, for instance.
+
+    The arguments are those of the base class.
+    """
+
+    number = 'cosine_diversity'
+
+    def distances(self, members: Sequence[Tensor]) -> Tensor:
+        unit = torch.nn.functional.normalize(torch.stack(list(members)).double(), dim=1)
+        rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
+        return 1 - (unit[rows] * unit[columns]).sum(dim=1)
+
+
+@METRICS.register_module()
+class FeatureDiversity(FeatureDistance):
+    """Mean Euclidean distance of features, over pairs of samples of a prompt or class.
+
+    It does not tell better weights from worse ones: noise is diverse too.
+
+    Args:
+        extractor: Config of a feature extractor.
+        max_per_class: Only the first samples of each prompt or class count.
+        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
+        prefix: Goes before the names of the numbers, with a ``_``.
+    """
+
+    number = 'feature_diversity'
+
+    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000, resize: bool = True, prefix: str = ''):
+        super().__init__(extractor, max_per_class, resize, prefix)
+
+    def distances(self, members: Sequence[Tensor]) -> Tensor:
+        return torch.pdist(torch.stack(list(members)).double())
 
 
 def _as_bytes(image: Tensor) -> Tensor:

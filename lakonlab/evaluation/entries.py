@@ -28,6 +28,16 @@ def entry_name(data: str, prefix: str | None) -> str:
     return f'{data}_{prefix}' if prefix else data
 
 
+def prefixed(prefix: str, name: str) -> str:
+    """What a number of a metric with a prefix of its own is called: ``<prefix>_<name>``, or ``<name>``."""
+    return f'{prefix}_{name}' if prefix else name
+
+
+def metric_configs(metrics: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    """The configs of metrics that an entry names: several, a single one, or none."""
+    return [metrics] if isinstance(metrics, Mapping) else list(metrics or ())
+
+
 def run_name(work_dir: str | Path) -> str:
     """What the images of a run are called by default, as its checkpoints are: the name of its ``work_dir``."""
     return Path(work_dir).absolute().name

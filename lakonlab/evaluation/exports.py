@@ -253,11 +253,7 @@ class HPSv3BenchmarkExport(PromptExport):
     def write(self, index: int, prompt: str, images: Sequence[Image.Image]) -> None:
         category = 'all'
         if self._metadata is not None:
-            if index >= len(self._metadata):
-                raise ValueError(
-                    f'HPSv3BenchmarkExport: {self.metadata_path} has {len(self._metadata)} prompts, not {index}'
-                )
-            category, expected = self._metadata[index]
+            category, expected = self.entry(index)
             self.check_prompt(index, prompt, expected)
         for number, image in enumerate(images):
             name = f'{index:05d}_{number:02d}'

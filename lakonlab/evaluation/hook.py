@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,13 @@ import numpy as np
 from torch import nn
 
 from lakonlab.evaluation.best import BestValue, numbers_that_decide, restore
-from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, run_name
+from lakonlab.evaluation.entries import Entry, clashes, entry_name, images_folder, metric_configs, run_name
 from lakonlab.evaluation.evaluate import EvaluationStoppedError, build_evaluation_loader, evaluate
 from lakonlab.evaluation.expected import check_expected
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.images import ImageFolder, WrittenImages
+from lakonlab.evaluation.interval import checked_interval, is_multiple
+from lakonlab.evaluation.metrics import build_metrics
 from lakonlab.evaluation.preparation import QUANTISATIONS
 from lakonlab.evaluation.references import ReferenceSamples, is_frozen, needs_reference_kwargs
 from lakonlab.evaluation.sample_page import gallery
@@ -24,7 +25,7 @@ from lakonlab.evaluation.training_record import forget_later, record
 from lakonlab.mmengine_parts import Hook
 from lakonlab.phases import phase
 from lakonlab.ranks import ALONE, Ranks
-from lakonlab.registry import HOOKS, METRICS
+from lakonlab.registry import HOOKS
 from lakonlab.storage.errors import StorageError
 from lakonlab.storage.remote_path import as_path
 from lakonlab.storage.schemes import LIST, WRITE, require
@@ -88,7 +89,7 @@ class GenerativeEvalHook(Hook):
         self.data = data
         self.prefix = prefix
         self.name = entry_name(data, prefix)
-        self.interval = _checked_interval(interval)
+        self.interval = checked_interval(interval)
         self.sample_kwargs = check_sample_kwargs(sample_kwargs, f'evaluation {self.name}: sample_kwargs')
         self.reference_kwargs = None
         if reference_kwargs is not None:
@@ -111,16 +112,7 @@ class GenerativeEvalHook(Hook):
             )
         self.quantize = quantize
         self.metric_cpu_offload = metric_cpu_offload
-        if isinstance(metrics, Mapping):
-            metrics = [metrics]
-        self.metrics = [METRICS.build(dict(metric)) for metric in metrics or ()]
-        titles = [metric.title for metric in self.metrics]
-        repeated = sorted({title for title in titles if titles.count(title) > 1})
-        if repeated:
-            raise ValueError(
-                f'evaluation {self.name}: metrics has {", ".join(repeated)} more than once, whose numbers would have '
-                'the same names: give each a prefix of its own, or an entry of its own where it takes none'
-            )
+        self.metrics = build_metrics(metric_configs(metrics), f'evaluation {self.name}')
         self.best: list[BestValue] = []
         if save_best_ckpt:
             if interval is None:
@@ -167,11 +159,7 @@ class GenerativeEvalHook(Hook):
         Returns:
             True at multiples of the interval that holds there.
         """
-        if self.interval is None or isinstance(self.interval, int):
-            interval = self.interval
-        else:
-            interval = self.interval['interval'][bisect_right(self.interval['milestones'], iteration)]
-        return interval is not None and iteration % interval == 0
+        return is_multiple(self.interval, iteration)
 
     def run(
         self,
@@ -420,23 +408,3 @@ class GenerativeEvalHook(Hook):
         found = state['best'] or []  # of versions that kept one: its state, or None
         if self.best:
             restore(self.best, [found] if isinstance(found, Mapping) else found)
-
-
-def _checked_interval(interval: int | Mapping[str, Sequence[int]] | None) -> int | dict[str, list[int]] | None:
-    if interval is None:
-        return None
-    if isinstance(interval, Mapping):
-        if set(interval) != {'milestones', 'interval'}:
-            raise ValueError(f'evaluation.interval has keys {sorted(interval)}; expected milestones and interval')
-        milestones, intervals = list(interval['milestones']), list(interval['interval'])
-        if len(intervals) != len(milestones) + 1 or sorted(milestones) != milestones:
-            raise ValueError(
-                f'evaluation.interval: {len(milestones)} milestones {milestones} in increasing order need '
-                f'{len(milestones) + 1} intervals, found {intervals}'
-            )
-        interval, values = dict(milestones=milestones, interval=intervals), intervals
-    else:
-        values = [interval]
-    if any(not isinstance(value, int) or value < 1 for value in values):
-        raise ValueError(f'evaluation.interval={interval}: expected positive whole numbers of iterations')
-    return interval

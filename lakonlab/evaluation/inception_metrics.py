@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lakonlab.evaluation.entries import prefixed
 from lakonlab.evaluation.expected import Expected, at_least_two
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.frechet import Moments, frechet_distance
@@ -103,7 +104,7 @@ class InceptionMetrics(FeatureMetric):
     def better_of(cls, arguments: Mapping[str, Any]) -> Mapping[str, str]:
         used = {'fid': True, 'kid': arguments.get('use_kid', False), 'is': arguments.get('use_is', True)}
         prefix = arguments.get('prefix', '')
-        return {_named(prefix, name): better for name, better in BETTER.items() if used[name]}
+        return {prefixed(prefix, name): better for name, better in BETTER.items() if used[name]}
 
     def bind(self, extractors: ExtractorPool) -> None:
         """Get the network and the reference statistics.
@@ -209,7 +210,7 @@ class InceptionMetrics(FeatureMetric):
                 self.num_images,
             )
         if self.num_broken:
-            return dict.fromkeys((_named(self.prefix, name) for name in self._numbers()), torch.nan)
+            return dict.fromkeys((prefixed(self.prefix, name) for name in self._numbers()), torch.nan)
         reference, numbers = self.reference, {}
         numbers['fid'] = frechet_distance(
             self._moments.mean(), self._moments.covariance(), reference.mean, reference.covariance
@@ -226,7 +227,7 @@ class InceptionMetrics(FeatureMetric):
         if self.use_is:
             score = inception_score(torch.cat(self._logits), self.is_splits, self.is_shuffle, self.seed)
             numbers.update({'is': score.mean, 'is_std': score.std})
-        return {_named(self.prefix, name): value for name, value in numbers.items()}
+        return {prefixed(self.prefix, name): value for name, value in numbers.items()}
 
     def _numbers(self) -> list[str]:
         """What is computed, without prefix."""
@@ -271,7 +272,3 @@ class InceptionMetrics(FeatureMetric):
                 splits=self.is_splits, shuffle=self.is_shuffle, seed=self.seed if self.is_shuffle else None
             )
         return facts
-
-
-def _named(prefix: str, name: str) -> str:
-    return f'{prefix}_{name}' if prefix else name

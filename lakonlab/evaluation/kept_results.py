@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lakonlab.evaluation.entries import metric_configs
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.plain import finite
 from lakonlab.registry import METRICS
@@ -26,9 +27,8 @@ def changes(entry: Mapping[str, Any], result: Mapping[str, Any], extractors: Ext
         ValueError: A metric cannot be built, or what it reads does not fit any more.
         OSError: What it reads is missing.
     """
-    metrics = entry.get('metrics') or []
     found = []
-    for config in [metrics] if isinstance(metrics, Mapping) else metrics:
+    for config in metric_configs(entry.get('metrics')):
         metric = METRICS.build(dict(config))
         recorded = (result.get('protocol') or {}).get(metric.title) or {}
         for name, now in metric.sources(extractors).items():

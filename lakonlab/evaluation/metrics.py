@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.collate import collate
 from lakonlab.evaluation.expected import Expected, at_least_two
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
@@ -123,6 +122,27 @@ class Metric(ABC):
         Returns:
             Plain data: number of images, features, reference.
         """
+
+
+def build_metrics(configs: Iterable[Mapping[str, Any]], name: str) -> list[Metric]:
+    """The metrics of an evaluation.
+
+    Args:
+        configs: Their configs.
+        name: Of the evaluation, for messages.
+
+    Raises:
+        ValueError: Two of them would call their numbers the same.
+    """
+    metrics = [METRICS.build(dict(config)) for config in configs]
+    titles = [metric.title for metric in metrics]
+    repeated = sorted({title for title in titles if titles.count(title) > 1})
+    if repeated:
+        raise ValueError(
+            f'{name}: metrics has {", ".join(repeated)} more than once, whose numbers would have the same names: give '
+            'each a prefix of its own, or an entry of its own where it takes none'
+        )
+    return metrics
 
 
 class FeatureMetric(Metric):
@@ -303,43 +323,6 @@ class ClassAccuracy(FeatureMetric):
 
     def compute(self) -> dict[str, float]:
         return dict(class_accuracy=self._correct / self.num_images)
-
-
-@METRICS.register_module()
-class FeatureDiversity(FeatureMetric):
-    """Mean distance of features over all pairs of samples of a class, averaged over the classes.
-
-    It does not tell better weights from worse ones: noise is diverse too.
-
-    Args:
-        extractor: Config of a feature extractor.
-        max_per_class: Only the first samples of each class count, because the pairs grow with their square.
-        resize: Resize images to the extractor's size, bicubically; if False, an extractor that resizes by itself does.
-    """
-
-    def __init__(self, extractor: Mapping[str, Any], max_per_class: int = 1000, resize: bool = True):
-        super().__init__(extractor, resize)
-        self.max_per_class = max_per_class
-
-    def reset(self) -> None:
-        super().reset()
-        self._by_class: dict[int, list[Tensor]] = {}
-
-    def feed(self, batch: SampleBatch) -> None:
-        labels = [0] * len(batch.ids) if batch.labels is None else batch.labels.tolist()
-        for label, embedding in zip(labels, self.features(batch).embedding.cpu(), strict=True):
-            members = self._by_class.setdefault(label, [])
-            if len(members) < self.max_per_class:
-                members.append(embedding)
-                self.num_images += 1
-
-    def compute(self) -> dict[str, float]:
-        distances = [
-            torch.pdist(torch.stack(members).double()).mean() for members in self._by_class.values() if len(members) > 1
-        ]
-        if not distances:
-            raise ConfigError('FeatureDiversity needs at least two samples of a class')
-        return dict(feature_diversity=torch.stack(distances).mean().item())
 
 
 @METRICS.register_module()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lakonlab.evaluation.entries import prefixed
 from lakonlab.evaluation.estimate import Estimate
 from lakonlab.evaluation.expected import Expected, with_prompts
 from lakonlab.evaluation.extractor import ExtractorPool
@@ -51,7 +52,7 @@ class PromptMetric(Metric):
 
     def __init__(self, scorer: Mapping[str, Any], prefix: str = ''):
         self.prefix = prefix
-        self.name = f'{prefix}_{self.number}' if prefix else self.number
+        self.name = prefixed(prefix, self.number)
         self.better = self.better_of(dict(prefix=prefix))
         self.scorer_config = dict(scorer)
         self.scorer: PromptScorer | None = None
@@ -59,8 +60,7 @@ class PromptMetric(Metric):
 
     @classmethod
     def better_of(cls, arguments: Mapping[str, Any]) -> Mapping[str, str]:
-        prefix = arguments.get('prefix', '')
-        return {f'{prefix}_{cls.number}' if prefix else cls.number: 'higher'}
+        return {prefixed(arguments.get('prefix', ''), cls.number): 'higher'}
 
     def bind(self, extractors: ExtractorPool) -> None:
         self.scorer = extractors.build(self.scorer_config, PROMPT_SCORERS)

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.config.load import resolved_text
-from lakonlab.evaluation.entries import entry_name
+from lakonlab.evaluation.entries import entry_name, metric_configs, prefixed
 from lakonlab.runner.data_plan import planned_data_problems, used_splits
 from lakonlab.runner.dry_run import MISSING, build_on_meta, cannot_start, parameter_table, pretrained_files, title
 from lakonlab.runner.testing import find_weights
@@ -64,9 +64,8 @@ def _copied(cfg: Config) -> str:
 
 def _describe(entry: Mapping[str, Any], cfg: Config) -> list[str]:
     split = entry.get('data', 'val')
-    metrics = entry.get('metrics') or ()
-    metrics = [metrics] if isinstance(metrics, Mapping) else metrics
-    names = ', '.join('_'.join(filter(None, (metric.get('prefix'), metric['type']))) for metric in metrics)
+    metrics = metric_configs(entry.get('metrics'))
+    names = ', '.join(prefixed(metric.get('prefix') or '', metric['type']) for metric in metrics)
     settings = {**(cfg.get('test_cfg') or {}), **((entry.get('sample_kwargs') or {}).get('test_cfg_override') or {})}
     return [
         f'  {entry_name(split, entry.get("prefix"))}',
@@ -79,8 +78,7 @@ def _describe(entry: Mapping[str, Any], cfg: Config) -> list[str]:
 
 def _references(entry: Mapping[str, Any]) -> list[str]:
     """Files of reference statistics that the metrics of an entry name."""
-    metrics = entry.get('metrics') or ()
-    metrics = [metrics] if isinstance(metrics, Mapping) else metrics
+    metrics = metric_configs(entry.get('metrics'))
     named = [metric.get(key) for metric in metrics for key in ('reference', 'reference_pkl')]
     return list(dict.fromkeys(path for path in named if isinstance(path, str)))
 

@@ -16,6 +16,7 @@ from torch import nn
 from lakonlab import __version__
 from lakonlab.config.errors import ConfigError
 from lakonlab.evaluation.circumstances import circumstances
+from lakonlab.evaluation.entries import metric_configs
 from lakonlab.evaluation.extractor import ExtractorPool
 from lakonlab.evaluation.kept_results import changes
 from lakonlab.evaluation.results import RESULTS_FILE, run_evaluations, write_results
@@ -251,8 +252,7 @@ def _entries(cfg: Config, splits: Sequence[str] | None, timer: bool, reuse_viz: 
         entry for entry in cfg.to_dict().get('evaluation') or () if splits is None or entry.get('data', 'val') in splits
     ]
     for entry in entries:
-        metrics = entry.get('metrics') or []
-        metrics = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+        metrics = metric_configs(entry.get('metrics'))
         if timer and entry.get('generate', True) and all(metric['type'] != 'SamplingSpeed' for metric in metrics):
             entry['metrics'] = [*metrics, {'type': 'SamplingSpeed'}]
         if reuse_viz:  # what is read from files has 8 bits per channel and takes no time to sample

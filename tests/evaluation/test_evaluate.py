@@ -138,10 +138,8 @@ def test_references_are_kept_as_long_as_an_entry_compares_with_them(monkeypatch)
 
     monkeypatch.setattr('lakonlab.evaluation.hook.ReferenceSamples', Watched)
     cfg = config(**RMSE)
-    others = (
-        config(**RMSE, prefix='q')['evaluation'] + config(**dict(RMSE, reference_kwargs={}, prefix='r'))['evaluation']
-    )
-    cfg['evaluation'] += others
+    for other in (dict(prefix='q'), dict(prefix='r', reference_kwargs={})):
+        cfg['evaluation'] += config(**{**RMSE, **other})['evaluation']
     run_evaluations(Model(), cfg)
     size = 8 * 8 * 4
     assert kept == [10 * size, 20 * size, 25 * size, 15 * size, 5 * size, 0, 0, 0, 0]

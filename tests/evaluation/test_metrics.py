@@ -4,8 +4,8 @@ from torch import nn
 
 from lakonlab.config.errors import ConfigError
 from lakonlab.datasets.digits import load_split
+from lakonlab.evaluation.diversity import FeatureDiversity
 from lakonlab.evaluation.extractor import ExtractorPool, FeatureExtractor, Features
-from lakonlab.evaluation.metrics import FeatureDiversity
 from lakonlab.evaluation.preparation import Preparation
 from lakonlab.evaluation.samples import SampleBatch, real_images
 from lakonlab.registry import FEATURE_EXTRACTORS, METRICS
@@ -78,14 +78,14 @@ def test_diversity_counts_the_first_samples_of_a_class(pixels):
     metric.bind(ExtractorPool())
     images = torch.arange(4.0).reshape(4, 1, 1, 1)
     metric.feed(SampleBatch(images, [0, 1, 2, 3], torch.zeros(4, dtype=torch.long)))
-    assert metric.compute() == dict(feature_diversity=1.0)
+    assert metric.compute() == dict(feature_diversity=1.0, feature_diversity_std=0.0)
     assert metric.num_images == 2
 
 
 def test_diversity_of_single_samples_is_an_error_of_the_config(pixels):
     metric = bound(dict(type='FeatureDiversity', extractor=pixels))
     metric.feed(SampleBatch(one_hot([0, 1]), [0, 1], torch.tensor([0, 1])))
-    with pytest.raises(ConfigError, match='at least two samples of a class'):
+    with pytest.raises(ConfigError, match='at least two samples of a prompt or a class'):
         metric.compute()
 
 
