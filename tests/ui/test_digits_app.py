@@ -1,7 +1,10 @@
 """The page on which teacher and students draw digits."""
 
+import signal
+
 import pytest
 import torch
+from PIL import Image
 
 from lakonlab.config.load import load_config
 from lakonlab.runner.runner import Runner
@@ -156,3 +159,15 @@ def test_layout(tab, address, width):
     assert teacher['y'] == student['y']
     browser.check_layout(tab)
     browser.look(tab, f'digits_{width}')
+
+
+@pytest.mark.slow
+def test_script(checkpoints, tmp_path):
+    browser.require()
+    from tests.ui.page_scripts import served
+
+    with served('gradio_digits.py', tmp_path, '--checkpoints', checkpoints, ended_by=signal.SIGTERM) as client:
+        teacher, work, student, own = client.predict('two steps, GMFlow policy', '5', 1, 8, 2, api_name='/draw')
+    assert Image.open(teacher).size == Image.open(student).size == (8 * SCALE, 8 * SCALE)
+    assert work.startswith('NFE 8, ')
+    assert own.startswith('NFE 2, ')
