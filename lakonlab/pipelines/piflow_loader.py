@@ -16,9 +16,11 @@ from torch import nn
 from lakonlab.models.architecture.adapters import POLICY_KEY
 from lakonlab.pipelines.adapter_files import (
     CONFIG_FILE,
+    HUB_OPTIONS,
     AdapterError,
     PiFlowAdapter,
     load_adapter_files,
+    read_index,
     weights_name,
 )
 from lakonlab.pipelines.policy_arguments import wrong_argument
@@ -244,16 +246,17 @@ class PiFlowLoaderMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote to a local folder are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        folder = Path(pretrained_model_name_or_path, SAVED_ADAPTERS)
-        file = folder / SAVED_INDEX
-        index = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        for child in sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else ():
-            saved = index.get(child.name, {})
+        place, options = (
+            str(pretrained_model_name_or_path),
+            {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs},
+        )
+        for name, saved in read_index(place, SAVED_ADAPTERS, SAVED_INDEX, options).items():
             pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
+            subfolder = f'{SAVED_ADAPTERS}/{name}'
             try:
-                pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
+                pipe.load_piflow_adapter(place, name, saved.get('adapter_name'), subfolder=subfolder, **options)
             finally:
                 del pipe._adopts_schedules
         return pipe
