@@ -26,7 +26,7 @@ from lakonlab.pipelines.adapter_files import (
 from lakonlab.pipelines.policy_arguments import wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
 from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
-from lakonlab.pipelines.student_lora import guard_base, is_fused, own_parameters, own_tensors, rejoin_base
+from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_parameters, own_tensors, rejoin_base
 
 logger = logging.getLogger(__name__)
 
@@ -194,13 +194,13 @@ class PiFlowLoaderMixin:
             target_module_name: The module.
 
         Raises:
-            ValueError: Its matrices are fused with the weights.
+            ValueError: Its matrices are fused with the weights, or were deleted.
         """
         from safetensors.torch import save_file
 
         student = getattr(self, target_module_name)
         record: Student = student.piflow
-        _refuse_fused(student)
+        _refuse_incomplete(student)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {'format': 'pt', POLICY_KEY: json.dumps({**record.policy_kwargs, 'type': record.policy_type})}
@@ -216,11 +216,11 @@ class PiFlowLoaderMixin:
         The scheduler is that of the base too, unless another was chosen since the adapter was loaded.
 
         Raises:
-            ValueError: Matrices are fused with the weights, or the base has styles.
+            ValueError: Matrices are fused with the weights, or were deleted, or the base has styles.
         """
         students = self._students()
         for student in students.values():
-            _refuse_fused(student)
+            _refuse_incomplete(student)
             if getattr(student.piflow.base, 'peft_config', None):
                 raise ValueError(
                     'the base has styles that were loaded before the adapter, which cannot be saved with it: load the '
@@ -335,6 +335,13 @@ class PiFlowLoaderMixin:
 def _refuse_fused(student: nn.Module) -> None:
     if is_fused(student):
         raise ValueError('adapters are fused with the weights: call unfuse_lora first')
+
+
+def _refuse_incomplete(student: nn.Module) -> None:
+    _refuse_fused(student)
+    name = student.piflow.adapter_name
+    if name is not None and not is_there(student, name):
+        raise ValueError(f'the adapter {name!r} of pi-Flow was deleted: unload_piflow_adapter, and load it again')
 
 
 def _without_output(state: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:

@@ -76,6 +76,24 @@ def test_a_style_with_normalisation_layers(folders, tmp_path):
     torch.testing.assert_close(images(pipe), plain, rtol=0, atol=1e-5)
 
 
+def test_what_was_fused_stays_when_styles_are_unloaded(folders, kind, tmp_path):
+    """As with other pipelines; unfusing goes back to the student without them."""
+    pipe = load(folders, kind, tmp_path)
+    plain = images(pipe)
+    style = random_lora(pipe.transformer.piflow.base, ('to_q', 'to_v'), seed=4)
+    save_file({f'transformer.{name}': t for name, t in style.items()}, tmp_path / 'pytorch_lora_weights.safetensors')
+    pipe.load_lora_weights(tmp_path, adapter_name='style')
+    pipe.set_adapters(['transformer_piflow', 'style'], [1.0, 0.8])
+    styled = images(pipe)
+    assert not torch.allclose(styled, plain, atol=1e-3)
+    pipe.fuse_lora(adapter_names=['transformer_piflow', 'style'])
+    torch.testing.assert_close(images(pipe), styled, rtol=0, atol=1e-4)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(images(pipe), styled, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(images(pipe), plain)
+
+
 def test_the_base_keeps_its_schedule(folders, tmp_path):
     pipe = load(folders, PiFluxPipeline)
     before = dict(pipe.scheduler.config)
@@ -134,10 +152,17 @@ def test_without_a_recipe_contradictions_are_reported(folders, kind, tmp_path, c
     assert 'final_step_size_scale=0.5, but it is sampled with 1.0' in caplog.text
 
 
-def test_an_adapter_that_was_deleted_is_reported(folders, kind, tmp_path, caplog):
+@pytest.mark.parametrize('how', ['deleted', 'unloaded'])
+def test_an_adapter_that_was_deleted_is_reported(folders, kind, tmp_path, caplog, how):
     pipe = load(folders, kind, tmp_path)
-    pipe.delete_adapters('transformer_piflow')
+    if how == 'deleted':
+        pipe.delete_adapters('transformer_piflow')
+    else:
+        pipe.transformer.unload_lora()
     images(pipe)
+    with pytest.raises(ValueError, match="'transformer_piflow' of pi-Flow was deleted"):
+        pipe.save_pretrained(tmp_path / 'saved')
+    assert not (tmp_path / 'saved').exists()
     assert "the adapter 'transformer_piflow' of pi-Flow is not active" in caplog.text
 
 
