@@ -16,15 +16,17 @@ from torch import nn
 from lakonlab.models.architecture.adapters import POLICY_KEY
 from lakonlab.pipelines.adapter_files import (
     CONFIG_FILE,
+    HUB_OPTIONS,
     AdapterError,
     PiFlowAdapter,
     load_adapter_files,
+    read_index,
     weights_name,
 )
 from lakonlab.pipelines.policy_arguments import wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
 from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
-from lakonlab.pipelines.student_lora import is_fused, own_tensors, part_from_base, rejoin_base
+from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_parameters, own_tensors, rejoin_base
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class PiFlowLoaderMixin:
             student = make_student(
                 base, adapter, self.latent_layout, policy, adapter_name or f'{target_module_name}_piflow'
             )
+            guard_base(student)
             setattr(self, target_module_name, student)
         finally:
             restore()
@@ -135,12 +138,6 @@ class PiFlowLoaderMixin:
         if record.scheduler is not None and self.scheduler is record.scheduler:
             self.scheduler = record.own_scheduler
 
-    def fuse_lora(self, *args, **kwargs) -> None:
-        """As in the base class; the student parts from the base, so that pipelines which share it stay as they are."""
-        for student in self._students().values():
-            part_from_base(student)
-        super().fuse_lora(*args, **kwargs)
-
     def unfuse_lora(self, *args, **kwargs) -> None:
         """As in the base class; the student shares the weights of the base again."""
         super().unfuse_lora(*args, **kwargs)
@@ -163,6 +160,11 @@ class PiFlowLoaderMixin:
         others = [name for name in self.transformer.peft_config if name != record.adapter_name]
         self.transformer.delete_adapters(others)
         self.transformer.set_adapters([record.adapter_name])
+        norms = getattr(self.transformer, '_transformer_norm_layers', None)
+        if norms:
+            own_parameters(self.transformer, norms)
+            self.transformer.load_state_dict(norms, strict=False)
+            self.transformer._transformer_norm_layers = None
 
     @classmethod
     def load_lora_into_transformer(cls, *args, **kwargs):
@@ -177,6 +179,13 @@ class PiFlowLoaderMixin:
         """Of FLUX, which looks up the layers of a style before it is loaded."""
         return super()._maybe_expand_lora_state_dict(transformer, _without_output(lora_state_dict, transformer))
 
+    @classmethod
+    def _load_norm_into_transformer(cls, state_dict, transformer, *args, **kwargs):
+        """Of FLUX, some of whose styles bring normalisation layers, which are written into those that are there."""
+        if getattr(transformer, 'piflow', None) is not None:
+            own_parameters(transformer, (name.removeprefix('transformer.') for name in state_dict))
+        return super()._load_norm_into_transformer(state_dict, transformer, *args, **kwargs)
+
     def save_piflow_adapter(self, save_directory: str | Path, target_module_name: str = 'transformer') -> None:
         """Write the adapter of a module, to be loaded by :meth:`load_piflow_adapter`.
 
@@ -185,13 +194,13 @@ class PiFlowLoaderMixin:
             target_module_name: The module.
 
         Raises:
-            ValueError: Its matrices are fused with the weights.
+            ValueError: Its matrices are fused with the weights, or were deleted.
         """
         from safetensors.torch import save_file
 
         student = getattr(self, target_module_name)
         record: Student = student.piflow
-        _refuse_fused(student)
+        _refuse_incomplete(student)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {'format': 'pt', POLICY_KEY: json.dumps({**record.policy_kwargs, 'type': record.policy_type})}
@@ -207,11 +216,11 @@ class PiFlowLoaderMixin:
         The scheduler is that of the base too, unless another was chosen since the adapter was loaded.
 
         Raises:
-            ValueError: Matrices are fused with the weights, or the base has styles.
+            ValueError: Matrices are fused with the weights, or were deleted, or the base has styles.
         """
         students = self._students()
         for student in students.values():
-            _refuse_fused(student)
+            _refuse_incomplete(student)
             if getattr(student.piflow.base, 'peft_config', None):
                 raise ValueError(
                     'the base has styles that were loaded before the adapter, which cannot be saved with it: load the '
@@ -237,16 +246,17 @@ class PiFlowLoaderMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote to a local folder are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        folder = Path(pretrained_model_name_or_path, SAVED_ADAPTERS)
-        file = folder / SAVED_INDEX
-        index = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        for child in sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else ():
-            saved = index.get(child.name, {})
+        place, options = (
+            str(pretrained_model_name_or_path),
+            {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs},
+        )
+        for name, saved in read_index(place, SAVED_ADAPTERS, SAVED_INDEX, options).items():
             pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
+            subfolder = f'{SAVED_ADAPTERS}/{name}'
             try:
-                pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
+                pipe.load_piflow_adapter(place, name, saved.get('adapter_name'), subfolder=subfolder, **options)
             finally:
                 del pipe._adopts_schedules
         return pipe
@@ -325,6 +335,13 @@ class PiFlowLoaderMixin:
 def _refuse_fused(student: nn.Module) -> None:
     if is_fused(student):
         raise ValueError('adapters are fused with the weights: call unfuse_lora first')
+
+
+def _refuse_incomplete(student: nn.Module) -> None:
+    _refuse_fused(student)
+    name = student.piflow.adapter_name
+    if name is not None and not is_there(student, name):
+        raise ValueError(f'the adapter {name!r} of pi-Flow was deleted: unload_piflow_adapter, and load it again')
 
 
 def _without_output(state: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:

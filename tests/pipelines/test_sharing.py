@@ -1,6 +1,7 @@
 """What a pipeline with an adapter does to the base and to pipelines that share it: nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import save_file
 
 from lakonlab.models.diffusions.schedulers import FlowMapSDEScheduler
+from lakonlab.pipelines.adapter_files import read_index
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from lakonlab.pipelines.piqwen_pipeline import PiQwenImagePipeline
 from tests.pipelines.adapters import random_lora, write_adapter
@@ -20,7 +22,9 @@ def state_of(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_fusing(folders, kind, tmp_path):
+@pytest.mark.parametrize('part', ['pipeline', 'transformer'])
+def test_fusing(folders, kind, tmp_path, part):
+    """By the method of the pipeline, and by that of its transformer."""
     first = load(folders, kind)
     second = kind(**first.components)
     second.set_progress_bar_config(disable=True)
@@ -29,8 +33,9 @@ def test_fusing(folders, kind, tmp_path):
     for index, pipe in enumerate((first, second)):
         pipe.load_piflow_adapter(write_adapter(tmp_path / str(index), base, seed=index))
     expected = [images(pipe) for pipe in (first, second)]
-    first.fuse_lora()
-    first.fuse_lora()
+    fused = first if part == 'pipeline' else first.transformer
+    fused.fuse_lora()
+    fused.fuse_lora()
     torch.testing.assert_close(images(first), expected[0], rtol=0, atol=1e-4)
     assert torch.equal(images(second), expected[1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
@@ -43,7 +48,7 @@ def test_fusing(folders, kind, tmp_path):
         with pytest.raises(ValueError, match='call unfuse_lora first'):
             attempt()
     assert not (tmp_path / 'fused').exists()
-    first.unfuse_lora()
+    fused.unfuse_lora()
     assert torch.equal(images(first), expected[0])
     shared = {tensor.data_ptr() for tensor in base.parameters()}
     own = [name for name, tensor in first.transformer.named_parameters() if tensor.data_ptr() not in shared]
@@ -52,6 +57,41 @@ def test_fusing(folders, kind, tmp_path):
     again = kind.from_pretrained(tmp_path / 'saved')
     again.set_progress_bar_config(disable=True)
     torch.testing.assert_close(images(again), expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_style_with_normalisation_layers(folders, tmp_path):
+    """Of FLUX; it is written into the layers of the student, not into those of the base."""
+    pipe = load(folders, PiFluxPipeline, tmp_path)
+    base = pipe.transformer.piflow.base
+    before, plain = state_of(base), images(pipe)
+    style = random_lora(base, ('to_q',), seed=4)
+    name = 'transformer_blocks.0.attn.norm_q.weight'
+    style[name] = torch.full_like(before[name], 3.0)
+    save_file({f'transformer.{name}': t for name, t in style.items()}, tmp_path / 'pytorch_lora_weights.safetensors')
+    pipe.load_lora_weights(tmp_path, adapter_name='style')
+    pipe.set_adapters(['transformer_piflow', 'style'], [1.0, 0.0])
+    assert not torch.allclose(images(pipe), plain, atol=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(images(pipe), plain, rtol=0, atol=1e-5)
+
+
+def test_what_was_fused_stays_when_styles_are_unloaded(folders, kind, tmp_path):
+    """As with other pipelines; unfusing goes back to the student without them."""
+    pipe = load(folders, kind, tmp_path)
+    plain = images(pipe)
+    style = random_lora(pipe.transformer.piflow.base, ('to_q', 'to_v'), seed=4)
+    save_file({f'transformer.{name}': t for name, t in style.items()}, tmp_path / 'pytorch_lora_weights.safetensors')
+    pipe.load_lora_weights(tmp_path, adapter_name='style')
+    pipe.set_adapters(['transformer_piflow', 'style'], [1.0, 0.8])
+    styled = images(pipe)
+    assert not torch.allclose(styled, plain, atol=1e-3)
+    pipe.fuse_lora(adapter_names=['transformer_piflow', 'style'])
+    torch.testing.assert_close(images(pipe), styled, rtol=0, atol=1e-4)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(images(pipe), styled, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(images(pipe), plain)
 
 
 def test_the_base_keeps_its_schedule(folders, tmp_path):
@@ -112,10 +152,17 @@ def test_without_a_recipe_contradictions_are_reported(folders, kind, tmp_path, c
     assert 'final_step_size_scale=0.5, but it is sampled with 1.0' in caplog.text
 
 
-def test_an_adapter_that_was_deleted_is_reported(folders, kind, tmp_path, caplog):
+@pytest.mark.parametrize('how', ['deleted', 'unloaded'])
+def test_an_adapter_that_was_deleted_is_reported(folders, kind, tmp_path, caplog, how):
     pipe = load(folders, kind, tmp_path)
-    pipe.delete_adapters('transformer_piflow')
+    if how == 'deleted':
+        pipe.delete_adapters('transformer_piflow')
+    else:
+        pipe.transformer.unload_lora()
     images(pipe)
+    with pytest.raises(ValueError, match="'transformer_piflow' of pi-Flow was deleted"):
+        pipe.save_pretrained(tmp_path / 'saved')
+    assert not (tmp_path / 'saved').exists()
     assert "the adapter 'transformer_piflow' of pi-Flow is not active" in caplog.text
 
 
@@ -197,3 +244,34 @@ def test_offloading(folders, kind, tmp_path, when):
     pipe.unload_piflow_adapter()
     pipe.load_piflow_adapter(folder)
     torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+
+
+def cached(folder, cache):
+    """Keep a folder as the hub's library keeps a repository that it has downloaded; gives its name."""
+    place = cache / 'models--org--saved'
+    (place / 'refs').mkdir(parents=True)
+    (place / 'refs' / 'main').write_text('a' * 40)
+    shutil.copytree(folder, place / 'snapshots' / ('a' * 40))
+    return 'org/saved'
+
+
+def test_a_repository_is_loaded_with_its_adapters(folders, tmp_path):
+    pipe = load(folders, PiFluxPipeline)
+    pipe.load_piflow_adapter(write_adapter(tmp_path / 'adapter', pipe.transformer), adapter_name='mine')
+    pipe.save_pretrained(tmp_path / 'saved')
+    options = dict(cache_dir=tmp_path / 'hub', local_files_only=True)
+    again = PiFluxPipeline.from_pretrained(cached(tmp_path / 'saved', tmp_path / 'hub'), **options)
+    again.set_progress_bar_config(disable=True)
+    assert again.transformer.piflow.adapter_name == 'mine'
+    assert again.transformer.piflow.where == 'org/saved/piflow_adapters/transformer'
+    torch.testing.assert_close(images(again), images(pipe), rtol=0, atol=1e-5)
+
+
+def test_a_repository_of_a_base_has_no_adapters(folders, tmp_path, hub, caplog):
+    name = cached(folders[PiFluxPipeline], tmp_path / 'cache')
+    bare = PiFluxPipeline.from_pretrained(name, cache_dir=tmp_path / 'cache', local_files_only=True)
+    assert getattr(bare.transformer, 'piflow', None) is None
+    assert read_index('org/model', 'piflow_adapters', 'adapters.json', {}) == {}  # one that can be asked
+    assert not said(caplog)
+    assert read_index('org/other', 'piflow_adapters', 'adapters.json', {}) == {}  # one that needs a licence
+    assert 'cannot tell whether there is piflow_adapters/adapters.json beside the pipeline' in caplog.text
