@@ -49,13 +49,18 @@ def rejoin_base(student: nn.Module) -> None:
         return
     for layer, shared in record.parted.items():
         for name, value in shared.items():
-            value.data = value.data.to(getattr(layer, name).device)
+            own = getattr(layer, name)
+            value.data = value.data.to(device=own.device, dtype=own.dtype)
             setattr(layer, name, value)
     record.parted.clear()
 
 
 def guard_base(student: nn.Module) -> None:
-    """Let the student part from the base when its own ``fuse_lora`` is called, by a pipeline or by a user."""
+    """Let the student part from the base when its own ``fuse_lora`` is called, by a pipeline or by a user.
+
+    From the normalisation layers that a style overwrote in the base, too, since they are restored when styles go.
+    """
+    own_parameters(student, getattr(student, '_transformer_norm_layers', None) or ())
 
     def fuse_lora(self: nn.Module, *args, **kwargs) -> None:
         part_from_base(self)
