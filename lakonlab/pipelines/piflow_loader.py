@@ -15,16 +15,18 @@ from torch import nn
 from lakonlab.models.architecture.adapters import POLICY_KEY
 from lakonlab.pipelines.adapter_files import (
     CONFIG_FILE,
+    HUB_OPTIONS,
     AdapterError,
     PiFlowAdapter,
     load_adapter_files,
+    read_index,
     weights_name,
 )
 from lakonlab.pipelines.piflow_styles import PiFlowStylesMixin
 from lakonlab.pipelines.policy_arguments import wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
 from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, updated_base
-from lakonlab.pipelines.student_lora import guard_base, is_fused, own_tensors
+from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -157,13 +159,13 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
             target_module_name: The module.
 
         Raises:
-            ValueError: Its matrices are fused with the weights.
+            ValueError: Its matrices are fused with the weights, or were deleted.
         """
         from safetensors.torch import save_file
 
         student = getattr(self, target_module_name)
         record: Student = student.piflow
-        _refuse_fused(student)
+        _refuse_incomplete(student)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {'format': 'pt', POLICY_KEY: json.dumps({**record.policy_kwargs, 'type': record.policy_type})}
@@ -179,11 +181,11 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
         The scheduler is that of the base too, unless another was chosen since the adapter was loaded.
 
         Raises:
-            ValueError: Matrices are fused with the weights, or the base has styles.
+            ValueError: Matrices are fused with the weights, or were deleted, or the base has styles.
         """
         students = self._students()
         for student in students.values():
-            _refuse_fused(student)
+            _refuse_incomplete(student)
             if getattr(student.piflow.base, 'peft_config', None):
                 raise ValueError(
                     'the base has styles that were loaded before the adapter, which cannot be saved with it: load the '
@@ -209,16 +211,17 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote to a local folder are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        folder = Path(pretrained_model_name_or_path, SAVED_ADAPTERS)
-        file = folder / SAVED_INDEX
-        index = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        for child in sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else ():
-            saved = index.get(child.name, {})
+        place, options = (
+            str(pretrained_model_name_or_path),
+            {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs},
+        )
+        for name, saved in read_index(place, SAVED_ADAPTERS, SAVED_INDEX, options).items():
             pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
+            subfolder = f'{SAVED_ADAPTERS}/{name}'
             try:
-                pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
+                pipe.load_piflow_adapter(place, name, saved.get('adapter_name'), subfolder=subfolder, **options)
             finally:
                 del pipe._adopts_schedules
         return pipe
@@ -297,3 +300,10 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
 def _refuse_fused(student: nn.Module) -> None:
     if is_fused(student):
         raise ValueError('adapters are fused with the weights: call unfuse_lora first')
+
+
+def _refuse_incomplete(student: nn.Module) -> None:
+    _refuse_fused(student)
+    name = student.piflow.adapter_name
+    if name is not None and not is_there(student, name):
+        raise ValueError(f'the adapter {name!r} of pi-Flow was deleted: unload_piflow_adapter, and load it again')

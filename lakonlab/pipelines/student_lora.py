@@ -19,6 +19,11 @@ def is_active(student: nn.Module, adapter_name: str) -> bool:
     )
 
 
+def is_there(student: nn.Module, adapter_name: str) -> bool:
+    """Whether any layer has these low-rank matrices."""
+    return any(adapter_name in getattr(module, 'lora_A', ()) for module in student.modules())
+
+
 def is_fused(student: nn.Module) -> bool:
     """Whether low-rank matrices are added to the weights of their layers."""
     return any(getattr(module, 'merged_adapters', None) for module in student.modules())
