@@ -23,7 +23,7 @@ from lakonlab.pipelines.adapter_files import (
     weights_name,
 )
 from lakonlab.pipelines.piflow_styles import PiFlowStylesMixin
-from lakonlab.pipelines.policy_arguments import wrong_argument
+from lakonlab.pipelines.policy_arguments import is_close, is_number, wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
 from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, updated_base
 from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_tensors
@@ -242,6 +242,18 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
             if has_head and kind not in (None, by_head):
                 raise AdapterError(f'{adapter.where!r}: {place} says {kind!r}, but its head is that of {by_head!r}')
         policy = {**adapter.policy, **self.policy_kwargs, 'type': by_head}
+        for name, told in self.policy_kwargs.items():
+            stated = adapter.policy.get(name, told)
+            if not (is_close(stated, told) if is_number(stated) and is_number(told) else stated == told):
+                logger.warning(
+                    '%r says that its policy has %s=%s, which is replaced by %s=%s of policy_kwargs: leave these out '
+                    'where the file tells',
+                    adapter.where,
+                    name,
+                    stated,
+                    name,
+                    told,
+                )
         problem = wrong_argument(by_head, {name: value for name, value in policy.items() if name != 'type'})
         if problem is not None:
             raise AdapterError(f'{adapter.where!r}: {problem}')

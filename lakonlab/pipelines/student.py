@@ -296,8 +296,10 @@ def _check_tensors(base: nn.Module, adapter: PiFlowAdapter) -> None:
         else:
             down, up = (adapter.lora[f'{layer}{side}'].shape for side in SIDES)
             expected = _features(modules[layer])
-            if expected is None or (up[0], down[1]) != expected[:2]:
+            if expected is None or len(down) != 2 or len(up) != 2 or (up[0], down[1]) != expected[:2]:
                 problems.append(f'{layer} has weights {expected}, its matrices {tuple(up)} and {tuple(down)}')
+            elif up[1] != down[0]:
+                problems.append(f'the matrices of {layer} have the ranks {up[1]} and {down[0]}')
     for name, tensor in adapter.tensors.items():
         path, _, part = name.rpartition('.')
         if name.startswith(OUTPUT):
