@@ -24,7 +24,7 @@ from lakonlab.pipelines.adapter_files import (
 from lakonlab.pipelines.policy_arguments import wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
 from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
-from lakonlab.pipelines.student_lora import is_fused, own_tensors, part_from_base, rejoin_base
+from lakonlab.pipelines.student_lora import guard_base, is_fused, own_parameters, own_tensors, rejoin_base
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class PiFlowLoaderMixin:
             student = make_student(
                 base, adapter, self.latent_layout, policy, adapter_name or f'{target_module_name}_piflow'
             )
+            guard_base(student)
             setattr(self, target_module_name, student)
         finally:
             restore()
@@ -135,12 +136,6 @@ class PiFlowLoaderMixin:
         if record.scheduler is not None and self.scheduler is record.scheduler:
             self.scheduler = record.own_scheduler
 
-    def fuse_lora(self, *args, **kwargs) -> None:
-        """As in the base class; the student parts from the base, so that pipelines which share it stay as they are."""
-        for student in self._students().values():
-            part_from_base(student)
-        super().fuse_lora(*args, **kwargs)
-
     def unfuse_lora(self, *args, **kwargs) -> None:
         """As in the base class; the student shares the weights of the base again."""
         super().unfuse_lora(*args, **kwargs)
@@ -163,6 +158,11 @@ class PiFlowLoaderMixin:
         others = [name for name in self.transformer.peft_config if name != record.adapter_name]
         self.transformer.delete_adapters(others)
         self.transformer.set_adapters([record.adapter_name])
+        norms = getattr(self.transformer, '_transformer_norm_layers', None)
+        if norms:
+            own_parameters(self.transformer, norms)
+            self.transformer.load_state_dict(norms, strict=False)
+            self.transformer._transformer_norm_layers = None
 
     @classmethod
     def load_lora_into_transformer(cls, *args, **kwargs):
@@ -176,6 +176,13 @@ class PiFlowLoaderMixin:
     def _maybe_expand_lora_state_dict(cls, transformer, lora_state_dict):
         """Of FLUX, which looks up the layers of a style before it is loaded."""
         return super()._maybe_expand_lora_state_dict(transformer, _without_output(lora_state_dict, transformer))
+
+    @classmethod
+    def _load_norm_into_transformer(cls, state_dict, transformer, *args, **kwargs):
+        """Of FLUX, some of whose styles bring normalisation layers, which are written into those that are there."""
+        if getattr(transformer, 'piflow', None) is not None:
+            own_parameters(transformer, (name.removeprefix('transformer.') for name in state_dict))
+        return super()._load_norm_into_transformer(state_dict, transformer, *args, **kwargs)
 
     def save_piflow_adapter(self, save_directory: str | Path, target_module_name: str = 'transformer') -> None:
         """Write the adapter of a module, to be loaded by :meth:`load_piflow_adapter`.

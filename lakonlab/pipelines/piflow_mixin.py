@@ -150,7 +150,10 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
 
     def _refuse_guidance(self, arguments: Mapping[str, Any]) -> None:
         switches = {'true_cfg_scale': 1.0, **self.unguided}
-        asked = [name for name, value in arguments.items() if name.startswith('negative_') and value is not None]
+        given = [name for name, value in arguments.items() if name.startswith('negative_') and value is not None]
+        asked = [
+            name for name in given if not name.startswith('negative_ip_adapter_')
+        ]  # FLUX prepares these in any case
         asked += [name for name, off in switches.items() if arguments.get(name, off) not in (None, off)]
         if asked:
             raise ValueError(

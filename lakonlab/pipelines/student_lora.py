@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
@@ -51,6 +52,30 @@ def rejoin_base(student: nn.Module) -> None:
             value.data = value.data.to(getattr(layer, name).device)
             setattr(layer, name, value)
     record.parted.clear()
+
+
+def guard_base(student: nn.Module) -> None:
+    """Let the student part from the base when its own ``fuse_lora`` is called, by a pipeline or by a user."""
+
+    def fuse_lora(self: nn.Module, *args, **kwargs) -> None:
+        part_from_base(self)
+        type(self).fuse_lora(self, *args, **kwargs)
+
+    def unfuse_lora(self: nn.Module, *args, **kwargs) -> None:
+        type(self).unfuse_lora(self, *args, **kwargs)
+        rejoin_base(self)
+
+    for method in (fuse_lora, unfuse_lora):
+        setattr(student, method.__name__, types.MethodType(method, student))
+
+
+def own_parameters(student: nn.Module, names: Iterable[str]) -> None:
+    """Give the student parameters of its own, since a style writes into them; names without a parameter are ignored."""
+    shared = dict(student.named_parameters())
+    for name in names:
+        if name in shared:
+            path, _, part = name.rpartition('.')
+            setattr(student.get_submodule(path), part, copy.deepcopy(shared[name]))
 
 
 def own_tensors(student: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lakonlab.ui.text_to_image_app import add_server_arguments, missing_gradio, serve
+from lakonlab.ui.text_to_image_app import BLOCKS, add_server_arguments, missing_gradio, serve
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'digits'
 STUDENTS = {
@@ -23,6 +23,8 @@ STUDENTS = {
 NUM_CLASSES, SIZE = 10, (1, 8, 8)
 MAX_STEPS = 32
 SCALE = 32
+#: Smallest width of a column, in pixels: two fit on a phone.
+NARROW = 140
 
 
 @dataclass(frozen=True)
@@ -139,22 +141,22 @@ def digits_app(models: DigitModels):
         return tuple(value for drawing in drawings for value in (drawing.picture, drawing.caption))
 
     first = models.names[0]
-    with gr.Blocks(title='pi-Flow: digits') as app:
+    with gr.Blocks(title='pi-Flow: digits', **BLOCKS) as app:
         gr.Markdown(
             '# Teacher and student, from the same noise\n'
             'The teacher follows its own velocity for as many steps as you let it. The student answers once, or a few '
             'times, with a policy that is followed without the network.'
         )
+        digit = gr.Radio([str(digit) for digit in range(NUM_CLASSES)], value='3', label='Digit', elem_id='digit')
         with gr.Row():
-            digit = gr.Radio([str(digit) for digit in range(NUM_CLASSES)], value='3', label='Digit', elem_id='digit')
-            seed = gr.Number(value=0, precision=0, minimum=0, label='Seed', elem_id='seed')
-            name = gr.Dropdown(models.names, value=first, label='Student', elem_id='student')
+            seed = gr.Number(value=0, precision=0, minimum=0, label='Seed', elem_id='seed', min_width=NARROW)
+            name = gr.Dropdown(models.names, value=first, label='Student', elem_id='student', min_width=240)
         with gr.Row():
             columns = []
             for who, steps, most in (('teacher', MAX_STEPS, MAX_STEPS), ('student', models.own_steps(first), 8)):
-                with gr.Column():
+                with gr.Column(min_width=NARROW):
                     slider = gr.Slider(1, most, steps, step=1, label=f'Steps of the {who}', elem_id=f'{who}-steps')
-                    image = gr.Image(label=who.capitalize(), format='png', elem_id=f'{who}-image', height=320)
+                    image = gr.Image(show_label=False, buttons=[], format='png', elem_id=f'{who}-image')
                     caption = gr.Textbox(label='Work', interactive=False, elem_id=f'{who}-caption')
                     columns.append((slider, image, caption))
         (teacher_steps, *teacher), (student_steps, *student) = columns

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline, reported
@@ -47,13 +47,26 @@ def run_app(published: tuple[PublishedPipeline, ...], title: str, steps: tuple[i
     return reported(parser, lambda: _serve(published, title, steps, args))
 
 
-def _serve(published, title, steps, args) -> int:
+def build_pipelines(args: argparse.Namespace, published: Sequence[PublishedPipeline]) -> dict[int, Any]:
+    """The pipelines of a page, which share a base.
+
+    Args:
+        args: See :func:`~lakonlab.ui.pipeline_options.add_pipeline_arguments`.
+        published: See :func:`run_app`.
+
+    Returns:
+        Number of network evaluations from which on it is used -> pipeline.
+    """
     first = published[0]
     pipes = {first.steps: build_pipeline(args, first)}
     if args.adapter == first.adapter and args.subfolder is None:
         # their own components, but with the transformer that the adapter was loaded into
         parts = {**pipes[first.steps].components, 'transformer': pipes[first.steps].transformer.piflow.base}
         pipes.update({other.steps: build_pipeline(args, other, parts) for other in published[1:]})
-    app = text_to_image_app(generator_of(pipes), title, width=first.width, height=first.height, steps=steps)
-    serve(app, args)
+    return pipes
+
+
+def _serve(published: Sequence[PublishedPipeline], title: str, steps: tuple[int, int, int, int], args) -> int:
+    generate = generator_of(build_pipelines(args, published))
+    serve(text_to_image_app(generate, title, width=published[0].width, height=published[0].height, steps=steps), args)
     return 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
 LARGEST_SEED = 2**31 - 1
 RANDOM_SEED = -1
 SIZES = dict(minimum=64, maximum=2048, step=16)
+#: Nothing is reported to anyone; every hour, images that are a day old are removed from the cache.
+BLOCKS = dict(analytics_enabled=False, delete_cache=(3600, 86400))
 
 
 def missing_gradio(error: ImportError) -> SystemExit:
@@ -52,21 +56,21 @@ def text_to_image_app(
 
     least, most, first, stride = steps
 
-    def check(prompt: str, seed: float | None) -> int:
+    def check(prompt: str, seed: float | None) -> str:
         if not (prompt or '').strip():
             raise gr.Error('The prompt is empty: describe the image that you want.', title='Prompt')
         try:
-            return settled_seed(seed)
+            return str(settled_seed(seed))
         except ValueError as error:
             raise gr.Error(str(error), title='Seed') from error
 
-    def run(prompt: str, seed: int, width: int, height: int, steps: int):
+    def run(prompt: str, seed: str, width: int, height: int, steps: int):
         try:
             return generate(prompt=prompt, seed=int(seed), width=int(width), height=int(height), steps=int(steps))
         except (RuntimeError, ValueError) as error:
             raise gr.Error(str(error), title='Generation') from error
 
-    with gr.Blocks(title=title) as app:
+    with gr.Blocks(title=title, **BLOCKS) as app:
         gr.Markdown(f'# {title}')
         with gr.Row():
             with gr.Column():
@@ -85,11 +89,11 @@ def text_to_image_app(
                 button = gr.Button('Generate', variant='primary', elem_id='generate')
             with gr.Column():
                 image = gr.Image(label='Image', format='png', elem_id='image')
-                last_seed = gr.Number(label='Seed of this image', interactive=False, precision=0, elem_id='last-seed')
+                last_seed = gr.Textbox(label='Seed of this image', interactive=False, elem_id='last-seed')
         swap.click(lambda a, b: (b, a), [width_box, height_box], [width_box, height_box], api_visibility='private')
         random_button.click(lambda: RANDOM_SEED, None, seed_box, api_visibility='private')
         reuse_button.click(
-            lambda last, now: now if last is None else last, [last_seed, seed_box], seed_box, api_visibility='private'
+            lambda last, now: int(last) if last else now, [last_seed, seed_box], seed_box, api_visibility='private'
         )
         checked = gr.on(
             [button.click, prompt.submit],
@@ -104,6 +108,7 @@ def text_to_image_app(
             [prompt, last_seed, width_box, height_box, steps_box],
             image,
             api_name='text_to_img',
+            scroll_to_output=True,
             concurrency_limit=1,
             concurrency_id='device',
         )
@@ -112,11 +117,25 @@ def text_to_image_app(
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--share``, ``--host`` and ``--port``."""
-    parser.add_argument('--share', action='store_true', help='make a public link for 72 hours')
+    parser.add_argument('--share', action='store_true', help='make a public link for up to a week')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen at; 0.0.0.0 for all')
     parser.add_argument('--port', type=int, help='port to listen at; by default the first free one from 7860')
 
 
 def serve(app: Any, args: argparse.Namespace) -> None:
-    """Serve a page until interrupted; see :func:`add_server_arguments`."""
-    app.queue().launch(server_name=args.host, server_port=args.port, share=args.share)
+    """Serve a page until SIGINT or SIGTERM; see :func:`add_server_arguments`.
+
+    Raises:
+        SystemExit: The port is taken.
+    """
+    ended = threading.Event()
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        app.queue().launch(server_name=args.host, server_port=args.port, share=args.share, prevent_thread_lock=True)
+        ended.wait()
+    except OSError as error:
+        raise SystemExit(f'error: {error}') from error
+    finally:
+        app.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,18 +1,22 @@
 """Other pipelines of diffusers become few-step generators by one class, with the samples of the trainer."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from PIL import Image
 
 from lakonlab.models.diffusions.piflow import PiFlowImitation
 from lakonlab.pipelines.piflow_mixin import PiFlowPipelineMixin
 from lakonlab.pipelines.pipeline_piflux2 import PiFlux2Pipeline
 from lakonlab.registry import MODULES
-from tests.pipelines.adapters import RECIPE, write_adapter
+from tests.pipelines.adapters import RECIPE, write_adapter, write_euler_adapter
 from tests.pipelines.trained import pack
 
 SD3 = dict(
@@ -111,12 +115,11 @@ def test_sd3(kind, tmp_path):
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', POLICIES)
-def test_flux2(kind, tmp_path):
-    student, trainer = student_of(kind, FLUX2, patch_size=2, positions=FLUX2_POSITIONS)
-    pipe = PiFlux2Pipeline(
+def flux2(kind, transformer):
+    """A pipeline of FLUX.2 without text encoder."""
+    pipe = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        transformer=base_and_adapter(kind, student, FLUX2, tmp_path),
+        transformer=transformer,
         vae=AutoencoderKLFlux2(
             down_block_types=('DownEncoderBlock2D',) * 4,
             up_block_types=('UpDecoderBlock2D',) * 4,
@@ -129,6 +132,13 @@ def test_flux2(kind, tmp_path):
         tokenizer=None,
     )
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize('kind', POLICIES)
+def test_flux2(kind, tmp_path):
+    student, trainer = student_of(kind, FLUX2, patch_size=2, positions=FLUX2_POSITIONS)
+    pipe = flux2(PiFlux2Pipeline, base_and_adapter(kind, student, FLUX2, tmp_path))
     pipe.load_piflow_adapter(tmp_path)
     generator = torch.Generator().manual_seed(1)
     noise, embeds = (torch.randn(shape, generator=generator) for shape in ((2, 4, 4, 6), (2, 5, 20)))
@@ -139,3 +149,29 @@ def test_flux2(kind, tmp_path):
     ).images
     expected = trainer.forward_test(noise, encoder_hidden_states=embeds, guidance=torch.full((2,), 4.0))
     torch.testing.assert_close(latents, pack(expected), rtol=0, atol=1e-5)
+
+
+def test_editing_with_flux2(tmp_path):
+    """Pictures to be edited go to the student as to the base: one step is the base's own."""
+    torch.manual_seed(0)
+    arguments = {name: value for name, value in FLUX2.items() if name != 'type'}
+    plain = flux2(Flux2Pipeline, Flux2Transformer2DModel(**arguments).eval())
+    pipe = PiFlux2Pipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_piflow_adapter(write_euler_adapter(tmp_path, plain.transformer))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    call = dict(prompt_embeds=torch.randn(1, 5, 20), height=32, width=48, output_type='latent')
+    results = {}
+    for pictures in (None, [0], [0, 1]):
+        image = None if pictures is None else [Image.fromarray(pixels[index]) for index in pictures]
+        own, expected = (
+            each(image=image, num_inference_steps=1, generator=torch.Generator().manual_seed(1), **call).images
+            for each in (pipe, plain)
+        )
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+        results[len(pictures or ())] = own
+    assert not torch.allclose(results[0], results[1], atol=1e-3)
+    assert not torch.allclose(results[1], results[2], atol=1e-3)
+    several = pipe(image=Image.fromarray(pixels[0]), num_inference_steps=4, **call).images
+    assert several.shape == (1, 6, 16)
+    assert bool(several.isfinite().all())

@@ -20,7 +20,9 @@ def state_of(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def test_fusing(folders, kind, tmp_path):
+@pytest.mark.parametrize('part', ['pipeline', 'transformer'])
+def test_fusing(folders, kind, tmp_path, part):
+    """By the method of the pipeline, and by that of its transformer."""
     first = load(folders, kind)
     second = kind(**first.components)
     second.set_progress_bar_config(disable=True)
@@ -29,8 +31,9 @@ def test_fusing(folders, kind, tmp_path):
     for index, pipe in enumerate((first, second)):
         pipe.load_piflow_adapter(write_adapter(tmp_path / str(index), base, seed=index))
     expected = [images(pipe) for pipe in (first, second)]
-    first.fuse_lora()
-    first.fuse_lora()
+    fused = first if part == 'pipeline' else first.transformer
+    fused.fuse_lora()
+    fused.fuse_lora()
     torch.testing.assert_close(images(first), expected[0], rtol=0, atol=1e-4)
     assert torch.equal(images(second), expected[1])
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
@@ -43,7 +46,7 @@ def test_fusing(folders, kind, tmp_path):
         with pytest.raises(ValueError, match='call unfuse_lora first'):
             attempt()
     assert not (tmp_path / 'fused').exists()
-    first.unfuse_lora()
+    fused.unfuse_lora()
     assert torch.equal(images(first), expected[0])
     shared = {tensor.data_ptr() for tensor in base.parameters()}
     own = [name for name, tensor in first.transformer.named_parameters() if tensor.data_ptr() not in shared]
@@ -52,6 +55,23 @@ def test_fusing(folders, kind, tmp_path):
     again = kind.from_pretrained(tmp_path / 'saved')
     again.set_progress_bar_config(disable=True)
     torch.testing.assert_close(images(again), expected[0], rtol=0, atol=1e-5)
+
+
+def test_a_style_with_normalisation_layers(folders, tmp_path):
+    """Of FLUX; it is written into the layers of the student, not into those of the base."""
+    pipe = load(folders, PiFluxPipeline, tmp_path)
+    base = pipe.transformer.piflow.base
+    before, plain = state_of(base), images(pipe)
+    style = random_lora(base, ('to_q',), seed=4)
+    name = 'transformer_blocks.0.attn.norm_q.weight'
+    style[name] = torch.full_like(before[name], 3.0)
+    save_file({f'transformer.{name}': t for name, t in style.items()}, tmp_path / 'pytorch_lora_weights.safetensors')
+    pipe.load_lora_weights(tmp_path, adapter_name='style')
+    pipe.set_adapters(['transformer_piflow', 'style'], [1.0, 0.0])
+    assert not torch.allclose(images(pipe), plain, atol=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(images(pipe), plain, rtol=0, atol=1e-5)
 
 
 def test_the_base_keeps_its_schedule(folders, tmp_path):

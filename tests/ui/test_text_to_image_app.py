@@ -1,9 +1,15 @@
 """The page that turns prompts into images, in a browser."""
 
+import socket
+from argparse import Namespace
+
 import pytest
 from PIL import Image
 
-from lakonlab.ui.text_to_image_app import LARGEST_SEED, settled_seed
+from lakonlab.ui.text_to_image_app import BLOCKS, LARGEST_SEED, serve, settled_seed, text_to_image_app
+from tests.ui import browser
+
+PROMPT = 'a red heart'
 
 
 def test_seeds():
@@ -14,65 +20,148 @@ def test_seeds():
             settled_seed(seed)
 
 
-@pytest.mark.slow
-def test_in_a_browser(tmp_path):
-    """Generate, change the seed, reuse it, swap the sizes; an empty prompt is an error that is shown."""
-    from tests.ui import browser
+@pytest.fixture(scope='module')
+def requests():
+    """Calls that the page made."""
+    return []
 
+
+@pytest.fixture(scope='module')
+def address(tmp_path_factory, requests):
+    """Of the page, for a tiny FLUX with an adapter."""
     browser.require()
-    import torch
-    from diffusers import FluxTransformer2DModel
-    from playwright.sync_api import expect
-
     from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
     from lakonlab.ui.generate_app import generator_of
-    from lakonlab.ui.text_to_image_app import text_to_image_app
     from tests import tiny_components
     from tests.pipelines.adapters import write_adapter
 
-    base = tiny_components.flux_folder(tmp_path / 'base')
-    transformer = FluxTransformer2DModel.from_pretrained(base, subfolder='transformer')
-    pipe = PiFluxPipeline.from_pretrained(base)
-    pipe.load_piflow_adapter(write_adapter(tmp_path / 'adapter', transformer))
-    calls = []
+    folder = tmp_path_factory.mktemp('page')
+    pipe = PiFluxPipeline.from_pretrained(tiny_components.flux_folder(folder / 'base'))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_piflow_adapter(write_adapter(folder / 'adapter', pipe.transformer))
     make = generator_of({4: pipe})
 
     def generate(**call):
-        calls.append(call)
+        requests.append(call)
+        if call['prompt'] == 'too much':
+            raise RuntimeError('out of memory')
         image = make(**call)
         assert isinstance(image, Image.Image)
         return image.resize((4 * image.width, 4 * image.height))
 
-    app = text_to_image_app(generate, 'Tiny FLUX', width=96, height=64, steps=(4, 8, 4, 4))
-    with torch.inference_mode(False), browser.opened(app) as page:
-        image = page.locator('#image img')
-        page.locator('#prompt textarea').fill('a red heart')
-        page.locator('#generate').click()
-        expect(image).to_be_visible()
-        first = image.get_attribute('src')
-        assert calls == [dict(prompt='a red heart', seed=42, width=96, height=64, steps=4)]
-        browser.look(page, 'generated')
+    with browser.served(
+        lambda: text_to_image_app(generate, 'Tiny FLUX', width=96, height=64, steps=(4, 8, 4, 4))
+    ) as at:
+        yield at
 
-        page.locator('#random-seed').click()
-        expect(page.locator('#seed input')).to_have_value('-1')
-        page.locator('#generate').click()
-        expect(image).not_to_have_attribute('src', first)
-        seed = browser.number(page, 'last-seed')
-        assert calls[1]['seed'] == seed != 42
-        page.locator('#reuse-seed').click()
-        expect(page.locator('#seed input')).to_have_value(str(seed))
 
-        page.locator('#swap').click()
-        expect(page.locator('#width input[type=number]')).to_have_value('64')
-        expect(page.locator('#height input[type=number]')).to_have_value('96')
-        second = image.get_attribute('src')
-        page.locator('#generate').click()
-        expect(image).not_to_have_attribute('src', second)
-        assert calls[2] == dict(prompt='a red heart', seed=seed, width=64, height=96, steps=4)
-        browser.look(page, 'swapped')
+@pytest.fixture(scope='module')
+def tab(address):
+    with browser.started() as tab:
+        yield tab
 
-        page.locator('#prompt textarea').fill('  ')
-        page.locator('#generate').click()
-        expect(page.get_by_text('The prompt is empty')).to_be_visible()
-        browser.look(page, 'empty_prompt')
-        assert len(calls) == 3
+
+@pytest.fixture
+def page(tab, address, requests):
+    """The page as it is at first, with a prompt."""
+    requests.clear()
+    browser.visit(tab, address)
+    tab.locator('#prompt textarea').fill(PROMPT)
+    return tab
+
+
+def generate(page, requests, before=None):
+    """Press the button; gives the address of the image, which is another one than before, and the call."""
+    from playwright.sync_api import expect
+
+    image = page.locator('#image img')
+    page.locator('#generate').click()
+    expect(image).to_be_visible()
+    if before is not None:
+        expect(image).not_to_have_attribute('src', before)
+    return image.get_attribute('src'), requests[-1]
+
+
+def test_generating_and_seeds(page, requests):
+    """Generate, with another seed, and with the one that was used last."""
+    from playwright.sync_api import expect
+
+    browser.shown(page, 'last-seed', '^$')
+    page.locator('#reuse-seed').click()
+    first, call = generate(page, requests)
+    assert call == dict(prompt=PROMPT, seed=42, width=96, height=64, steps=4)
+    assert browser.size(page.locator('#image img')) == (4 * 96, 4 * 64)
+    browser.shown(page, 'last-seed', '^42$')
+    browser.look(page, 'generated')
+    browser.enter(page, 'seed', 7)
+    second, call = generate(page, requests, first)
+    assert call['seed'] == 7
+    page.locator('#random-seed').click()
+    expect(browser.box(page, 'seed')).to_have_value('-1')
+    third, call = generate(page, requests, second)
+    seed = call['seed']
+    assert seed not in (7, 42)
+    browser.shown(page, 'last-seed', f'^{seed}$')
+    page.locator('#reuse-seed').click()
+    expect(browser.box(page, 'seed')).to_have_value(str(seed))
+    browser.enter(page, 'seed', 42)
+    again, call = generate(page, requests, third)
+    assert (again, call['seed']) == (first, 42)
+
+
+def test_swapping_and_steps(page, requests):
+    from playwright.sync_api import expect
+
+    page.locator('#swap').click()
+    expect(browser.box(page, 'width')).to_have_value('64')
+    expect(browser.box(page, 'height')).to_have_value('96')
+    browser.drag(page, 'steps', 1.0)
+    expect(browser.box(page, 'steps')).to_have_value('8')
+    first, call = generate(page, requests)
+    assert call == dict(prompt=PROMPT, seed=42, width=64, height=96, steps=8)
+    browser.look(page, 'swapped')
+    browser.enter(page, 'steps', 4)
+    _, call = generate(page, requests, first)
+    assert call['steps'] == 4
+
+
+def test_errors(page, requests):
+    """They are shown, nothing is made, and what is right goes on working."""
+    from playwright.sync_api import expect
+
+    page.locator('#prompt textarea').fill('  ')
+    page.locator('#generate').click()
+    expect(page.get_by_text('The prompt is empty')).to_be_visible()
+    browser.look(page, 'empty_prompt')
+    page.locator('#prompt textarea').fill(PROMPT)
+    browser.enter(page, 'seed', -5)
+    page.locator('#generate').click()
+    expect(page.get_by_text('the seed is -5: expected -1 for a random one')).to_be_visible()
+    assert not requests
+    browser.enter(page, 'seed', 3)
+    page.locator('#prompt textarea').fill('too much')
+    page.locator('#generate').click()
+    expect(page.get_by_text('out of memory')).to_be_visible()
+    expect(page.locator('#image img')).to_have_count(0)
+    page.locator('#prompt textarea').fill(PROMPT)
+    _, call = generate(page, requests)
+    assert call['seed'] == 3
+
+
+@pytest.mark.parametrize('width', browser.WIDTHS)
+def test_layout(tab, address, width):
+    browser.visit(tab, address, width)
+    browser.check_layout(tab)
+    browser.look(tab, f'text_to_image_{width}')
+
+
+def test_a_port_that_is_taken():
+    browser.require()
+    import gradio
+
+    with socket.socket() as taken, gradio.Blocks(**BLOCKS) as app:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f'error: .*{port}'):
+            serve(app, Namespace(host='127.0.0.1', port=port, share=False))
