@@ -8,7 +8,6 @@ factor of 1.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.models.architecture.loading import PretrainedError, obtain_weights, read_weights
+from lakonlab.storage.adapter_layout import published_name
 
 TRANSFORMER_PREFIX = 'transformer.'
 POLICY_KEY = 'policy_config'
@@ -60,7 +60,7 @@ def read_adapter(path: str, key: str = 'pretrained_adapter') -> Adapter:
 
 def _own_name(name: str) -> str:
     """A name in a file, relative to the transformer and without that of the adapter in a training run."""
-    return re.sub(r'(\.lora_[AB])\.default\.', r'\1.', name.removeprefix(TRANSFORMER_PREFIX))
+    return published_name(name.removeprefix(TRANSFORMER_PREFIX))
 
 
 def _policy_of(path: str, key: str) -> dict[str, Any]:
