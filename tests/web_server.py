@@ -156,3 +156,16 @@ def server(running_web_server, tmp_path, monkeypatch):
     running.requests, running.ranges, running.failures = [], [], []
     running.content, running.bytes_per_answer, running.is_damaged = CONTENT, 10**9, False
     return running
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """A hub, and its library's cache, which is empty."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    return server

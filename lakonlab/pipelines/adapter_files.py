@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from lakonlab.pipelines.recipe import RECIPE_KEY, Recipe
 from lakonlab.storage import files
 from lakonlab.storage.fetch import fetch
 from lakonlab.storage.paths import is_remote
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = 'config.json'
 STEM, SUFFIX = 'diffusion_pytorch_model', '.safetensors'
@@ -155,6 +158,33 @@ def _download(repository: str, subfolder: str | None, name: str, options: Mappin
         return None
     except (RepositoryNotFoundError, OSError) as error:
         raise AdapterError(f'{repository!r} is no local folder and cannot be downloaded: {error}') from error
+
+
+def read_index(path: str | Path, folder: str, name: str, hub_options: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of what is beside a pipeline; empty where there is none, or none in the cache and the hub out of reach.
+
+    Args:
+        path: What the pipeline was loaded from: a local folder, or a repository.
+        folder: In it, with the index and a folder of each name; local ones that the index lacks belong to it too.
+        name: Of the index.
+        hub_options: See :data:`HUB_OPTIONS`.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    inside, file = Path(path, folder), None
+    if inside.is_dir():
+        file = inside / name if (inside / name).is_file() else None
+    elif not Path(path).exists() and _is_repository(str(path)):
+        try:
+            file = _download(str(path), folder, name, hub_options)
+        except AdapterError as error:
+            if not isinstance(error.__cause__, LocalEntryNotFoundError):  # the pipeline itself was in the cache
+                logger.warning('cannot tell whether there is %s/%s beside the pipeline: %s', folder, name, error)
+    index = {} if file is None else json.loads(file.read_text(encoding='utf-8'))
+    for child in sorted(inside.iterdir()) if inside.is_dir() else ():
+        if child.is_dir():
+            index.setdefault(child.name, {})
+    return index
 
 
 def _found(path: str, subfolder: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Mapping
@@ -16,15 +15,18 @@ from torch import nn
 from lakonlab.models.architecture.adapters import POLICY_KEY
 from lakonlab.pipelines.adapter_files import (
     CONFIG_FILE,
+    HUB_OPTIONS,
     AdapterError,
     PiFlowAdapter,
     load_adapter_files,
+    read_index,
     weights_name,
 )
+from lakonlab.pipelines.piflow_styles import PiFlowStylesMixin
 from lakonlab.pipelines.policy_arguments import wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
-from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
-from lakonlab.pipelines.student_lora import guard_base, is_fused, own_parameters, own_tensors, rejoin_base
+from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, updated_base
+from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ SAVED_ADAPTERS = 'piflow_adapters'
 SAVED_INDEX = 'adapters.json'
 
 
-class PiFlowLoaderMixin:
+class PiFlowLoaderMixin(PiFlowStylesMixin):
     """Gives a pipeline of diffusers the methods that load, unload and save adapters of pi-Flow."""
 
     latent_layout: str = 'tokens'
@@ -79,7 +81,7 @@ class PiFlowLoaderMixin:
 
         Raises:
             AdapterError: There is no such adapter, it cannot be read, or it is for another base.
-            ValueError: The pipeline has an adapter already, or the name is none.
+            ValueError: The pipeline has an adapter already, styles are fused with its weights, or the name is none.
         """
         if adapter_name is not None and (not adapter_name or '.' in adapter_name):
             raise ValueError(f'adapter_name={adapter_name!r}: expected a name without dots')
@@ -96,6 +98,12 @@ class PiFlowLoaderMixin:
             raise ValueError(
                 f'the {target_module_name} has the adapter {base.piflow.where!r} already: call '
                 'unload_piflow_adapter first, or use a second pipeline, which can share the base'
+            )
+        if is_fused(base):
+            raise ValueError(
+                f'styles are fused with the weights of the {target_module_name}, which the student would share: call '
+                'unfuse_lora first and load the styles after the adapter, or leave them in the weights for good by '
+                'unload_lora_weights'
             )
         adapter = load_adapter_files(
             pretrained_model_name_or_path, subfolder, target_module_name, variant, **hub_options
@@ -131,16 +139,10 @@ class PiFlowLoaderMixin:
             raise ValueError(f'the {target_module_name} has no adapter of pi-Flow')
         _refuse_fused(student)
         restore = self._suspend_offloading()
-        setattr(self, target_module_name, record.base.to(student.device))
+        setattr(self, target_module_name, updated_base(student).to(student.device))
         restore()
         if record.scheduler is not None and self.scheduler is record.scheduler:
             self.scheduler = record.own_scheduler
-
-    def unfuse_lora(self, *args, **kwargs) -> None:
-        """As in the base class; the student shares the weights of the base again."""
-        super().unfuse_lora(*args, **kwargs)
-        for student in self._students().values():
-            rejoin_base(student)
 
     def _students(self) -> dict[str, nn.Module]:
         return {
@@ -148,41 +150,6 @@ class PiFlowLoaderMixin:
             for name, module in self.components.items()
             if isinstance(module, nn.Module) and getattr(module, 'piflow', None) is not None
         }
-
-    def unload_lora_weights(self, *args, **kwargs) -> None:
-        """Remove the adapters of styles; that of pi-Flow stays."""
-        record: Student | None = getattr(getattr(self, 'transformer', None), 'piflow', None)
-        if record is None or record.adapter_name is None:
-            super().unload_lora_weights(*args, **kwargs)
-            return
-        others = [name for name in self.transformer.peft_config if name != record.adapter_name]
-        self.transformer.delete_adapters(others)
-        self.transformer.set_adapters([record.adapter_name])
-        norms = getattr(self.transformer, '_transformer_norm_layers', None)
-        if norms:
-            own_parameters(self.transformer, norms)
-            self.transformer.load_state_dict(norms, strict=False)
-            self.transformer._transformer_norm_layers = None
-
-    @classmethod
-    def load_lora_into_transformer(cls, *args, **kwargs):
-        """As in the base class; a student has a policy head where a style may change the output layer."""
-        parent = super().load_lora_into_transformer
-        bound = inspect.signature(parent).bind(*args, **kwargs)
-        bound.arguments['state_dict'] = _without_output(bound.arguments['state_dict'], bound.arguments['transformer'])
-        return parent(*bound.args, **bound.kwargs)
-
-    @classmethod
-    def _maybe_expand_lora_state_dict(cls, transformer, lora_state_dict):
-        """Of FLUX, which looks up the layers of a style before it is loaded."""
-        return super()._maybe_expand_lora_state_dict(transformer, _without_output(lora_state_dict, transformer))
-
-    @classmethod
-    def _load_norm_into_transformer(cls, state_dict, transformer, *args, **kwargs):
-        """Of FLUX, some of whose styles bring normalisation layers, which are written into those that are there."""
-        if getattr(transformer, 'piflow', None) is not None:
-            own_parameters(transformer, (name.removeprefix('transformer.') for name in state_dict))
-        return super()._load_norm_into_transformer(state_dict, transformer, *args, **kwargs)
 
     def save_piflow_adapter(self, save_directory: str | Path, target_module_name: str = 'transformer') -> None:
         """Write the adapter of a module, to be loaded by :meth:`load_piflow_adapter`.
@@ -192,13 +159,13 @@ class PiFlowLoaderMixin:
             target_module_name: The module.
 
         Raises:
-            ValueError: Its matrices are fused with the weights.
+            ValueError: Its matrices are fused with the weights, or were deleted.
         """
         from safetensors.torch import save_file
 
         student = getattr(self, target_module_name)
         record: Student = student.piflow
-        _refuse_fused(student)
+        _refuse_incomplete(student)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {'format': 'pt', POLICY_KEY: json.dumps({**record.policy_kwargs, 'type': record.policy_type})}
@@ -214,11 +181,11 @@ class PiFlowLoaderMixin:
         The scheduler is that of the base too, unless another was chosen since the adapter was loaded.
 
         Raises:
-            ValueError: Matrices are fused with the weights, or the base has styles.
+            ValueError: Matrices are fused with the weights, or were deleted, or the base has styles.
         """
         students = self._students()
         for student in students.values():
-            _refuse_fused(student)
+            _refuse_incomplete(student)
             if getattr(student.piflow.base, 'peft_config', None):
                 raise ValueError(
                     'the base has styles that were loaded before the adapter, which cannot be saved with it: load the '
@@ -232,7 +199,7 @@ class PiFlowLoaderMixin:
                 self.save_piflow_adapter(Path(save_directory, SAVED_ADAPTERS, name), name)
                 sets_scheduler = record.scheduler is not None and self.scheduler is record.scheduler
                 index[name] = {'adapter_name': record.adapter_name, 'sets_scheduler': sets_scheduler}
-                self.__dict__[name] = record.base
+                self.__dict__[name] = updated_base(student)
                 if sets_scheduler:
                     self.__dict__['scheduler'] = record.own_scheduler
             if index:
@@ -244,16 +211,17 @@ class PiFlowLoaderMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote to a local folder are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        folder = Path(pretrained_model_name_or_path, SAVED_ADAPTERS)
-        file = folder / SAVED_INDEX
-        index = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        for child in sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else ():
-            saved = index.get(child.name, {})
+        place, options = (
+            str(pretrained_model_name_or_path),
+            {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs},
+        )
+        for name, saved in read_index(place, SAVED_ADAPTERS, SAVED_INDEX, options).items():
             pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
+            subfolder = f'{SAVED_ADAPTERS}/{name}'
             try:
-                pipe.load_piflow_adapter(child, child.name, saved.get('adapter_name'))
+                pipe.load_piflow_adapter(place, name, saved.get('adapter_name'), subfolder=subfolder, **options)
             finally:
                 del pipe._adopts_schedules
         return pipe
@@ -334,13 +302,8 @@ def _refuse_fused(student: nn.Module) -> None:
         raise ValueError('adapters are fused with the weights: call unfuse_lora first')
 
 
-def _without_output(state: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
-    """The matrices of a style, without those for an output layer that a student no longer has."""
-    if getattr(transformer, 'piflow', None) is None:
-        return dict(state)
-    head = {name for name in state if name.removeprefix('transformer.').startswith(f'{OUTPUT}.')}
-    if head:
-        logger.warning(
-            'the student has a policy head in place of %s: %d tensors for it are left out', OUTPUT, len(head)
-        )
-    return {name: tensor for name, tensor in state.items() if name not in head}
+def _refuse_incomplete(student: nn.Module) -> None:
+    _refuse_fused(student)
+    name = student.piflow.adapter_name
+    if name is not None and not is_there(student, name):
+        raise ValueError(f'the adapter {name!r} of pi-Flow was deleted: unload_piflow_adapter, and load it again')

@@ -56,6 +56,8 @@ class Student:
     """What the adapter was loaded from."""
     base: nn.Module
     """The transformer that it was made of."""
+    dtype: torch.dtype | None = None
+    """Precision of what the base does not share."""
     adapter_config: dict[str, Any] = field(default_factory=dict)
     """``config.json`` of the adapter."""
     parted: dict[nn.Module, dict[str, nn.Parameter]] = field(default_factory=dict)
@@ -125,6 +127,7 @@ def make_student(
         recipe=adapter.recipe,
         where=adapter.where,
         base=base,
+        dtype=dtype,
         adapter_config=dict(adapter.config),
         overlay=tuple(adapter.tensors),
     )
@@ -134,6 +137,19 @@ def make_student(
         student.piflow.adapter_name = adapter_name
     student.register_forward_pre_hook(_round_inputs, with_kwargs=True)
     return student.requires_grad_(False).eval()
+
+
+def updated_base(student: nn.Module) -> nn.Module:
+    """The base of a student, with what they do not share in the precision that the student was brought to since."""
+    record: Student = student.piflow
+    if student.dtype != record.dtype:
+        shared = {id(tensor) for tensor in (*student.parameters(), *student.buffers())}
+        for tensor in (*record.base.parameters(), *record.base.buffers()):
+            is_plain = type(tensor) in (Tensor, nn.Parameter)  # quantised ones are of classes of their own
+            if id(tensor) not in shared and is_plain and tensor.dtype == record.dtype:
+                tensor.data = tensor.data.to(student.dtype)
+        record.dtype = student.dtype
+    return record.base
 
 
 def _own_layer(module: nn.Module | None) -> nn.Module | None:

@@ -19,6 +19,11 @@ def is_active(student: nn.Module, adapter_name: str) -> bool:
     )
 
 
+def is_there(student: nn.Module, adapter_name: str) -> bool:
+    """Whether any layer has these low-rank matrices."""
+    return any(adapter_name in getattr(module, 'lora_A', ()) for module in student.modules())
+
+
 def is_fused(student: nn.Module) -> bool:
     """Whether low-rank matrices are added to the weights of their layers."""
     return any(getattr(module, 'merged_adapters', None) for module in student.modules())
@@ -49,13 +54,18 @@ def rejoin_base(student: nn.Module) -> None:
         return
     for layer, shared in record.parted.items():
         for name, value in shared.items():
-            value.data = value.data.to(getattr(layer, name).device)
+            own = getattr(layer, name)
+            value.data = value.data.to(device=own.device, dtype=own.dtype)
             setattr(layer, name, value)
     record.parted.clear()
 
 
 def guard_base(student: nn.Module) -> None:
-    """Let the student part from the base when its own ``fuse_lora`` is called, by a pipeline or by a user."""
+    """Let the student part from the base when its own ``fuse_lora`` is called, by a pipeline or by a user.
+
+    From the normalisation layers that a style overwrote in the base, too, since they are restored when styles go.
+    """
+    own_parameters(student, getattr(student, '_transformer_norm_layers', None) or ())
 
     def fuse_lora(self: nn.Module, *args, **kwargs) -> None:
         part_from_base(self)

@@ -1,6 +1,7 @@
 """What a pipeline with an adapter does to the base and to pipelines that share it: nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import save_file
 
 from lakonlab.models.diffusions.schedulers import FlowMapSDEScheduler
+from lakonlab.pipelines.adapter_files import read_index
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from lakonlab.pipelines.piqwen_pipeline import PiQwenImagePipeline
 from tests.pipelines.adapters import random_lora, write_adapter
@@ -74,6 +76,24 @@ def test_a_style_with_normalisation_layers(folders, tmp_path):
     torch.testing.assert_close(images(pipe), plain, rtol=0, atol=1e-5)
 
 
+def test_what_was_fused_stays_when_styles_are_unloaded(folders, kind, tmp_path):
+    """As with other pipelines; unfusing goes back to the student without them."""
+    pipe = load(folders, kind, tmp_path)
+    plain = images(pipe)
+    style = random_lora(pipe.transformer.piflow.base, ('to_q', 'to_v'), seed=4)
+    save_file({f'transformer.{name}': t for name, t in style.items()}, tmp_path / 'pytorch_lora_weights.safetensors')
+    pipe.load_lora_weights(tmp_path, adapter_name='style')
+    pipe.set_adapters(['transformer_piflow', 'style'], [1.0, 0.8])
+    styled = images(pipe)
+    assert not torch.allclose(styled, plain, atol=1e-3)
+    pipe.fuse_lora(adapter_names=['transformer_piflow', 'style'])
+    torch.testing.assert_close(images(pipe), styled, rtol=0, atol=1e-4)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(images(pipe), styled, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(images(pipe), plain)
+
+
 def test_the_base_keeps_its_schedule(folders, tmp_path):
     pipe = load(folders, PiFluxPipeline)
     before = dict(pipe.scheduler.config)
@@ -132,10 +152,17 @@ def test_without_a_recipe_contradictions_are_reported(folders, kind, tmp_path, c
     assert 'final_step_size_scale=0.5, but it is sampled with 1.0' in caplog.text
 
 
-def test_an_adapter_that_was_deleted_is_reported(folders, kind, tmp_path, caplog):
+@pytest.mark.parametrize('how', ['deleted', 'unloaded'])
+def test_an_adapter_that_was_deleted_is_reported(folders, kind, tmp_path, caplog, how):
     pipe = load(folders, kind, tmp_path)
-    pipe.delete_adapters('transformer_piflow')
+    if how == 'deleted':
+        pipe.delete_adapters('transformer_piflow')
+    else:
+        pipe.transformer.unload_lora()
     images(pipe)
+    with pytest.raises(ValueError, match="'transformer_piflow' of pi-Flow was deleted"):
+        pipe.save_pretrained(tmp_path / 'saved')
+    assert not (tmp_path / 'saved').exists()
     assert "the adapter 'transformer_piflow' of pi-Flow is not active" in caplog.text
 
 
@@ -217,3 +244,34 @@ def test_offloading(folders, kind, tmp_path, when):
     pipe.unload_piflow_adapter()
     pipe.load_piflow_adapter(folder)
     torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+
+
+def cached(folder, cache):
+    """Keep a folder as the hub's library keeps a repository that it has downloaded; gives its name."""
+    place = cache / 'models--org--saved'
+    (place / 'refs').mkdir(parents=True)
+    (place / 'refs' / 'main').write_text('a' * 40)
+    shutil.copytree(folder, place / 'snapshots' / ('a' * 40))
+    return 'org/saved'
+
+
+def test_a_repository_is_loaded_with_its_adapters(folders, tmp_path):
+    pipe = load(folders, PiFluxPipeline)
+    pipe.load_piflow_adapter(write_adapter(tmp_path / 'adapter', pipe.transformer), adapter_name='mine')
+    pipe.save_pretrained(tmp_path / 'saved')
+    options = dict(cache_dir=tmp_path / 'hub', local_files_only=True)
+    again = PiFluxPipeline.from_pretrained(cached(tmp_path / 'saved', tmp_path / 'hub'), **options)
+    again.set_progress_bar_config(disable=True)
+    assert again.transformer.piflow.adapter_name == 'mine'
+    assert again.transformer.piflow.where == 'org/saved/piflow_adapters/transformer'
+    torch.testing.assert_close(images(again), images(pipe), rtol=0, atol=1e-5)
+
+
+def test_a_repository_of_a_base_has_no_adapters(folders, tmp_path, hub, caplog):
+    name = cached(folders[PiFluxPipeline], tmp_path / 'cache')
+    bare = PiFluxPipeline.from_pretrained(name, cache_dir=tmp_path / 'cache', local_files_only=True)
+    assert getattr(bare.transformer, 'piflow', None) is None
+    assert read_index('org/model', 'piflow_adapters', 'adapters.json', {}) == {}  # one that can be asked
+    assert not said(caplog)
+    assert read_index('org/other', 'piflow_adapters', 'adapters.json', {}) == {}  # one that needs a licence
+    assert 'cannot tell whether there is piflow_adapters/adapters.json beside the pipeline' in caplog.text

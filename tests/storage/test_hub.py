@@ -8,19 +8,6 @@ from lakonlab.storage.fetch import FetchError, fetch
 from tests.web_server import REPOSITORY, content_on_hub
 
 
-@pytest.fixture
-def hub(server, tmp_path, monkeypatch):
-    """A hub, and its library's cache, which is empty."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
-    template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    return server
-
-
 @pytest.mark.parametrize('revision', ['', '@v0.1'])
 def test_hub_file(revision, hub, monkeypatch):
     url = f'huggingface://org/model{revision}/transformer/w.safetensors'
