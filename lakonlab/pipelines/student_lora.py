@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from lakonlab.pipelines.student import OUTPUT, Student, inner_name
+from lakonlab.pipelines.student import OUTPUT, QUANTISATION_STATES, Student, inner_name
 
 
 def is_active(student: nn.Module, adapter_name: str) -> bool:
@@ -42,7 +42,9 @@ def part_from_base(student: nn.Module) -> None:
     record: Student = student.piflow
     for layer in _adapted_layers(student):
         if layer not in record.parted:
-            record.parted[layer] = {name: value for name, value in layer._parameters.items() if value is not None}
+            states = {name: vars(layer).get(name) for name in QUANTISATION_STATES}
+            shared = {name: value for name, value in {**layer._parameters, **states}.items() if value is not None}
+            record.parted[layer] = shared
             for name, value in record.parted[layer].items():
                 setattr(layer, name, copy.deepcopy(value))
 
@@ -55,7 +57,8 @@ def rejoin_base(student: nn.Module) -> None:
     for layer, shared in record.parted.items():
         for name, value in shared.items():
             own = getattr(layer, name)
-            value.data = value.data.to(device=own.device, dtype=own.dtype)
+            if isinstance(value, Tensor):
+                value.data = value.data.to(device=own.device, dtype=own.dtype)
             setattr(layer, name, value)
     record.parted.clear()
 
@@ -69,7 +72,17 @@ def guard_base(student: nn.Module) -> None:
 
     def fuse_lora(self: nn.Module, *args, **kwargs) -> None:
         part_from_base(self)
-        type(self).fuse_lora(self, *args, **kwargs)
+        try:
+            type(self).fuse_lora(self, *args, **kwargs)
+        except Exception as error:  # of peft, whose kinds of layers each have errors of their own
+            for module in self.modules():
+                if getattr(module, 'merged_adapters', None):
+                    module.merged_adapters.clear()
+            rejoin_base(self)
+            raise ValueError(
+                f'the adapters cannot be fused with these weights, and none is ({type(error).__name__}: {error}); they '
+                'are in use all the same. Where torchao has quantised the weights, peft can fuse one adapter, not two'
+            ) from error
 
     def unfuse_lora(self: nn.Module, *args, **kwargs) -> None:
         type(self).unfuse_lora(self, *args, **kwargs)
