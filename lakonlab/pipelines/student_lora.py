@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lakonlab.pipelines.student import OUTPUT, Scales, Student, inner_name
+from lakonlab.pipelines.student import OUTPUT, QUANTISATION_STATES, Scales, Student, inner_name
 
 
 def shortfall(student: nn.Module) -> str | None:
@@ -60,7 +60,9 @@ def part_from_base(student: nn.Module) -> None:
     record: Student = student.piflow
     for layer in (adapted.get_base_layer() for adapted in _adapted_layers(student)):
         if layer not in record.parted:
-            record.parted[layer] = {name: value for name, value in layer._parameters.items() if value is not None}
+            states = {name: vars(layer).get(name) for name in QUANTISATION_STATES}
+            shared = {name: value for name, value in {**layer._parameters, **states}.items() if value is not None}
+            record.parted[layer] = shared
             for name, value in record.parted[layer].items():
                 setattr(layer, name, copy.deepcopy(value))
 
@@ -73,7 +75,8 @@ def rejoin_base(student: nn.Module) -> None:
     for layer, shared in record.parted.items():
         for name, value in shared.items():
             own = getattr(layer, name)
-            value.data = value.data.to(device=own.device, dtype=own.dtype)
+            if isinstance(value, Tensor):
+                value.data = value.data.to(device=own.device, dtype=own.dtype)
             setattr(layer, name, value)
     record.parted.clear()
     _restore_scales(record.scales_while_fused)
@@ -108,7 +111,16 @@ def _fuse(
         adapter_names = [own, *named] if takes_part else named
     part_from_base(student)
     _scale_styles(student, lora_scale, record.scales_while_fused)
-    type(student).fuse_lora(student, 1.0, safe_fusing, adapter_names)
+    try:
+        type(student).fuse_lora(student, 1.0, safe_fusing, adapter_names)
+    except Exception as error:  # of peft, whose kinds of layers each have errors of their own
+        for layer in _adapted_layers(student):
+            layer.merged_adapters.clear()
+        rejoin_base(student)
+        raise ValueError(
+            f'the adapters cannot be fused with these weights, and none is ({type(error).__name__}: {error}); they are '
+            'in use all the same. Where torchao has quantised the weights, peft can fuse one adapter, not two'
+        ) from error
 
 
 def _unfuse(student: nn.Module) -> None:

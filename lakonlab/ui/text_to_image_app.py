@@ -14,6 +14,7 @@ RANDOM_SEED = -1
 SIZES = dict(minimum=64, maximum=2048, step=16)
 #: Nothing is reported to anyone; every hour, images that are a day old are removed from the cache.
 BLOCKS = dict(analytics_enabled=False, delete_cache=(3600, 86400))
+SHOW_IMAGE = "() => { document.getElementById('image').scrollIntoView({ block: 'nearest' }); }"
 
 
 def missing_gradio(error: ImportError) -> SystemExit:
@@ -103,12 +104,12 @@ def text_to_image_app(
             api_visibility='private',
             show_progress='hidden',
         )
+        checked.success(None, js=SHOW_IMAGE, api_visibility='private')  # on a phone it is below the controls
         checked.success(
             run,
             [prompt, last_seed, width_box, height_box, steps_box],
             image,
             api_name='text_to_img',
-            scroll_to_output=True,
             concurrency_limit=1,
             concurrency_id='device',
         )

@@ -6,9 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lakonlab.models.architecture.adapters import merge_lora, read_lora
 from lakonlab.runner.checkpoint_tools import clean_checkpoints, count_parameters, save_inference_weights
-from lakonlab.runner.convert_lora import convert_flux_lora
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 
 LORA = 'layer.lora_A.default.weight'
@@ -106,33 +104,6 @@ def test_cleaning_of_published_checkpoints(tmp_path):
     (tmp_path / 'latest.pth').symlink_to('iter_200.pth')
     clean(tmp_path, yes=True)
     assert names(tmp_path) == ['best_fid_iter_100.pth', 'iter_200.pth', 'iter_300.pth', 'latest.pth']
-
-
-def test_lora_of_comfy(tmp_path):
-    """The same change of the weights, in the layout of diffusers."""
-    generator = torch.Generator().manual_seed(0)
-    down, up = torch.randn(2, 3072, generator=generator), torch.randn(3072, 2, generator=generator)
-    state = {
-        'lora_unet_double_blocks_0_img_attn_proj.lora_down.weight': down,
-        'lora_unet_double_blocks_0_img_attn_proj.lora_up.weight': up,
-        'lora_unet_double_blocks_0_img_attn_proj.alpha': torch.tensor(1.0),
-    }
-    save_file(state, tmp_path / 'comfy.safetensors')
-    convert_flux_lora(Namespace(source=str(tmp_path / 'comfy.safetensors'), target=str(tmp_path / 'ours.safetensors')))
-    layer = 'transformer_blocks.0.attn.to_out.0'
-    result = load_file(tmp_path / 'ours.safetensors')
-    assert sorted(result) == [f'transformer.{layer}.lora_{side}.weight' for side in 'AB']
-    lora, alphas = read_lora(str(tmp_path / 'ours.safetensors'))
-    assert not alphas
-    network = torch.nn.Module()
-    path = network
-    for part in layer.split('.')[:-1]:
-        path.add_module(part, torch.nn.Module())
-        path = path.get_submodule(part)
-    path.add_module('0', torch.nn.Linear(3072, 3072, bias=False))
-    torch.nn.init.zeros_(network.get_submodule(layer).weight)
-    merge_lora(network, lora)
-    torch.testing.assert_close(network.get_submodule(layer).weight, 0.5 * up @ down, rtol=1e-5, atol=1e-5)
 
 
 def test_nobody_answers(tmp_path, capsys):

@@ -149,10 +149,18 @@ def test_errors(page, requests):
 
 
 @pytest.mark.parametrize('width', browser.WIDTHS)
-def test_layout(tab, address, width):
+def test_layout(tab, address, requests, width):
+    """Nothing sticks out, and the image is in view once it is there, also on a phone."""
+    from playwright.sync_api import expect
+
     browser.visit(tab, address, width)
     browser.check_layout(tab)
     browser.look(tab, f'text_to_image_{width}')
+    tab.locator('#prompt textarea').fill(PROMPT)
+    generate(tab, requests)
+    expect(tab.locator('#image img')).to_be_in_viewport(ratio=0.9)
+    browser.check_layout(tab)
+    browser.look(tab, f'generated_{width}')
 
 
 def test_a_port_that_is_taken():
