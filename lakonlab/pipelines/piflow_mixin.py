@@ -15,7 +15,7 @@ from lakonlab.pipelines.piflow_loader import PiFlowLoaderMixin
 from lakonlab.pipelines.policy_scheduler import PolicyScheduler, auto_temperature, flow_map_of
 from lakonlab.pipelines.recipe import PUBLISHED
 from lakonlab.pipelines.student import Student
-from lakonlab.pipelines.student_lora import is_active
+from lakonlab.pipelines.student_lora import shortfall
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         super().__init__(*args, **kwargs)
         self.policy_type, self.policy_kwargs = policy_type, dict(policy_kwargs or {})
         self._reported: set[str] = set()
+        self._shortfall: str | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -207,12 +208,10 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
                 )
         for problem in problems:
             self._say(f'{what} {problem}')
-        name = student.adapter_name
-        if name is not None and not is_active(self.transformer, name):
-            self._say(
-                f'the adapter {name!r} of pi-Flow is not active, so that the student is incomplete: include it in '
-                f'set_adapters([{name!r}, ...])'
-            )
+        missing = shortfall(self.transformer)
+        if missing is not None and missing != self._shortfall:
+            logger.warning(missing)
+        self._shortfall = missing
 
     def _say(self, message: str) -> None:
         if message not in self._reported:

@@ -34,6 +34,8 @@ OWN_ARGUMENTS = ('patch_size', 'out_channels')
 ROW_ORDER_OF = {'tokens': 'channel_major', 'images': 'patch_major'}
 #: Attributes of quantised layers that go with their weights.
 QUANTISATION_STATES = ('quant_state', 'state')
+#: Layer and name of its low-rank matrices -> their scale before it was changed, and after.
+Scales = dict[tuple[nn.Module, str], tuple[float, float]]
 
 
 @dataclass
@@ -62,6 +64,10 @@ class Student:
     """``config.json`` of the adapter."""
     parted: dict[nn.Module, dict[str, nn.Parameter]] = field(default_factory=dict)
     """Layer -> the parameters that it shares with the base, while low-rank matrices are fused."""
+    scales_while_fused: Scales = field(default_factory=dict)
+    """What fusing with a scale has changed."""
+    scales_of_a_pass: Scales = field(default_factory=dict)
+    """What a scale in the arguments of a pass has changed, while it lasts."""
     own_scheduler: Any = None
     """The scheduler that the pipeline had before."""
     scheduler: Any = None

@@ -1,12 +1,15 @@
 """Styles beside an adapter: what they change, and that it is gone with them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from tests.pipelines.adapters import random_lora, write_adapter
-from tests.pipelines.calls import images, load
+from tests.pipelines.calls import images, load, said
 
 NORM = 'transformer_blocks.0.attn.norm_q.weight'
 
@@ -92,3 +95,79 @@ def test_unloading_styles_with_normalisation_layers(folders, tmp_path, order):
         assert all(torch.equal(tensor, state[name]) for name, tensor in base.state_dict().items())
     if order == 'adapter first':
         assert torch.equal(base.get_parameter(NORM), torch.ones_like(base.get_parameter(NORM)))
+
+
+@pytest.fixture
+def styled(folders, kind, tmp_path):
+    """A pipeline with an adapter and a style, some of it on layers that the adapter changes; its images."""
+    pipe = load(folders, kind, tmp_path)
+    layers = ('to_q', 'mlp.net.2', 'ff.net.2')
+    style = write_style(tmp_path / 'style', {'transformer': (pipe.transformer.piflow.base, layers)})
+    pipe.load_lora_weights(style, adapter_name='style')
+
+    def weighted(style, student=1.0):
+        pipe.set_adapters(['transformer_piflow', 'style'], [student, style])
+        return images(pipe)
+
+    return pipe, weighted
+
+
+def test_scales_are_for_styles_only(styled, caplog):
+    pipe, weighted = styled
+    half, full = weighted(0.5), weighted(1.0)
+    name = 'joint_attention_kwargs' if isinstance(pipe, PiFluxPipeline) else 'attention_kwargs'
+    for scale, expected in {0.5: half, 0.0: weighted(0.0)}.items():
+        weighted(1.0)
+        torch.testing.assert_close(images(pipe, **{name: {'scale': scale}}), expected, rtol=0, atol=1e-5)
+        assert torch.equal(images(pipe), full)
+    pipe.fuse_lora(lora_scale=0.5)
+    torch.testing.assert_close(images(pipe), half, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(images(pipe), full)
+    pipe.fuse_lora(adapter_names=['style'])
+    torch.testing.assert_close(images(pipe), full, rtol=0, atol=1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(images(pipe), full)
+    assert not said(caplog)
+
+    def fail(*args):
+        raise RuntimeError('in the middle')
+
+    handle = pipe.transformer.proj_out.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match='in the middle'):
+        images(pipe, **{name: {'scale': 0.5}})
+    handle.remove()
+    assert torch.equal(images(pipe), full)
+
+
+def test_a_weakened_student_is_reported_at_each_change(styled, caplog):
+    pipe, weighted = styled
+    weighted(1.0, student=0.5)
+    weighted(0.8, student=0.5)
+    weighted(1.0)
+    weighted(1.0, student=0.0)
+    weighted(1.0)
+    for _ in range(2):
+        pipe.set_adapters('style')
+        images(pipe)
+        weighted(1.0)
+    pipe.set_adapters('style')
+    pipe.fuse_lora(adapter_names=['style'])
+    images(pipe)
+    messages = [record.message.partition('of pi-Flow ')[2] for record in said(caplog)]
+    assert messages[0].startswith('has the weight 0.5 instead of 1')
+    assert [message[:13] for message in messages[1:]] == ['is not active'] * 4
+
+
+def test_copies_keep_off_the_base_too(styled):
+    pipe, weighted = styled
+    full = weighted(1.0)
+    twin = copy.deepcopy(pipe)
+    before = state_of(twin.transformer.piflow.base)
+    twin.transformer.fuse_lora(lora_scale=0.5)
+    assert all(torch.equal(t, before[name]) for name, t in twin.transformer.piflow.base.state_dict().items())
+    assert torch.equal(images(pipe), full)
+    twin.transformer.unfuse_lora()
+    assert torch.equal(images(twin), full)
+    pipe.transformer = pickle.loads(pickle.dumps(pipe.transformer))
+    assert torch.equal(images(pipe), full)
