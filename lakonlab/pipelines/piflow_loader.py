@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from lakonlab.pipelines.adapter_files import (
     weights_name,
 )
 from lakonlab.pipelines.piflow_styles import PiFlowStylesMixin
-from lakonlab.pipelines.policy_arguments import wrong_argument
+from lakonlab.pipelines.policy_arguments import is_close, is_number, wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
-from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, updated_base
+from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, uncompiled, updated_base
 from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_tensors
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
         Raises:
             ValueError: There is no adapter, or its matrices are fused with the base's weights.
         """
-        student = getattr(self, target_module_name, None)
+        student = uncompiled(getattr(self, target_module_name, None))
         record: Student | None = getattr(student, 'piflow', None)
         if record is None:
             raise ValueError(f'the {target_module_name} has no adapter of pi-Flow')
@@ -146,7 +146,7 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
 
     def _students(self) -> dict[str, nn.Module]:
         return {
-            name: module
+            name: uncompiled(module)
             for name, module in self.components.items()
             if isinstance(module, nn.Module) and getattr(module, 'piflow', None) is not None
         }
@@ -163,7 +163,7 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
         """
         from safetensors.torch import save_file
 
-        student = getattr(self, target_module_name)
+        student = uncompiled(getattr(self, target_module_name))
         record: Student = student.piflow
         _refuse_incomplete(student)
         folder = Path(save_directory)
@@ -202,6 +202,7 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
                 self.__dict__[name] = updated_base(student)
                 if sets_scheduler:
                     self.__dict__['scheduler'] = record.own_scheduler
+            _remove_others(Path(save_directory, SAVED_ADAPTERS), students)
             if index:
                 text = json.dumps(index, indent=2)
                 Path(save_directory, SAVED_ADAPTERS, SAVED_INDEX).write_text(f'{text}\n', encoding='utf-8')
@@ -211,13 +212,21 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too.
+
+        Except those of modules that are given as None or with an adapter.
+        """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        place, options = (
-            str(pretrained_model_name_or_path),
-            {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs},
-        )
+        place = str(pretrained_model_name_or_path)
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         for name, saved in read_index(place, SAVED_ADAPTERS, SAVED_INDEX, options).items():
+            given: Student | None = getattr(kwargs.get(name), 'piflow', None)
+            if name in kwargs and kwargs[name] is None:
+                continue
+            if given is not None:
+                if given.scheduler is not None and 'scheduler' not in kwargs:
+                    pipe.scheduler = given.scheduler
+                continue
             pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
             subfolder = f'{SAVED_ADAPTERS}/{name}'
             try:
@@ -242,6 +251,18 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
             if has_head and kind not in (None, by_head):
                 raise AdapterError(f'{adapter.where!r}: {place} says {kind!r}, but its head is that of {by_head!r}')
         policy = {**adapter.policy, **self.policy_kwargs, 'type': by_head}
+        for name, told in self.policy_kwargs.items():
+            stated = adapter.policy.get(name, told)
+            if not (is_close(stated, told) if is_number(stated) and is_number(told) else stated == told):
+                logger.warning(
+                    '%r says that its policy has %s=%s, which is replaced by %s=%s of policy_kwargs: leave these out '
+                    'where the file tells',
+                    adapter.where,
+                    name,
+                    stated,
+                    name,
+                    told,
+                )
         problem = wrong_argument(by_head, {name: value for name, value in policy.items() if name != 'type'})
         if problem is not None:
             raise AdapterError(f'{adapter.where!r}: {problem}')
@@ -295,6 +316,20 @@ class PiFlowLoaderMixin(PiFlowStylesMixin):
                 self.enable_sequential_cpu_offload(**options)
 
         return restore
+
+
+def _remove_others(folder: Path, kept: Iterable[str]) -> None:
+    """Remove the adapters that were saved earlier, of modules that have none now, and what lists them."""
+    if not folder.is_dir():
+        return
+    (folder / SAVED_INDEX).unlink(missing_ok=True)
+    for child in sorted(child for child in folder.iterdir() if child.is_dir() and child.name not in kept):
+        for name in (CONFIG_FILE, weights_name()):
+            (child / name).unlink(missing_ok=True)
+        if not any(child.iterdir()):
+            child.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _refuse_fused(student: nn.Module) -> None:

@@ -37,9 +37,10 @@ class PiFlowStylesMixin:
             super().unload_lora_weights(*args, **kwargs)
         finally:
             del self.__dict__['_lora_loadable_modules']
-        others = [name for name in self.transformer.peft_config if name != record.adapter_name]
-        self.transformer.delete_adapters(others)
-        self.transformer.set_adapters([record.adapter_name])
+        names = list(getattr(self.transformer, 'peft_config', {}))
+        self.transformer.delete_adapters([name for name in names if name != record.adapter_name])
+        if record.adapter_name in names:
+            self.transformer.set_adapters([record.adapter_name])
 
     @classmethod
     def load_lora_into_transformer(cls, *args, **kwargs):

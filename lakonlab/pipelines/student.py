@@ -93,7 +93,11 @@ def make_student(
     Raises:
         AdapterError: The adapter is for another base, or none of pi-Flow.
     """
-    base = getattr(base, '_orig_mod', base)  # of torch.compile
+    if is_compiled(base):
+        logger.warning(
+            'the %s was compiled, the student of it is not: compile after loading the adapter', type(base).__name__
+        )
+    base = uncompiled(base)
     output = _own_layer(getattr(base, OUTPUT, None))
     if not isinstance(output, nn.Linear):
         raise AdapterError(
@@ -143,6 +147,18 @@ def make_student(
         student.piflow.adapter_name = adapter_name
     student.register_forward_pre_hook(_round_inputs, with_kwargs=True)
     return student.requires_grad_(False).eval()
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given."""
+    return getattr(module, '_orig_mod', module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module or a part of it was compiled, as a whole or in place."""
+    return uncompiled(module) is not module or any(
+        getattr(part, '_compiled_call_impl', None) is not None for part in module.modules()
+    )
 
 
 def updated_base(student: nn.Module) -> nn.Module:
@@ -296,8 +312,10 @@ def _check_tensors(base: nn.Module, adapter: PiFlowAdapter) -> None:
         else:
             down, up = (adapter.lora[f'{layer}{side}'].shape for side in SIDES)
             expected = _features(modules[layer])
-            if expected is None or (up[0], down[1]) != expected[:2]:
+            if expected is None or len(down) != 2 or len(up) != 2 or (up[0], down[1]) != expected[:2]:
                 problems.append(f'{layer} has weights {expected}, its matrices {tuple(up)} and {tuple(down)}')
+            elif up[1] != down[0]:
+                problems.append(f'the matrices of {layer} have the ranks {up[1]} and {down[0]}')
     for name, tensor in adapter.tensors.items():
         path, _, part = name.rpartition('.')
         if name.startswith(OUTPUT):
