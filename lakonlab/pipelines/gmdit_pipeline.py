@@ -310,7 +310,7 @@ def _read_vae(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Modul
         return None
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(folder / 'vae', torch_dtype=dtype, variant=variant)
+    return AutoencoderKL.from_pretrained(folder / 'vae', dtype=dtype, variant=variant)
 
 
 def _read_scheduler(folder: Path) -> Any:

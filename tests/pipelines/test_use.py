@@ -94,7 +94,7 @@ def test_low_precision(folders, kind, tmp_path):
     """States stay in float32 while the networks compute in bfloat16."""
     pipe = load(folders, kind, tmp_path)
     expected = images(pipe, output_type='latent')
-    half = kind.from_pretrained(folders[kind], torch_dtype=torch.bfloat16)
+    half = kind.from_pretrained(folders[kind], dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     half.load_piflow_adapter(tmp_path / 'adapter')
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}

@@ -98,6 +98,19 @@ def test_a_damaged_newest_is_no_reason_to_remove_what_the_run_goes_on_from(tmp_p
     assert [name for name in names(tmp_path) if not name.startswith('.')] == ['iter_2', 'iter_3']
 
 
+def test_a_directory_that_is_none_of_a_run_is_an_error(tmp_path):
+    run = tmp_path / 'checkpoints' / 'my_run'
+    save(run, 1)
+    with pytest.raises(CheckpointError, match='holds no checkpoints: name one of the runs in it, my_run'):
+        clean(tmp_path / 'checkpoints', yes=True)
+    with pytest.raises(CheckpointError, match=f'is a single checkpoint: name the directory of the run, {run}'):
+        clean(run / 'iter_1', yes=True)
+    (tmp_path / 'other' / 'folder').mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r'holds no checkpoints, neither iter_<n> nor iter_<n>\.pth'):
+        clean(tmp_path / 'other', yes=True)
+    assert clean(run) == []
+
+
 def test_cleaning_of_published_checkpoints(tmp_path):
     for name in ('iter_100', 'iter_200', 'iter_300', 'best_fid_iter_100'):
         (tmp_path / f'{name}.pth').write_bytes(b'x')
