@@ -95,7 +95,8 @@ def make_student(
     """
     if is_compiled(base):
         logger.warning(
-            'the %s was compiled, the student of it is not: compile after loading the adapter', type(base).__name__
+            'the %s was compiled, the student of it is not: compile after loading the adapter',
+            type(uncompiled(base)).__name__,
         )
     base = uncompiled(base)
     output = _own_layer(getattr(base, OUTPUT, None))
