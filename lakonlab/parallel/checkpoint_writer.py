@@ -73,7 +73,7 @@ class SaveJob:
     state: Mapping[str, Any]
     config_text: str = ''
     names: tuple[str | None, ...] = (None,)
-    extra: Callable[[AnyPath], Mapping[str, Record]] | None = None
+    extra: Callable[[AnyPath, AnyPath], Mapping[str, Record]] | None = None
     confirm: Callable[[], object] | None = None
     afterwards: Sequence[Callable[[], object]] = field(default=())
 

@@ -163,7 +163,7 @@ class GMDiTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: int | Sequence[int],
         guidance_scale: float = 0.45,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 32,
@@ -179,7 +179,7 @@ class GMDiTPipeline(DiffusionPipeline):
         """Generate one image per label.
 
         Args:
-            class_labels: Classes.
+            class_labels: Classes, or one.
             guidance_scale: Probabilistic guidance, 0 (none) up to, but not, 1.
             generator: Of the noise and of what the solver draws; one, or one per image,
                 with which an image does not depend on the batch it is in.
@@ -250,12 +250,14 @@ class GMDiTPipeline(DiffusionPipeline):
         return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
 
 
-def _labels(class_labels: Sequence[int], num_classes: int) -> Tensor:
+def _labels(class_labels: int | Sequence[int], num_classes: int) -> Tensor:
     """Labels that the network knows."""
-    labels = [int(label) for label in torch.as_tensor(class_labels).flatten()] if len(class_labels) else []
-    wrong = [label for label in labels if not 0 <= label < num_classes]
+    labels = torch.as_tensor(class_labels).flatten().tolist()
+    wrong = [label for label in labels if type(label) is not int or not 0 <= label < num_classes]
     if wrong or not labels:
-        raise ValueError(f'class_labels={wrong or labels}: expected at least one, from 0 to {num_classes - 1}')
+        raise ValueError(
+            f'class_labels={wrong or labels}: expected integers, at least one, from 0 to {num_classes - 1}'
+        )
     return torch.tensor(labels)
 
 
@@ -308,7 +310,7 @@ def _read_vae(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Modul
         return None
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(folder / 'vae', torch_dtype=dtype, variant=variant)
+    return AutoencoderKL.from_pretrained(folder / 'vae', dtype=dtype, variant=variant)
 
 
 def _read_scheduler(folder: Path) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from lakonlab.pipelines.adapter_files import (
     read_index,
     weights_name,
 )
-from lakonlab.pipelines.policy_arguments import wrong_argument
+from lakonlab.pipelines.piflow_styles import PiFlowStylesMixin
+from lakonlab.pipelines.policy_arguments import is_close, is_number, wrong_argument
 from lakonlab.pipelines.recipe import PUBLISHED, RECIPE_KEY
-from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student
-from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_parameters, own_tensors, rejoin_base
+from lakonlab.pipelines.student import MEANS, OUTPUT, Student, make_student, uncompiled, updated_base
+from lakonlab.pipelines.student_lora import guard_base, is_fused, is_there, own_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ SAVED_ADAPTERS = 'piflow_adapters'
 SAVED_INDEX = 'adapters.json'
 
 
-class PiFlowLoaderMixin:
+class PiFlowLoaderMixin(PiFlowStylesMixin):
     """Gives a pipeline of diffusers the methods that load, unload and save adapters of pi-Flow."""
 
     latent_layout: str = 'tokens'
@@ -81,7 +81,7 @@ class PiFlowLoaderMixin:
 
         Raises:
             AdapterError: There is no such adapter, it cannot be read, or it is for another base.
-            ValueError: The pipeline has an adapter already, or the name is none.
+            ValueError: The pipeline has an adapter already, styles are fused with its weights, or the name is none.
         """
         if adapter_name is not None and (not adapter_name or '.' in adapter_name):
             raise ValueError(f'adapter_name={adapter_name!r}: expected a name without dots')
@@ -98,6 +98,12 @@ class PiFlowLoaderMixin:
             raise ValueError(
                 f'the {target_module_name} has the adapter {base.piflow.where!r} already: call '
                 'unload_piflow_adapter first, or use a second pipeline, which can share the base'
+            )
+        if is_fused(base):
+            raise ValueError(
+                f'styles are fused with the weights of the {target_module_name}, which the student would share: call '
+                'unfuse_lora first and load the styles after the adapter, or leave them in the weights for good by '
+                'unload_lora_weights'
             )
         adapter = load_adapter_files(
             pretrained_model_name_or_path, subfolder, target_module_name, variant, **hub_options
@@ -127,64 +133,23 @@ class PiFlowLoaderMixin:
         Raises:
             ValueError: There is no adapter, or its matrices are fused with the base's weights.
         """
-        student = getattr(self, target_module_name, None)
+        student = uncompiled(getattr(self, target_module_name, None))
         record: Student | None = getattr(student, 'piflow', None)
         if record is None:
             raise ValueError(f'the {target_module_name} has no adapter of pi-Flow')
         _refuse_fused(student)
         restore = self._suspend_offloading()
-        setattr(self, target_module_name, record.base.to(student.device))
+        setattr(self, target_module_name, updated_base(student).to(student.device))
         restore()
         if record.scheduler is not None and self.scheduler is record.scheduler:
             self.scheduler = record.own_scheduler
 
-    def unfuse_lora(self, *args, **kwargs) -> None:
-        """As in the base class; the student shares the weights of the base again."""
-        super().unfuse_lora(*args, **kwargs)
-        for student in self._students().values():
-            rejoin_base(student)
-
     def _students(self) -> dict[str, nn.Module]:
         return {
-            name: module
+            name: uncompiled(module)
             for name, module in self.components.items()
             if isinstance(module, nn.Module) and getattr(module, 'piflow', None) is not None
         }
-
-    def unload_lora_weights(self, *args, **kwargs) -> None:
-        """Remove the adapters of styles; that of pi-Flow stays."""
-        record: Student | None = getattr(getattr(self, 'transformer', None), 'piflow', None)
-        if record is None or record.adapter_name is None:
-            super().unload_lora_weights(*args, **kwargs)
-            return
-        others = [name for name in self.transformer.peft_config if name != record.adapter_name]
-        self.transformer.delete_adapters(others)
-        self.transformer.set_adapters([record.adapter_name])
-        norms = getattr(self.transformer, '_transformer_norm_layers', None)
-        if norms:
-            own_parameters(self.transformer, norms)
-            self.transformer.load_state_dict(norms, strict=False)
-            self.transformer._transformer_norm_layers = None
-
-    @classmethod
-    def load_lora_into_transformer(cls, *args, **kwargs):
-        """As in the base class; a student has a policy head where a style may change the output layer."""
-        parent = super().load_lora_into_transformer
-        bound = inspect.signature(parent).bind(*args, **kwargs)
-        bound.arguments['state_dict'] = _without_output(bound.arguments['state_dict'], bound.arguments['transformer'])
-        return parent(*bound.args, **bound.kwargs)
-
-    @classmethod
-    def _maybe_expand_lora_state_dict(cls, transformer, lora_state_dict):
-        """Of FLUX, which looks up the layers of a style before it is loaded."""
-        return super()._maybe_expand_lora_state_dict(transformer, _without_output(lora_state_dict, transformer))
-
-    @classmethod
-    def _load_norm_into_transformer(cls, state_dict, transformer, *args, **kwargs):
-        """Of FLUX, some of whose styles bring normalisation layers, which are written into those that are there."""
-        if getattr(transformer, 'piflow', None) is not None:
-            own_parameters(transformer, (name.removeprefix('transformer.') for name in state_dict))
-        return super()._load_norm_into_transformer(state_dict, transformer, *args, **kwargs)
 
     def save_piflow_adapter(self, save_directory: str | Path, target_module_name: str = 'transformer') -> None:
         """Write the adapter of a module, to be loaded by :meth:`load_piflow_adapter`.
@@ -198,7 +163,7 @@ class PiFlowLoaderMixin:
         """
         from safetensors.torch import save_file
 
-        student = getattr(self, target_module_name)
+        student = uncompiled(getattr(self, target_module_name))
         record: Student = student.piflow
         _refuse_incomplete(student)
         folder = Path(save_directory)
@@ -234,9 +199,10 @@ class PiFlowLoaderMixin:
                 self.save_piflow_adapter(Path(save_directory, SAVED_ADAPTERS, name), name)
                 sets_scheduler = record.scheduler is not None and self.scheduler is record.scheduler
                 index[name] = {'adapter_name': record.adapter_name, 'sets_scheduler': sets_scheduler}
-                self.__dict__[name] = record.base
+                self.__dict__[name] = updated_base(student)
                 if sets_scheduler:
                     self.__dict__['scheduler'] = record.own_scheduler
+            _remove_others(Path(save_directory, SAVED_ADAPTERS), students)
             if index:
                 text = json.dumps(index, indent=2)
                 Path(save_directory, SAVED_ADAPTERS, SAVED_INDEX).write_text(f'{text}\n', encoding='utf-8')
@@ -246,13 +212,21 @@ class PiFlowLoaderMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too."""
+        """As in the base class; adapters that :meth:`save_pretrained` wrote, also to a repository, are loaded too.
+
+        Except those of modules that are given as None or with an adapter.
+        """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        place, options = (
-            str(pretrained_model_name_or_path),
-            {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs},
-        )
+        place = str(pretrained_model_name_or_path)
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         for name, saved in read_index(place, SAVED_ADAPTERS, SAVED_INDEX, options).items():
+            given: Student | None = getattr(kwargs.get(name), 'piflow', None)
+            if name in kwargs and kwargs[name] is None:
+                continue
+            if given is not None:
+                if given.scheduler is not None and 'scheduler' not in kwargs:
+                    pipe.scheduler = given.scheduler
+                continue
             pipe._adopts_schedules = saved.get('sets_scheduler', True) and 'scheduler' not in kwargs
             subfolder = f'{SAVED_ADAPTERS}/{name}'
             try:
@@ -277,6 +251,18 @@ class PiFlowLoaderMixin:
             if has_head and kind not in (None, by_head):
                 raise AdapterError(f'{adapter.where!r}: {place} says {kind!r}, but its head is that of {by_head!r}')
         policy = {**adapter.policy, **self.policy_kwargs, 'type': by_head}
+        for name, told in self.policy_kwargs.items():
+            stated = adapter.policy.get(name, told)
+            if not (is_close(stated, told) if is_number(stated) and is_number(told) else stated == told):
+                logger.warning(
+                    '%r says that its policy has %s=%s, which is replaced by %s=%s of policy_kwargs: leave these out '
+                    'where the file tells',
+                    adapter.where,
+                    name,
+                    stated,
+                    name,
+                    told,
+                )
         problem = wrong_argument(by_head, {name: value for name, value in policy.items() if name != 'type'})
         if problem is not None:
             raise AdapterError(f'{adapter.where!r}: {problem}')
@@ -332,6 +318,20 @@ class PiFlowLoaderMixin:
         return restore
 
 
+def _remove_others(folder: Path, kept: Iterable[str]) -> None:
+    """Remove the adapters that were saved earlier, of modules that have none now, and what lists them."""
+    if not folder.is_dir():
+        return
+    (folder / SAVED_INDEX).unlink(missing_ok=True)
+    for child in sorted(child for child in folder.iterdir() if child.is_dir() and child.name not in kept):
+        for name in (CONFIG_FILE, weights_name()):
+            (child / name).unlink(missing_ok=True)
+        if not any(child.iterdir()):
+            child.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _refuse_fused(student: nn.Module) -> None:
     if is_fused(student):
         raise ValueError('adapters are fused with the weights: call unfuse_lora first')
@@ -342,15 +342,3 @@ def _refuse_incomplete(student: nn.Module) -> None:
     name = student.piflow.adapter_name
     if name is not None and not is_there(student, name):
         raise ValueError(f'the adapter {name!r} of pi-Flow was deleted: unload_piflow_adapter, and load it again')
-
-
-def _without_output(state: Mapping[str, Any], transformer: nn.Module) -> dict[str, Any]:
-    """The matrices of a style, without those for an output layer that a student no longer has."""
-    if getattr(transformer, 'piflow', None) is None:
-        return dict(state)
-    head = {name for name in state if name.removeprefix('transformer.').startswith(f'{OUTPUT}.')}
-    if head:
-        logger.warning(
-            'the student has a policy head in place of %s: %d tensors for it are left out', OUTPUT, len(head)
-        )
-    return {name: tensor for name, tensor in state.items() if name not in head}

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
+from lakonlab.pipelines.contradictions import contradictions
 from lakonlab.pipelines.piflow_loader import PiFlowLoaderMixin
 from lakonlab.pipelines.policy_scheduler import PolicyScheduler, auto_temperature, flow_map_of
 from lakonlab.pipelines.recipe import PUBLISHED
 from lakonlab.pipelines.student import Student
-from lakonlab.pipelines.student_lora import is_active
+from lakonlab.pipelines.student_lora import shortfall
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_STEPS, DEFAULT_SUBSTEPS = 4, 128
-TOLERANCE = 1e-6
 
 
 class PiFlowPipelineMixin(PiFlowLoaderMixin):
@@ -43,9 +45,16 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         super().__init__(*args, **kwargs)
         self.policy_type, self.policy_kwargs = policy_type, dict(policy_kwargs or {})
         self._reported: set[str] = set()
+        self._shortfall: str | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        calls = (vars(base)['__call__'] for base in cls.__mro__ if '__call__' in vars(base))
+        if any('strength' in inspect.signature(call).parameters for call in calls):
+            raise TypeError(
+                f'{cls.__name__}: its base begins in the middle of the schedule, with a noisy image (strength); '
+                'adapters of pi-Flow generate from noise: use a pipeline from text, or one that conditions on images'
+            )
         if '__init__' not in vars(cls):  # diffusers learns from its signature what a pipeline consists of
             cls.__init__ = _constructor_like(super().__init__)
 
@@ -79,7 +88,6 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
             ValueError: No adapter is loaded, guidance was asked for, or a setting is not one that can be sampled with.
         """
         student = self._student_of('transformer')
-        _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale)
         parent = super().__call__
         call = dict(num_inference_steps=num_inference_steps, total_substeps=total_substeps, temperature=temperature)
         with self._alone():
@@ -102,16 +110,22 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
     ):
         arguments = dict(inspect.signature(parent).bind_partial(*args, **kwargs).arguments)
         arguments.update(arguments.pop('kwargs', {}))
+        if num_inference_steps is None:
+            num_inference_steps = arguments.pop('num_inference_steps', None)  # by its position
+        _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale)
         embedded = self._recipe('guidance_scale')
         takes_scale = 'guidance_scale' in inspect.signature(parent).parameters and 'guidance_scale' not in self.unguided
         if embedded is not None and takes_scale:
             arguments.setdefault('guidance_scale', embedded)  # what it was distilled with, not the default of the base
         self._refuse_guidance(arguments)
         sigmas = arguments.pop('sigmas', None)
-        num_steps = arguments.pop('num_inference_steps', None) or num_inference_steps
-        num_steps = len(sigmas) if sigmas is not None else num_steps or self._recipe('nfe') or DEFAULT_STEPS
+        num_steps = num_inference_steps or self._recipe('nfe') or DEFAULT_STEPS
+        num_steps = num_steps if sigmas is None else len(sigmas)
         grid = self._grid(student, final_step_size_scale)
-        self._report(student, grid, num_steps)
+        asked = {'total_substeps': total_substeps, 'temperature': None if temperature == 'auto' else temperature}
+        if takes_scale:
+            asked['guidance_scale'] = arguments.get('guidance_scale')
+        self._report(contradictions(student, grid.config, num_steps, asked))
         latent = arguments.get('output_type') == 'latent'
         stand_in = PolicyScheduler(
             grid,
@@ -177,62 +191,28 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         own = self._recipe('temperature')
         return own if own is not None and num_steps == self._recipe('nfe') else auto_temperature(num_steps)
 
-    def _report(self, student: Student, grid: FlowMapSDEScheduler, num_steps: int) -> None:
-        """Say once what contradicts the adapter."""
-        config, recipe = grid.config, student.recipe
-        what = f'{student.where!r} was trained for'
-        if recipe is None and student.layout == 'tokens':
-            recipe = PUBLISHED
-            what = f'{student.where!r} carries no recipe; published adapters were trained for'
-        shift = 'dynamic' if config.use_dynamic_shifting else config.shift
-        problems = []
-        trained = recipe.shift if recipe is not None else None
-        if student.policy_type == 'DX':
-            trained = student.policy_kwargs.get('shift', 1.0)
-            what = f'{student.where!r} was trained for'
-        if trained is not None and not _same(shift, trained):
-            problems.append(f'shift={trained}, but the scheduler has {shift}')
-        if recipe is not None and recipe.final_step_size_scale is not None:
-            own, here = recipe.final_step_size_scale, config.final_step_size_scale
-            if not _same(own, here):
-                problems.append(f'final_step_size_scale={own}, but it is sampled with {here}')
-        if recipe is not None and recipe.nfe is not None and num_steps < recipe.nfe:
-            problems.append(f'{recipe.nfe} steps, but num_inference_steps={num_steps}')
-        if student.policy_type == 'DX' and student.policy_kwargs.get('mode', 'grid') == 'grid':
-            longest = 1 / (num_steps - 1 + config.final_step_size_scale) if num_steps > 1 else 1.0
-            segment = student.policy_kwargs.get('segment_size', 1.0)
-            if longest > segment + TOLERANCE:
-                problems.append(
-                    f'segments of {segment:.4g} in schedule time, but {num_steps} steps have {longest:.4g}: take more'
-                )
+    def _report(self, problems: Iterable[str]) -> None:
+        """Say once what contradicts the adapter, and at each change whether the student is whole."""
         for problem in problems:
-            self._say(f'{what} {problem}')
-        name = student.adapter_name
-        if name is not None and not is_active(self.transformer, name):
-            self._say(
-                f'the adapter {name!r} of pi-Flow is not active, so that the student is incomplete: include it in '
-                f'set_adapters([{name!r}, ...])'
-            )
-
-    def _say(self, message: str) -> None:
-        if message not in self._reported:
-            self._reported.add(message)
-            logger.warning(message)
+            if problem not in self._reported:
+                self._reported.add(problem)
+                logger.warning(problem)
+        missing = shortfall(self.transformer)
+        if missing is not None and missing != self._shortfall:
+            logger.warning(missing)
+        self._shortfall = missing
 
 
 def _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale) -> None:
     """Refuse arguments of a call that nothing can be sampled with."""
     for name, value in {'num_inference_steps': num_inference_steps, 'total_substeps': total_substeps}.items():
-        if value is not None and (int(value) != value or value < 1):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
             raise ValueError(f'{name}={value}: expected an integer of at least 1')
-    if temperature != 'auto' and (isinstance(temperature, str) or not 0 <= temperature <= 1):
+    if temperature != 'auto' and not (isinstance(temperature, Real) and 0 <= temperature <= 1):
         raise ValueError(f"temperature={temperature!r}: expected 'auto' or a number between 0 and 1")
-    if final_step_size_scale is not None and not final_step_size_scale > 0:
-        raise ValueError(f'final_step_size_scale={final_step_size_scale}: expected a positive number')
-
-
-def _same(one: Any, other: Any) -> bool:
-    return not isinstance(one, str) and abs(one - other) <= TOLERANCE
+    scale = final_step_size_scale
+    if scale is not None and not (isinstance(scale, Real) and 0 < scale < math.inf):
+        raise ValueError(f'final_step_size_scale={scale!r}: expected a positive number')
 
 
 def _constructor_like(parent):

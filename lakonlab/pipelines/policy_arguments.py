@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lakonlab.models.diffusions.piflow_policies import POLICY_CLASSES
+from lakonlab.models.diffusions.piflow_policies.dx import MODES
 
 #: What a policy is given at each step.
 AT_A_STEP = ('self', 'denoising_output', 'x_t_src', 'sigma_t_src')
+
+#: Arguments with few values.
+CHOICES = {'mode': MODES}
 
 
 def wrong_argument(kind: str, arguments: Mapping[str, Any]) -> str | None:
@@ -26,11 +31,18 @@ def wrong_argument(kind: str, arguments: Mapping[str, Any]) -> str | None:
             return f'the {kind} policy has no argument {name!r}; it has {", ".join(known)}'
         default = known[name]
         if isinstance(default, float):
-            if not is_number(value) or value <= 0:
+            if not is_number(value) or not 0 < value < math.inf:
                 return f'{name}={value!r} of the {kind} policy: expected a positive number'
         elif not isinstance(value, type(default)):
             return f'{name}={value!r} of the {kind} policy: expected {type(default).__name__}'
+        elif name in CHOICES and value not in CHOICES[name]:
+            return f'{name}={value!r} of the {kind} policy: expected one of {", ".join(CHOICES[name])}'
     return None
+
+
+def is_close(one: float, other: float) -> bool:
+    """Whether two settings are the same, however many digits of them were written down."""
+    return math.isclose(one, other, rel_tol=1e-4)
 
 
 def is_number(value: Any) -> bool:

@@ -21,6 +21,8 @@ from lakonlab.ops.rollout_schedule import rollout_schedule
 from lakonlab.ops.time_shift import unwarp
 from lakonlab.pipelines.student import Student
 
+#: Timesteps from data to noise, by which pipelines divide.
+TIMESTEPS = 1000
 #: Settings of diffusers' flow scheduler whose grids no student was trained for.
 REFUSED = {
     'shift_terminal': None,
@@ -50,6 +52,12 @@ def flow_map_of(scheduler: Any, final_step_size_scale: float | None) -> FlowMapS
         ValueError: It is another scheduler, or has settings that no student is sampled with.
     """
     config = scheduler.config
+    if config.get('num_train_timesteps', TIMESTEPS) != TIMESTEPS:
+        raise ValueError(
+            f'the scheduler has num_train_timesteps={config.num_train_timesteps}, but pipelines count {TIMESTEPS}: '
+            f'pipe.scheduler = {type(scheduler).__name__}.from_config(pipe.scheduler.config, '
+            f'num_train_timesteps={TIMESTEPS})'
+        )
     own = {} if final_step_size_scale is None else {'final_step_size_scale': final_step_size_scale}
     if isinstance(scheduler, FlowMapSDEScheduler):
         if config.use_dynamic_shifting and config.dynamic_shifting_type != 'exp':

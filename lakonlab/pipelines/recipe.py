@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -51,7 +52,7 @@ class Recipe:
         settings = {name: value for name, value in values.items() if name in known and value is not None}
         for name, value in settings.items():
             kind, least = (int, 1) if name in COUNTS else ((int, float), SMALLEST.get(name, 0))
-            if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
                 expected = 'an integer of at least 1' if name in COUNTS else f'a number of at least {least}'
                 raise ValueError(f'{name}={value!r} of its recipe: expected {expected}')
         return cls(**settings)

@@ -34,6 +34,8 @@ OWN_ARGUMENTS = ('patch_size', 'out_channels')
 ROW_ORDER_OF = {'tokens': 'channel_major', 'images': 'patch_major'}
 #: Attributes of quantised layers that go with their weights.
 QUANTISATION_STATES = ('quant_state', 'state')
+#: Layer and name of its low-rank matrices -> their scale before it was changed, and after.
+Scales = dict[tuple[nn.Module, str], tuple[float, float]]
 
 
 @dataclass
@@ -56,10 +58,16 @@ class Student:
     """What the adapter was loaded from."""
     base: nn.Module
     """The transformer that it was made of."""
+    dtype: torch.dtype | None = None
+    """Precision of what the base does not share."""
     adapter_config: dict[str, Any] = field(default_factory=dict)
     """``config.json`` of the adapter."""
     parted: dict[nn.Module, dict[str, nn.Parameter]] = field(default_factory=dict)
     """Layer -> the parameters that it shares with the base, while low-rank matrices are fused."""
+    scales_while_fused: Scales = field(default_factory=dict)
+    """What fusing with a scale has changed."""
+    scales_of_a_pass: Scales = field(default_factory=dict)
+    """What a scale in the arguments of a pass has changed, while it lasts."""
     own_scheduler: Any = None
     """The scheduler that the pipeline had before."""
     scheduler: Any = None
@@ -85,7 +93,12 @@ def make_student(
     Raises:
         AdapterError: The adapter is for another base, or none of pi-Flow.
     """
-    base = getattr(base, '_orig_mod', base)  # of torch.compile
+    if is_compiled(base):
+        logger.warning(
+            'the %s was compiled, the student of it is not: compile after loading the adapter',
+            type(uncompiled(base)).__name__,
+        )
+    base = uncompiled(base)
     output = _own_layer(getattr(base, OUTPUT, None))
     if not isinstance(output, nn.Linear):
         raise AdapterError(
@@ -125,6 +138,7 @@ def make_student(
         recipe=adapter.recipe,
         where=adapter.where,
         base=base,
+        dtype=dtype,
         adapter_config=dict(adapter.config),
         overlay=tuple(adapter.tensors),
     )
@@ -134,6 +148,31 @@ def make_student(
         student.piflow.adapter_name = adapter_name
     student.register_forward_pre_hook(_round_inputs, with_kwargs=True)
     return student.requires_grad_(False).eval()
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given."""
+    return getattr(module, '_orig_mod', module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module or a part of it was compiled, as a whole or in place."""
+    return uncompiled(module) is not module or any(
+        getattr(part, '_compiled_call_impl', None) is not None for part in module.modules()
+    )
+
+
+def updated_base(student: nn.Module) -> nn.Module:
+    """The base of a student, with what they do not share in the precision that the student was brought to since."""
+    record: Student = student.piflow
+    if student.dtype != record.dtype:
+        shared = {id(tensor) for tensor in (*student.parameters(), *student.buffers())}
+        for tensor in (*record.base.parameters(), *record.base.buffers()):
+            is_plain = type(tensor) in (Tensor, nn.Parameter)  # quantised ones are of classes of their own
+            if id(tensor) not in shared and is_plain and tensor.dtype == record.dtype:
+                tensor.data = tensor.data.to(student.dtype)
+        record.dtype = student.dtype
+    return record.base
 
 
 def _own_layer(module: nn.Module | None) -> nn.Module | None:
@@ -274,8 +313,10 @@ def _check_tensors(base: nn.Module, adapter: PiFlowAdapter) -> None:
         else:
             down, up = (adapter.lora[f'{layer}{side}'].shape for side in SIDES)
             expected = _features(modules[layer])
-            if expected is None or (up[0], down[1]) != expected[:2]:
+            if expected is None or len(down) != 2 or len(up) != 2 or (up[0], down[1]) != expected[:2]:
                 problems.append(f'{layer} has weights {expected}, its matrices {tuple(up)} and {tuple(down)}')
+            elif up[1] != down[0]:
+                problems.append(f'the matrices of {layer} have the ranks {up[1]} and {down[0]}')
     for name, tensor in adapter.tensors.items():
         path, _, part = name.rpartition('.')
         if name.startswith(OUTPUT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from lakonlab.storage.checkpoint import (
 )
 from lakonlab.storage.paths import is_remote
 from lakonlab.storage.published_checkpoint import read_published_checkpoint
-from lakonlab.storage.publisher import publisher_of
+from lakonlab.storage.publisher import MANIFEST, publisher_of
 from lakonlab.storage.remote_path import AnyPath, as_path
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,7 @@ def clean_checkpoints(args: Namespace, ask: Callable[[str], str] = input) -> int
     run_dir = as_path(args.path)
     if not run_dir.is_dir():
         raise CheckpointError(f'{args.path} is no directory of checkpoints')
+    _require_checkpoints(run_dir)
     paths = removable(run_dir)
     if not paths:
         print(f'{run_dir}: nothing to remove')  # noqa: T201
@@ -174,6 +176,25 @@ def clean_checkpoints(args: Namespace, ask: Callable[[str], str] = input) -> int
         logger.info('removed %s', path)
     print(f'removed {len(paths)}')  # noqa: T201
     return 0
+
+
+def _require_checkpoints(run_dir: AnyPath) -> None:
+    """Tell a directory with nothing to remove from one that is none of a run.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    if (run_dir / MANIFEST).is_file():
+        raise CheckpointError(f'{run_dir} is a single checkpoint: name the directory of the run, {run_dir.parent}')
+    if _holds_checkpoints(run_dir):
+        return
+    runs = sorted(child.name for child in run_dir.iterdir() if child.is_dir() and _holds_checkpoints(child))
+    advice = f': name one of the runs in it, {", ".join(runs[:8])}' if runs else ', neither iter_<n> nor iter_<n>.pth'
+    raise CheckpointError(f'{run_dir} holds no checkpoints{advice}')
+
+
+def _holds_checkpoints(folder: AnyPath) -> bool:
+    return any(re.fullmatch(r'(iter_\d+|best_.+|latest)(\.pth)?', child.name) for child in folder.iterdir())
 
 
 def _agreed(ask: Callable[[str], str], question: str) -> bool:

@@ -42,18 +42,21 @@ class CardFacts:
     """The checkpoint."""
     licence: str
     """Identifier of its licence."""
-    where: str
-    """The folder that is exported."""
     results: Path
     """Evaluations of the run, if there are any."""
+    model_sha256: str | None = None
+    """Digest of the checkpoint's model, by which evaluations say what they are of; None if it is not known."""
+    fingerprint: str | None = None
+    """Of the config, as evaluations have it."""
 
 
-def model_card(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
+def model_card(facts: CardFacts, cfg: Mapping[str, Any], where: str) -> str:
     """The text of a card.
 
     Args:
         facts: What is exported.
         cfg: Config of the run.
+        where: The folder that is exported.
     """
     base = [f'base_model: {facts.base}'] if facts.base and re.fullmatch(r'[\w.-]+/[\w.-]+', facts.base) else []
     header = ['---', f'license: {facts.licence}', 'library_name: diffusers', *base, 'tags:', '- pi-flow', '---']
@@ -62,16 +65,16 @@ def model_card(facts: CardFacts, cfg: Mapping[str, Any]) -> str:
         f'A few-step student of {facts.base or "its teacher"}, distilled with pi-Flow: its network answers with a '
         f'{facts.policy["type"]} policy, which is followed without calling the network again.',
         '## Use',
-        usage(facts),
+        usage(facts, where),
         '## Recipe',
         _table({'sampling': 'value', **_sampling(facts)}),
         _table({'training': 'value', **_training(facts, cfg)}),
-        *_metrics(facts),
+        *_metrics(facts, cfg),
     ]
     return '\n'.join(header) + '\n\n' + '\n\n'.join(sections) + '\n'
 
 
-def usage(facts: CardFacts) -> str:
+def usage(facts: CardFacts, where: str) -> str:
     """Six lines of Python that generate an image."""
     transformer = re.sub('^(GM|DX)', '', facts.class_name)
     if transformer not in PIPELINES:
@@ -85,8 +88,8 @@ def usage(facts: CardFacts) -> str:
     lines = [
         'import torch',
         f'from {module} import {name}',
-        f"pipe = {name}.from_pretrained('{base}', torch_dtype=torch.bfloat16).to('cuda')",
-        f"pipe.load_piflow_adapter('{facts.where}')",
+        f"pipe = {name}.from_pretrained({base!r}, dtype=torch.bfloat16).to('cuda')",
+        f'pipe.load_piflow_adapter({where!r})',
         "image = pipe('a photo of a brown bear', height=1024, width=1024).images[0]",
         "image.save('image.png')",
     ]
@@ -125,22 +128,64 @@ def _training(facts: CardFacts, cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in rows.items() if value is not None}
 
 
-def _metrics(facts: CardFacts) -> list[str]:
-    """Numbers of the run's own evaluations, if they are of the checkpoint that is exported."""
-    if not facts.results.is_file():
+def _metrics(facts: CardFacts, cfg: Mapping[str, Any]) -> list[str]:
+    """Numbers of the run's own evaluations, if they are of the weights that are exported."""
+    if facts.model_sha256 is None or not facts.results.is_file():
         return []
     content = json.loads(facts.results.read_text(encoding='utf-8'))
-    if content.get('iteration') != facts.step:
+    if content.get('model_sha256') != facts.model_sha256:
         return []
     sections = []
     for evaluation in content.get('evaluations') or ():
         values = evaluation.get('metrics') or {}
-        if values:
-            protocol = {key: evaluation[key] for key in ('data', 'prefix', 'num_samples', 'nfe') if key in evaluation}
-            described = ', '.join(f'{key} {value}' for key, value in protocol.items())
+        if values and evaluation.get('generated') and _role_of(evaluation, cfg['model']) == facts.role:
             rows = {name: f'{v:.4g}' if isinstance(v, float) else v for name, v in values.items()}
-            sections.append(f'Measured with: {described}.\n\n' + _table({'metric': 'value', **rows}))
+            sections.append(
+                '\n\n'.join([_conditions(evaluation), _table({'metric': 'value', **rows}), *_protocols(evaluation)])
+            )
+    if sections and content.get('fingerprint') != facts.fingerprint:
+        sections.insert(0, 'Measured under a config whose model, sampling or data differ from those of this export.')
     return ['## Metrics', *sections] if sections else []
+
+
+def _role_of(evaluation: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """Whose samples were measured."""
+    has_average = bool(model.get('diffusion_use_ema'))
+    role = (evaluation.get('sample_kwargs') or {}).get('role')
+    if role is None or (role == 'student' and has_average and model.get('inference_only')):
+        return 'ema' if has_average else 'student'  # a model for inference only has no student beside its average
+    return role
+
+
+#: What an evaluation says of all its metrics.
+CONDITIONS = ('num_samples', 'nfe', 'sampling_seed', 'quantize', 'image_sizes')
+
+
+def _conditions(evaluation: Mapping[str, Any]) -> str:
+    name = evaluation.get('name') or evaluation['data']
+    overridden = (evaluation.get('sample_kwargs') or {}).get('test_cfg_override') or {}
+    known = {key: evaluation[key] for key in CONDITIONS if evaluation.get(key) is not None}
+    return f'`{name}`: {_listed({**known, **overridden})}'
+
+
+def _protocols(evaluation: Mapping[str, Any]) -> list[str]:
+    """How each metric is measured, without what all say alike."""
+    lines = []
+    for metric, protocol in (evaluation.get('protocol') or {}).items():
+        own = {key: value for key, value in protocol.items() if key not in CONDITIONS or value != evaluation.get(key)}
+        lines.append(f'* {metric}: {_listed(own)}' if own else f'* {metric}')
+    reference = evaluation.get('reference_kwargs')
+    if reference:
+        lines.append(f'* reference samples: {_listed(reference)}')
+    return ['\n'.join(lines)] if lines else []
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ', '.join(
+        f'{name} ({_listed(value)})' if isinstance(value, Mapping) else f'{name} {value}'
+        for name, value in values.items()
+        if value is not None and value != {}
+    )
 
 
 def _table(rows: Mapping[str, Any]) -> str:

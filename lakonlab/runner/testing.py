@@ -211,7 +211,7 @@ def _origin_and_present(
         'model_sha256': None if weights.checkpoint is None else content_digest(weights.checkpoint, 'model'),
         'pretrained': _pretrained_digests(cfg),
         'seed': seed,
-        'fingerprint': _fingerprint(cfg),
+        'fingerprint': fingerprint(cfg),
     }
     return origin, _finished(path, origin)
 
@@ -266,7 +266,7 @@ def _identity(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True, default=str)
 
 
-def _fingerprint(cfg: Config) -> str:
+def fingerprint(cfg: Config) -> str:
     """Digest of the sections that decide what is sampled, and from what data."""
     values = cfg.to_dict()
     text = json.dumps(

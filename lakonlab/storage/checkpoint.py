@@ -360,7 +360,7 @@ def write_checkpoint(
     config_text: str = '',
     name: str | None = None,
     ranks: Ranks = ALONE,
-    extra: Callable[[AnyPath], Mapping[str, Record]] | None = None,
+    extra: Callable[[AnyPath, AnyPath], Mapping[str, Record]] | None = None,
     confirm: Callable[[], object] | None = None,
 ) -> AnyPath:
     """Write a checkpoint and publish it in one step; a failure leaves nothing under the final name.
@@ -376,8 +376,9 @@ def write_checkpoint(
         config_text: The resolved config of the run.
         name: Name of the directory; None for that of the step.
         ranks: The processes.
-        extra: Called by the main process with the unpublished directory, to add files made from what is there; returns
-            what :meth:`~lakonlab.storage.publisher.Publisher.write` said of each, by its name in the directory.
+        extra: Called by the main process with the unpublished directory and the place where its files will be, to add
+            files made from what is there; returns what :meth:`~lakonlab.storage.publisher.Publisher.write` said of
+            each, by its name in the directory.
         confirm: Called by the main process just before it publishes, to raise an error if it must not any more.
 
     Returns:
@@ -402,7 +403,7 @@ def write_checkpoint(
         def commit() -> None:
             if extra is not None:
                 publisher.settle(draft, files)
-                files.update(extra(draft))
+                files.update(extra(draft, draft if publisher.has_folders else final))
             files[STATE] = publisher.write(draft / STATE, json.dumps(state, indent=1).encode())
             if confirm is not None:
                 confirm()

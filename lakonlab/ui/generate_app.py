@@ -6,7 +6,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline, reported
+from lakonlab.ui.pipeline_options import (
+    PublishedPipeline,
+    add_pipeline_arguments,
+    build_pipeline,
+    reported,
+    steps_of,
+)
 from lakonlab.ui.text_to_image_app import add_server_arguments, missing_gradio, serve, text_to_image_app
 
 
@@ -19,7 +25,7 @@ def generator_of(pipes: Mapping[int, Any]):
     import torch
 
     def generate(prompt: str, seed: int, width: int, height: int, steps: int):
-        pipe = pipes[max(count for count in pipes if count <= steps)]
+        pipe = pipes[max((count for count in pipes if count <= steps), default=min(pipes))]
         generator = torch.Generator().manual_seed(seed)
         return pipe(prompt, width=width, height=height, num_inference_steps=steps, generator=generator).images[0]
 
@@ -66,7 +72,27 @@ def build_pipelines(args: argparse.Namespace, published: Sequence[PublishedPipel
     return pipes
 
 
+def slider_of(
+    steps: tuple[int, int, int, int], pipes: Mapping[int, Any], published: Sequence[PublishedPipeline]
+) -> tuple[int, int, int, int]:
+    """A slider for numbers of evaluations that begins with the one that the first adapter was trained for.
+
+    Args:
+        steps: That of the page, see :func:`~lakonlab.ui.text_to_image_app.text_to_image_app`.
+        pipes: See :func:`build_pipelines`.
+        published: What the page was made for.
+    """
+    least, most, first, stride = steps
+    trained = steps_of(pipes[published[0].steps], published[0])
+    if trained == published[0].steps:
+        return least, most, first, stride
+    least, most = min(least, trained), max(most, trained)
+    return least, most, trained, 1 if (trained - least) % stride or (most - least) % stride else stride
+
+
 def _serve(published: Sequence[PublishedPipeline], title: str, steps: tuple[int, int, int, int], args) -> int:
-    generate = generator_of(build_pipelines(args, published))
-    serve(text_to_image_app(generate, title, width=published[0].width, height=published[0].height, steps=steps), args)
+    pipes = build_pipelines(args, published)
+    size = dict(width=published[0].width, height=published[0].height)
+    page = text_to_image_app(generator_of(pipes), title, steps=slider_of(steps, pipes, published), **size)
+    serve(page, args)
     return 0

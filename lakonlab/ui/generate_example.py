@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline, reported
+from lakonlab.ui.pipeline_options import PublishedPipeline, add_pipeline_arguments, build_pipeline, reported, steps_of
 
 SEED = 42
 TIMED_CALLS = 3
@@ -104,7 +104,11 @@ def run_example(published: PublishedPipeline, prompt: str, description: str) -> 
     parser.add_argument('--prompt', default=prompt)
     parser.add_argument('--width', type=int, default=published.width, help='in pixels, a multiple of 16')
     parser.add_argument('--height', type=int, default=published.height, help='in pixels, a multiple of 16')
-    parser.add_argument('--steps', type=int, default=published.steps, help='network evaluations')
+    parser.add_argument(
+        '--steps',
+        type=int,
+        help=f'network evaluations; by default what the adapter was trained for, {published.steps} if it does not say',
+    )
     parser.add_argument('--seed', type=int, default=SEED)
     parser.add_argument('--out', type=Path, help=f'file to write; by default {published.name}_<steps>nfe.png')
     parser.add_argument('--benchmark', action='store_true', help='say how long an image takes, and where the time goes')
@@ -117,12 +121,13 @@ def generate(args: argparse.Namespace, published: PublishedPipeline, say: Callab
     import torch
 
     pipe = build_pipeline(args, published)
+    steps = steps_of(pipe, published) if args.steps is None else args.steps
     size = dict(width=args.width, height=args.height)
-    call = dict(prompt=args.prompt, num_inference_steps=args.steps, **size)
+    call = dict(prompt=args.prompt, num_inference_steps=steps, **size)
     image = pipe(**call, generator=torch.Generator().manual_seed(args.seed)).images[0]
-    out = args.out or Path(f'{published.name}_{args.steps}nfe.png')
+    out = args.out or Path(f'{published.name}_{steps}nfe.png')
     image.save(out)
     say(f'wrote {out}')
     if args.benchmark:
-        say(f'{args.width} x {args.height}, {args.steps} evaluations: {time_pipeline(pipe, call)}')
+        say(f'{args.width} x {args.height}, {steps} evaluations: {time_pipeline(pipe, call)}')
     return 0

@@ -34,20 +34,24 @@ class PublishedPipeline:
     """Of images, in pixels."""
     steps: int = 4
     """Network evaluations."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of ``from_pretrained``."""
+    policy_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Of its DX policy, which the file of the published adapter need not tell; empty for mixtures."""
 
 
 QWEN = dict(module='lakonlab.pipelines.piqwen_pipeline', kind='PiQwenImagePipeline', base='Qwen/Qwen-Image')
 FLUX = dict(module='lakonlab.pipelines.piflux_pipeline', kind='PiFluxPipeline', base='black-forest-labs/FLUX.1-dev')
 QWEN_ADAPTERS, FLUX_ADAPTERS = dict(adapter='Lakonik/pi-Qwen-Image'), dict(adapter='Lakonik/pi-FLUX.1')
-DX = dict(policy_type='DX', policy_kwargs=dict(segment_size=1 / 3.5, shift=3.2))
+DX = dict(segment_size=1 / 3.5, shift=3.2)
 LARGE, WIDE = dict(width=1920, height=1072), dict(width=1360, height=768)
 GMQWEN = PublishedPipeline('gmqwen', subfolder='gmqwen_k8_piid_4step', **QWEN, **QWEN_ADAPTERS, **LARGE)
-DXQWEN = PublishedPipeline('dxqwen', subfolder='dxqwen_n10_piid_4step', options=DX, **QWEN, **QWEN_ADAPTERS, **LARGE)
+DXQWEN = PublishedPipeline(
+    'dxqwen', subfolder='dxqwen_n10_piid_4step', policy_kwargs=DX, **QWEN, **QWEN_ADAPTERS, **LARGE
+)
 GMFLUX = PublishedPipeline('gmflux', subfolder='gmflux_k8_piid_4step', **FLUX, **FLUX_ADAPTERS, **WIDE)
 GMFLUX_8 = PublishedPipeline('gmflux', subfolder='gmflux_k8_piid_8step', steps=8, **FLUX, **FLUX_ADAPTERS, **WIDE)
-DXFLUX = PublishedPipeline('dxflux', subfolder='dxflux_n10_piid_4step', options=DX, **FLUX, **FLUX_ADAPTERS, **WIDE)
+DXFLUX = PublishedPipeline(
+    'dxflux', subfolder='dxflux_n10_piid_4step', policy_kwargs=DX, **FLUX, **FLUX_ADAPTERS, **WIDE
+)
 
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser, published: PublishedPipeline) -> None:
@@ -92,14 +96,15 @@ def build_pipeline(args: argparse.Namespace, published: PublishedPipeline, parts
 
     from lakonlab.ui.arguments import default_device
 
-    kind = getattr(importlib.import_module(published.module), published.kind)
-    if parts is None:
-        pipe = kind.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype), **published.options)
-    else:
-        pipe = kind(**parts, **published.options)
     subfolder = args.subfolder
     if subfolder is None and args.adapter == published.adapter:
         subfolder = published.subfolder
+    options = _policy_options(args.adapter, subfolder, published)
+    kind = getattr(importlib.import_module(published.module), published.kind)
+    if parts is None:
+        pipe = kind.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **options)
+    else:
+        pipe = kind(**parts, **options)
     pipe.load_piflow_adapter(args.adapter, subfolder=subfolder)
     device = args.device or default_device()
     if args.offload == 'model':
@@ -111,3 +116,24 @@ def build_pipeline(args: argparse.Namespace, published: PublishedPipeline, parts
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
     return pipe
+
+
+def _policy_options(adapter: str, subfolder: str | None, published: PublishedPipeline) -> Mapping[str, Any]:
+    """What a pipeline must be told about a policy: nothing where the adapter says how it is sampled.
+
+    The adapter is read before the base, which takes longer, so that what is wrong with it is found at once.
+    """
+    from lakonlab.pipelines.adapter_files import load_adapter_files
+
+    found = load_adapter_files(adapter, subfolder)
+    told = {**found.policy, **({} if found.recipe is None else found.recipe.known())}
+    is_told = bool(told.keys() - {'type'}) or told.get('type', 'DX') != 'DX'
+    return (
+        {} if is_told or not published.policy_kwargs else dict(policy_type='DX', policy_kwargs=published.policy_kwargs)
+    )
+
+
+def steps_of(pipe: Any, published: PublishedPipeline) -> int:
+    """Network evaluations that the adapter of a pipeline was trained for, or that its published one needs."""
+    recipe = pipe.transformer.piflow.recipe
+    return published.steps if recipe is None or recipe.nfe is None else recipe.nfe

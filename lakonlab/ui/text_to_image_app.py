@@ -67,9 +67,10 @@ def text_to_image_app(
 
     def run(prompt: str, seed: str, width: int, height: int, steps: int):
         try:
-            return generate(prompt=prompt, seed=int(seed), width=int(width), height=int(height), steps=int(steps))
+            made = generate(prompt=prompt, seed=int(seed), width=int(width), height=int(height), steps=int(steps))
         except (RuntimeError, ValueError) as error:
             raise gr.Error(str(error), title='Generation') from error
+        return made, seed
 
     with gr.Blocks(title=title, **BLOCKS) as app:
         gr.Markdown(f'# {title}')
@@ -91,6 +92,7 @@ def text_to_image_app(
             with gr.Column():
                 image = gr.Image(label='Image', format='png', elem_id='image')
                 last_seed = gr.Textbox(label='Seed of this image', interactive=False, elem_id='last-seed')
+                seed_to_use = gr.Textbox(label='seed', visible=False)
         swap.click(lambda a, b: (b, a), [width_box, height_box], [width_box, height_box], api_visibility='private')
         random_button.click(lambda: RANDOM_SEED, None, seed_box, api_visibility='private')
         reuse_button.click(
@@ -100,15 +102,15 @@ def text_to_image_app(
             [button.click, prompt.submit],
             check,
             [prompt, seed_box],
-            last_seed,
+            seed_to_use,
             api_visibility='private',
             show_progress='hidden',
         )
         checked.success(None, js=SHOW_IMAGE, api_visibility='private')  # on a phone it is below the controls
         checked.success(
             run,
-            [prompt, last_seed, width_box, height_box, steps_box],
-            image,
+            [prompt, seed_to_use, width_box, height_box, steps_box],
+            [image, last_seed],
             api_name='text_to_img',
             concurrency_limit=1,
             concurrency_id='device',

@@ -8,7 +8,8 @@ import pytest
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from PIL import Image
 
-from lakonlab.ui.generate_app import build_pipelines, generator_of
+from lakonlab.pipelines.recipe import Recipe
+from lakonlab.ui.generate_app import build_pipelines, generator_of, slider_of
 from lakonlab.ui.pipeline_options import GMFLUX, GMFLUX_8
 from tests import tiny_components
 from tests.pipelines.adapters import RECIPE, write_adapter
@@ -31,8 +32,9 @@ def test_script(script, folder, transformer, steps, ended_by, tmp_path):
     options = ['--model', base, '--adapter', tmp_path / 'adapter', '--device', 'cpu', '--dtype', 'float32']
     with served(script, tmp_path, *options, ended_by=ended_by) as client:
         call = dict(prompt='a red heart', seed='3', width=96, height=64, steps=steps)
-        result = client.predict(*call.values(), api_name='/text_to_img')
+        result, seed = client.predict(*call.values(), api_name='/text_to_img')
         assert Image.open(result).size == (96, 64)
+        assert seed == '3'
 
 
 def test_an_adapter_for_each_number_of_steps(tmp_path):
@@ -53,5 +55,30 @@ def test_an_adapter_for_each_number_of_steps(tmp_path):
     call = dict(prompt='a red heart', seed=3, width=48, height=32, steps=8)
     with_both = generator_of(pipes)(**call)
     assert with_both == generator_of({4: pipes[8]})(**call) != generator_of({4: pipes[4]})(**call)
+    assert slider_of((4, 8, 4, 4), pipes, published) == (4, 8, 4, 4)
     one = build_pipelines(Namespace(**{**vars(args), 'subfolder': GMFLUX.subfolder}), published)
     assert list(one) == [4]
+
+
+@pytest.mark.parametrize(
+    ('nfe', 'slider', 'expected'),
+    [
+        (2, (4, 8, 4, 4), (2, 8, 2, 1)),
+        (8, (4, 8, 4, 4), (4, 8, 8, 4)),
+        (6, (4, 8, 4, 4), (4, 8, 6, 1)),
+        (16, (4, 8, 4, 4), (4, 16, 16, 4)),
+        (2, (4, 50, 4, 1), (2, 50, 2, 1)),
+    ],
+)
+def test_a_page_begins_with_what_an_adapter_was_trained_for(nfe, slider, expected):
+    """And it is used for fewer evaluations than the page was made for, too."""
+
+    class Pipe:
+        transformer = Namespace(piflow=Namespace(recipe=Recipe(nfe=nfe)))
+
+        def __call__(self, prompt, num_inference_steps, **options):
+            return Namespace(images=[num_inference_steps])
+
+    pipes = {GMFLUX.steps: Pipe()}
+    assert slider_of(slider, pipes, (GMFLUX, GMFLUX_8)) == expected
+    assert generator_of(pipes)('a red heart', 3, 48, 32, expected[2]) == nfe

@@ -116,9 +116,10 @@ def test_generators_of_images(pipe, with_spectrum):
 
 
 def test_wrong_labels(pipe):
-    for labels, named in (([5], r'\[5\]'), ([-1, 2], r'\[-1\]'), ([], r'\[\]')):
-        with pytest.raises(ValueError, match=rf'class_labels={named}: expected at least one, from 0 to 4'):
+    for labels, named in (([5], r'\[5\]'), ([-1, 2], r'\[-1\]'), ([], r'\[\]'), ([1.7], r'\[1\.7'), (9, r'\[9\]')):
+        with pytest.raises(ValueError, match=rf'class_labels={named}.*: expected integers, at least one, from 0 to 4'):
             sample(pipe, labels)
+    assert torch.equal(sample(pipe, 1), sample(pipe, [1]))
     assert torch.equal(sample(pipe, torch.tensor([1, 3])), sample(pipe))
 
 

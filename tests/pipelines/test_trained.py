@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import PiflowScheduler
+from safetensors import safe_open
 
+from lakonlab.pipelines.adapter_files import weights_name
 from tests.pipelines.trained import CALL, PROMPTS, Trained, in_folder, noise, pack, train
 
 KINDS = [('Flux', 'GM'), ('QwenImage', 'DX'), ('QwenImage', 'GM'), ('Flux', 'DX'), ('Flux', 'data-free')]
@@ -39,9 +41,10 @@ def test_trainers_own_samples(trained):
     } | {'proj_out.weight', 'proj_out.bias'}
 
 
-def test_the_card_and_its_snippet(trained, tmp_path):
+@pytest.mark.parametrize('folder', ['export', 'saved'])
+def test_the_card_and_its_snippet(trained, folder, tmp_path):
     """The snippet runs with nothing but the device, dtype, size and place replaced."""
-    card = (trained.export / 'README.md').read_text()
+    card = (getattr(trained, folder) / 'README.md').read_text()
     assert f'iterations | {20}' in card
     assert 'network evaluations | 4' in card
     code = re.search(r'```python\n(.*?)```', card, re.DOTALL)[1]
@@ -49,9 +52,28 @@ def test_the_card_and_its_snippet(trained, tmp_path):
     for published, here in (('torch.bfloat16', 'torch.float32'), ("'cuda'", "'cpu'"), ('1024', '32')):
         assert published in code
         code = code.replace(published, here)
+    code = code.replace("'checkpoints/", f"'{trained.root}/checkpoints/")
+    assert str(getattr(trained, folder)) in code
     with in_folder(tmp_path):
         exec(code, {})
     assert Path(tmp_path, 'image.png').stat().st_size > 0
+
+
+def test_what_checkpoints_export(trained):
+    """All that the tool writes; the cards differ in the place."""
+    contents = []
+    for folder, place in ((trained.export, str(trained.export)), (trained.saved, 'checkpoints/tiny/iter_20/export')):
+        files = {str(path.relative_to(folder)): path for path in folder.rglob('*') if path.is_file()}
+        with safe_open(files.pop(weights_name()), 'pt') as weights:
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+            metadata = weights.metadata()
+        contents.append((tensors, metadata, {name: path.read_text() for name, path in files.items()}))
+        assert place in contents[-1][2]['README.md']
+        contents[-1][2]['README.md'] = contents[-1][2]['README.md'].replace(place, 'PLACE')
+    (by_tool, *others), (by_run, *same) = contents
+    torch.testing.assert_close(by_run, by_tool, rtol=0, atol=0)
+    assert same == others
+    assert {'README.md', 'config.json', 'scheduler/scheduler_config.json'} <= set(others[1])
 
 
 def test_dx_by_the_scheduler_of_diffusers(trained):

@@ -1,5 +1,6 @@
 """What users of a pipeline do once an adapter is loaded."""
 
+import inspect
 import logging
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from lakonlab.models.diffusions.schedulers import FlowMapSDEScheduler
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from lakonlab.pipelines.piqwen_pipeline import PiQwenImagePipeline
-from tests.pipelines.adapters import random_lora, random_tensors, write_adapter
+from tests.pipelines.adapters import RECIPE, random_lora, random_tensors, write_adapter
 from tests.pipelines.calls import PROMPTS, generators, images, load, said
 
 
@@ -93,7 +94,7 @@ def test_low_precision(folders, kind, tmp_path):
     """States stay in float32 while the networks compute in bfloat16."""
     pipe = load(folders, kind, tmp_path)
     expected = images(pipe, output_type='latent')
-    half = kind.from_pretrained(folders[kind], torch_dtype=torch.bfloat16)
+    half = kind.from_pretrained(folders[kind], dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     half.load_piflow_adapter(tmp_path / 'adapter')
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
@@ -247,6 +248,10 @@ def test_schedules(folders, tmp_path, caplog):
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     images(pipe)
     assert 'the scheduler has dynamic' in caplog.text
+    for other in (FlowMatchEulerDiscreteScheduler(500, shift=3.2), FlowMapSDEScheduler(num_train_timesteps=1)):
+        pipe.scheduler = other
+        with pytest.raises(ValueError, match=r'num_train_timesteps=\d+, but pipelines count 1000: pipe.scheduler = '):
+            images(pipe)
 
 
 def test_recipe_with_another_last_step_or_shift(folders, tmp_path, caplog):
@@ -264,6 +269,23 @@ def test_recipe_with_another_last_step_or_shift(folders, tmp_path, caplog):
     assert 'a shift that depends on the size of images' in caplog.text
 
 
+def test_arguments_that_contradict_the_recipe_are_reported_once(folders, kind, tmp_path, caplog):
+    recipe = dict(RECIPE, temperature=0.3, guidance_scale=1.5)
+    pipe = load(folders, kind, tmp_path, recipe=recipe)
+    agreeing = dict(temperature=0.3, total_substeps=32)
+    contradicting = dict(temperature=0.9, total_substeps=4)
+    if kind is PiFluxPipeline:  # the other has no scale to embed
+        agreeing['guidance_scale'], contradicting['guidance_scale'] = 1.5, 9.0
+    images(pipe, **agreeing)
+    images(pipe, num_inference_steps=8, temperature=0.9)
+    assert not said(caplog)
+    for _ in range(2):
+        images(pipe, **contradicting)
+    assert sorted(record.message.partition('trained for ')[2] for record in said(caplog)) == sorted(
+        f'{name}={recipe[name]}, but it is called with {value}' for name, value in contradicting.items()
+    )
+
+
 def test_refusals(folders, kind, tmp_path):
     bare = load(folders, kind)
     with pytest.raises(ValueError, match='call load_piflow_adapter first'):
@@ -279,10 +301,20 @@ def test_refusals(folders, kind, tmp_path):
         pipe.load_piflow_adapter(tmp_path / 'adapter')
     with pytest.raises(ValueError, match="temperature='cold'"):
         images(pipe, temperature='cold')
-    wrong = dict(num_inference_steps=0, total_substeps=-3, final_step_size_scale=0, temperature=5)
-    for name, value in {**wrong, 'total_substeps ': 0}.items():
-        with pytest.raises(ValueError, match=f'{name.strip()}={value}: expected'):
-            images(pipe, **{name.strip(): value})
+    wrong = dict(
+        num_inference_steps=(0, 4.0, True),
+        total_substeps=(-3, 0),
+        final_step_size_scale=(0, float('nan')),
+        temperature=(5, None, float('nan')),
+    )
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f'{name}={value}: expected'):
+                images(pipe, **{name: value})
+    stock = next(base for base in kind.__mro__ if base.__module__.startswith('diffusers'))
+    place = list(inspect.signature(stock.__call__).parameters).index('num_inference_steps') - 2  # after self, prompt
+    with pytest.raises(ValueError, match='num_inference_steps=0: expected'):
+        pipe('a red heart', *[None] * place, 0)
 
 
 def test_nothing_is_said_in_vain(folders, kind, tmp_path, caplog):

@@ -6,9 +6,12 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from lakonlab.models.diffusions.schedulers import FlowMapSDEScheduler
 from lakonlab.pipelines.adapter_files import AdapterError
+from lakonlab.pipelines.contradictions import contradictions
 from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from tests.pipelines.adapters import random_lora, random_tensors, write_adapter
+from tests.pipelines.calls import said
 from tests.tiny_components import SIZES
 
 PARTS = dict.fromkeys(('vae', 'text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2'))
@@ -61,6 +64,17 @@ def test_of_another_width_of_text(pipe, tmp_path):
     tensors['transformer_blocks.0.ff.net.2.lora_A.weight'] = torch.ones(2, 100)
     write_adapter(tmp_path, pipe.transformer, tensors=tensors)
     refused(pipe, tmp_path, r'transformer_blocks\.0\.ff\.net\.2 has weights')
+
+
+def test_of_two_ranks(pipe, tmp_path):
+    tensors = random_tensors(pipe.transformer)
+    name = 'transformer_blocks.0.ff.net.2.lora_A.weight'
+    for value, match in (
+        (tensors[name][:1], r'the matrices of transformer_blocks\.0\.ff\.net\.2 have the ranks 2 and 1'),
+        (tensors[name][0], r'transformer_blocks\.0\.ff\.net\.2 has weights'),
+    ):
+        write_adapter(tmp_path, pipe.transformer, tensors={**tensors, name: value.clone()})
+        refused(pipe, tmp_path, match)
 
 
 def test_style(pipe, tmp_path):
@@ -148,6 +162,36 @@ def test_arguments_of_policies(pipe, tmp_path, policy, match):
     refused(pipe, tmp_path, match)
 
 
+@pytest.mark.parametrize(
+    ('policy', 'match'),
+    [
+        (dict(mode='cubic'), "mode='cubic' of the DX policy: expected one of grid, polynomial"),
+        (dict(segment_size=float('nan')), 'segment_size=nan of the DX policy: expected a positive number'),
+    ],
+)
+def test_arguments_of_dx(pipe, tmp_path, policy, match):
+    write_adapter(tmp_path, pipe.transformer, kind='DX', policy=dict(type='DX', **{'segment_size': 0.3, **policy}))
+    refused(pipe, tmp_path, match)
+
+
+def test_told_arguments_of_policies_that_contradict_the_file(pipe, tmp_path, caplog):
+    file = dict(type='DX', segment_size=0.1333, shift=3.2)
+    write_adapter(tmp_path, pipe.transformer, kind='DX', policy=file)
+    parts = pipe.components
+    PiFluxPipeline(**parts, policy_kwargs=dict(segment_size=0.13330001)).load_piflow_adapter(tmp_path)
+    assert 'policy_kwargs' not in caplog.text
+    told = PiFluxPipeline(**parts, policy_kwargs=dict(segment_size=0.25, shift=1.0))
+    told.load_piflow_adapter(tmp_path)
+    assert told.transformer.piflow.policy_kwargs == dict(segment_size=0.25, shift=1.0)
+    messages = [record.message for record in said(caplog) if 'policy_kwargs' in record.message]
+    assert 'segment_size=0.1333, which is replaced by segment_size=0.25 of policy_kwargs' in messages[0]
+    assert 'shift=3.2, which is replaced by shift=1.0 of policy_kwargs' in messages[1]
+    config = FlowMapSDEScheduler(shift=3.2, final_step_size_scale=0.5).config
+    (about_shift, about_segments) = contradictions(told.transformer.piflow, config, 4, {})
+    assert 'has shift=1.0, but the scheduler has 3.2' in about_shift
+    assert 'segments of 0.25 in schedule time' in about_segments
+
+
 def test_misspelt_arguments_of_policies(pipe, tmp_path):
     write_adapter(tmp_path, pipe.transformer, kind='DX', policy=dict(type='DX', segment_size=0.5))
     told = PiFluxPipeline(**pipe.components, policy_kwargs=dict(segment_siz=1 / 3.5))
@@ -163,6 +207,8 @@ def test_misspelt_arguments_of_policies(pipe, tmp_path):
         (dict(total_substeps=2.5), r'total_substeps=2\.5 of its recipe'),
         (dict(shift=[3.2]), r'shift=\[3\.2\] of its recipe: expected a number'),
         (dict(shift=0), 'shift=0 of its recipe'),
+        (dict(shift=float('nan')), 'shift=nan of its recipe'),
+        (dict(guidance_scale=float('inf')), 'guidance_scale=inf of its recipe'),
     ],
 )
 def test_recipes(pipe, tmp_path, recipe, match):

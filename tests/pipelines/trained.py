@@ -30,6 +30,8 @@ class Trained(NamedTuple):
     """A student and where it is."""
 
     family: str
+    root: Path
+    """Folder in which it was trained."""
     base: Path
     """Folder of the pipeline it was distilled from."""
     export: Path
@@ -94,7 +96,7 @@ def train(root: Path, family: str, kind: str, iterations: int = 20) -> Trained:
         runner.train()
         export = export_adapter(cfg, root / 'export')
     saved = root / 'checkpoints' / 'tiny' / f'iter_{iterations}' / 'export'
-    return Trained(family, base, export, saved, runner.model.eval(), cfg)
+    return Trained(family, root, base, export, saved, runner.model.eval(), cfg)
 
 
 def noise(batch_size: int = 2, seed: int = 0) -> Tensor:

@@ -6,9 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lakonlab.models.architecture.adapters import merge_lora, read_lora
 from lakonlab.runner.checkpoint_tools import clean_checkpoints, count_parameters, save_inference_weights
-from lakonlab.runner.convert_lora import convert_flux_lora
 from lakonlab.storage.checkpoint import CheckpointError, write_checkpoint
 
 LORA = 'layer.lora_A.default.weight'
@@ -100,39 +98,25 @@ def test_a_damaged_newest_is_no_reason_to_remove_what_the_run_goes_on_from(tmp_p
     assert [name for name in names(tmp_path) if not name.startswith('.')] == ['iter_2', 'iter_3']
 
 
+def test_a_directory_that_is_none_of_a_run_is_an_error(tmp_path):
+    run = tmp_path / 'checkpoints' / 'my_run'
+    save(run, 1)
+    with pytest.raises(CheckpointError, match='holds no checkpoints: name one of the runs in it, my_run'):
+        clean(tmp_path / 'checkpoints', yes=True)
+    with pytest.raises(CheckpointError, match=f'is a single checkpoint: name the directory of the run, {run}'):
+        clean(run / 'iter_1', yes=True)
+    (tmp_path / 'other' / 'folder').mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r'holds no checkpoints, neither iter_<n> nor iter_<n>\.pth'):
+        clean(tmp_path / 'other', yes=True)
+    assert clean(run) == []
+
+
 def test_cleaning_of_published_checkpoints(tmp_path):
     for name in ('iter_100', 'iter_200', 'iter_300', 'best_fid_iter_100'):
         (tmp_path / f'{name}.pth').write_bytes(b'x')
     (tmp_path / 'latest.pth').symlink_to('iter_200.pth')
     clean(tmp_path, yes=True)
     assert names(tmp_path) == ['best_fid_iter_100.pth', 'iter_200.pth', 'iter_300.pth', 'latest.pth']
-
-
-def test_lora_of_comfy(tmp_path):
-    """The same change of the weights, in the layout of diffusers."""
-    generator = torch.Generator().manual_seed(0)
-    down, up = torch.randn(2, 3072, generator=generator), torch.randn(3072, 2, generator=generator)
-    state = {
-        'lora_unet_double_blocks_0_img_attn_proj.lora_down.weight': down,
-        'lora_unet_double_blocks_0_img_attn_proj.lora_up.weight': up,
-        'lora_unet_double_blocks_0_img_attn_proj.alpha': torch.tensor(1.0),
-    }
-    save_file(state, tmp_path / 'comfy.safetensors')
-    convert_flux_lora(Namespace(source=str(tmp_path / 'comfy.safetensors'), target=str(tmp_path / 'ours.safetensors')))
-    layer = 'transformer_blocks.0.attn.to_out.0'
-    result = load_file(tmp_path / 'ours.safetensors')
-    assert sorted(result) == [f'transformer.{layer}.lora_{side}.weight' for side in 'AB']
-    lora, alphas = read_lora(str(tmp_path / 'ours.safetensors'))
-    assert not alphas
-    network = torch.nn.Module()
-    path = network
-    for part in layer.split('.')[:-1]:
-        path.add_module(part, torch.nn.Module())
-        path = path.get_submodule(part)
-    path.add_module('0', torch.nn.Linear(3072, 3072, bias=False))
-    torch.nn.init.zeros_(network.get_submodule(layer).weight)
-    merge_lora(network, lora)
-    torch.testing.assert_close(network.get_submodule(layer).weight, 0.5 * up @ down, rtol=1e-5, atol=1e-5)
 
 
 def test_nobody_answers(tmp_path, capsys):

@@ -9,7 +9,8 @@ import torch
 
 from lakonlab.config.load import load_config
 from lakonlab.pipelines.recipe import Recipe
-from lakonlab.runner.export_adapter import adapter_config, describe_adapter, recipe_of, scaled_lora
+from lakonlab.runner.adapter_folder import adapter_config, describe_adapter, lora_factor, recipe_of
+from lakonlab.storage.adapter_layout import published_tensors
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 MANIFESTS = Path(__file__).parents[1] / 'data' / 'manifests'
@@ -22,18 +23,18 @@ def test_files_of_published_students(name):
     """config.json and the policy in the metadata are what the published tool writes."""
     cfg = load_config(CONFIGS / f'{name}.py')
     recorded = json.loads(gzip.decompress((MANIFESTS / f'{name.replace("/", ".")}.adapter.json.gz').read_bytes()))
-    described = describe_adapter(cfg)
-    config = json.loads(described['texts']['config.json'])
+    described = describe_adapter(cfg, role='ema', step=1, origin='iter_1')
+    config = json.loads(described.texts['config.json'])
     expected = recorded['config_json']
     for content in (config, expected):
         content.pop('_diffusers_version')
     # the transformer as it is in diffusers, by its own name, which readers of published adapters know
     expected['_class_name'] = expected['_class_name'].removeprefix('DX')
     assert config == expected
-    assert json.loads(described['metadata']['policy_config']) == json.loads(
+    assert json.loads(described.metadata['policy_config']) == json.loads(
         recorded['safetensors_metadata']['policy_config']
     )
-    assert described['lora_factor'] == 1
+    assert described.lora_factor == 1
     assert len(STUDENTS) == 11
 
 
@@ -60,8 +61,11 @@ def test_recipes():
 def test_factor_of_the_matrices_is_one():
     """Readers of the layout know no alpha, so that it goes into the matrices."""
     down, up = torch.randn(4, 6), torch.randn(5, 4)
-    tensors = {'x.lora_A.weight': down, 'x.lora_B.weight': up, 'proj_out.weight': torch.ones(2, 2)}
-    scaled = scaled_lora(tensors, dict(lora_rank=4, lora_alpha=8))
+    tensors = {'x.lora_A.default.weight': down, 'x.lora_B.default.weight': up, 'proj_out.weight': torch.ones(2, 2)}
+    state = {**{f'a.{name}': tensor for name, tensor in tensors.items()}, 'b.x': torch.zeros(1)}
+    scaled = published_tensors(state, 'a.', lora_factor(dict(lora_rank=4, lora_alpha=8)))
     torch.testing.assert_close(scaled['x.lora_B.weight'] @ scaled['x.lora_A.weight'], 2 * up @ down)
     assert torch.equal(scaled['proj_out.weight'], tensors['proj_out.weight'])
-    assert all(torch.equal(value, tensors[name]) for name, value in scaled_lora(tensors, dict(lora_rank=4)).items())
+    plain = published_tensors(state, 'a.', lora_factor(dict(lora_rank=4)))
+    assert sorted(plain) == ['proj_out.weight', 'x.lora_A.weight', 'x.lora_B.weight']
+    assert plain['x.lora_B.weight'] is up

@@ -21,8 +21,8 @@ def test_average_of_an_adapter_is_read_back(policy, tmp_path):
             tensor.add_(torch.randn(tensor.shape) * 0.01)
     state = SingleProcess(device='cpu').model_state(model)
 
-    def extra(folder):
-        return add_inference_weights(folder, 'diffusion_ema')
+    def extra(folder, place):
+        return add_inference_weights(folder, place, 'diffusion_ema')
 
     path = write_checkpoint(tmp_path / 'run', 3, {'model': state}, {}, extra=extra)
     assert f'{FOLDER}/{FILE}' in read_manifest(path)['files']

@@ -195,7 +195,7 @@ def test_weights_for_inference_are_made_of_what_is_needed(store, monkeypatch):
     monkeypatch.setattr(s3, '_read', counted)
     with failing(RequestFault(-1, 'deny', refused='GET .*/export/')):
         path = write_checkpoint(
-            store.run, 4, {'model': state}, {}, extra=lambda folder: add_inference_weights(folder, 'diffusion_ema')
+            store.run, 4, {'model': state}, {}, extra=lambda *places: add_inference_weights(*places, 'diffusion_ema')
         )
     assert 0 < sum(received) < 1 << 20
     find_checkpoint(path)  # which compares all checksums
@@ -225,7 +225,7 @@ def test_weights_for_inference(store, tmp_path, monkeypatch):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path))
     state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
     path = write_checkpoint(
-        store.run, 4, {'model': state}, {}, extra=lambda folder: add_inference_weights(folder, 'diffusion_ema')
+        store.run, 4, {'model': state}, {}, extra=lambda *places: add_inference_weights(*places, 'diffusion_ema')
     )
     from safetensors.torch import load
 

@@ -43,8 +43,8 @@ def address(tmp_path_factory, requests):
 
     def generate(**call):
         requests.append(call)
-        if call['prompt'] == 'too much':
-            raise RuntimeError('out of memory')
+        if call['prompt'].endswith('too much'):
+            raise RuntimeError(f'{call["prompt"]}: out of memory')
         image = make(**call)
         assert isinstance(image, Image.Image)
         return image.resize((4 * image.width, 4 * image.height))
@@ -143,9 +143,17 @@ def test_errors(page, requests):
     page.locator('#generate').click()
     expect(page.get_by_text('out of memory')).to_be_visible()
     expect(page.locator('#image img')).to_have_count(0)
+    browser.shown(page, 'last-seed', '^$')
     page.locator('#prompt textarea').fill(PROMPT)
-    _, call = generate(page, requests)
+    first, call = generate(page, requests)
     assert call['seed'] == 3
+    browser.shown(page, 'last-seed', '^3$')
+    browser.enter(page, 'seed', 4)
+    page.locator('#prompt textarea').fill('far too much')
+    page.locator('#generate').click()
+    expect(page.get_by_text('far too much: out of memory')).to_be_visible()
+    expect(page.locator('#image img')).to_have_attribute('src', first)
+    browser.shown(page, 'last-seed', '^3$')
 
 
 @pytest.mark.parametrize('width', browser.WIDTHS)

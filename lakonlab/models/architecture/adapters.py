@@ -8,7 +8,6 @@ factor of 1.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lakonlab.models.architecture.loading import PretrainedError, obtain_weights, read_weights
+from lakonlab.storage.adapter_layout import published_name
 
 TRANSFORMER_PREFIX = 'transformer.'
 POLICY_KEY = 'policy_config'
@@ -24,6 +24,8 @@ SIDES = ('.lora_A.weight', '.lora_B.weight')
 ALPHA = '.alpha'
 #: The names of ``SIDES`` in files of other tools.
 DOWN, UP = '.lora_down.weight', '.lora_up.weight'
+#: Of the layers of FLUX by the names of its authors, in files of ComfyUI and ai-toolkit.
+AUTHORS_PREFIXES = ('diffusion_model.', 'double_blocks.', 'single_blocks.')
 #: Parts of names in files of adapters whose product is not all that they add.
 UNSUPPORTED = ('dora_scale', 'lora_magnitude_vector')
 
@@ -58,7 +60,7 @@ def read_adapter(path: str, key: str = 'pretrained_adapter') -> Adapter:
 
 def _own_name(name: str) -> str:
     """A name in a file, relative to the transformer and without that of the adapter in a training run."""
-    return re.sub(r'(\.lora_[AB])\.default\.', r'\1.', name.removeprefix(TRANSFORMER_PREFIX))
+    return published_name(name.removeprefix(TRANSFORMER_PREFIX))
 
 
 def _policy_of(path: str, key: str) -> dict[str, Any]:
@@ -133,7 +135,10 @@ def _converted(state: dict[str, Tensor], converter: str, path: str, key: str) ->
         raise PretrainedError(f'lora_converter={converter!r} is no class of diffusers.loaders')
     options = {'return_alphas': True} if 'return_alphas' in inspect.signature(loader.lora_state_dict).parameters else {}
     # some layouts have alpha multiplied into the matrices, which is not to be rounded to their precision
-    precise = {_own_name(name): value.float() if value.is_floating_point() else value for name, value in state.items()}
+    precise = {
+        _known_name(_own_name(name), converter): value.float() if value.is_floating_point() else value
+        for name, value in state.items()
+    }
     try:
         result = loader.lora_state_dict(precise, **options)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -145,6 +150,14 @@ def _converted(state: dict[str, Tensor], converter: str, path: str, key: str) ->
         return result
     matrices, alphas = result
     return {**matrices, **{f'{name.removesuffix(ALPHA)}{ALPHA}': alpha for name, alpha in (alphas or {}).items()}}
+
+
+def _known_name(name: str, converter: str) -> str:
+    """A name as the converter of FLUX knows it: it looks for the authors' names of layers beside lora_down, lora_up."""
+    if converter != 'FluxLoraLoaderMixin' or not name.startswith(AUTHORS_PREFIXES) or '.processor.' in name:
+        return name
+    name = name.replace(SIDES[0], DOWN).replace(SIDES[1], UP)
+    return name if name.startswith(AUTHORS_PREFIXES[0]) else AUTHORS_PREFIXES[0] + name
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from lakonlab.parallel.checkpoint_writer import CheckpointWriter, SaveJob
 from lakonlab.phases import phase
 from lakonlab.registry import HOOKS
 from lakonlab.runner.agreement import require_agreement
-from lakonlab.storage.checkpoint import CheckpointError
+from lakonlab.storage.checkpoint import CheckpointError, checkpoint_name
 from lakonlab.storage.inference_weights import add_inference_weights
 from lakonlab.storage.publisher import publisher_of
 from lakonlab.storage.remote_path import AnyPath
@@ -137,8 +137,6 @@ class CheckpointHook(Hook):
             CheckpointError: This write failed (when waiting), or the one before did.
             RuntimeError: The processes do not agree on what they save.
         """
-        from lakonlab.runner.export_adapter import describe_adapter
-
         with phase('checkpoint'):
             strategy = runner.strategy
             require_agreement(strategy.ranks, runner.facts(step), f'at the checkpoint of iteration {step}')
@@ -155,9 +153,7 @@ class CheckpointHook(Hook):
                 names.append(None)
                 self.last_saved = step
                 afterwards = [partial(prune, runner.checkpoint_dir, step, self.max_keep_ckpts, self.must_save_interval)]
-            extra = None
-            if self.export is not None:
-                extra = partial(add_inference_weights, role=EXPORTS[self.export], **describe_adapter(runner.cfg))
+            extra = None if self.export is None else self._exporter(runner, step)
             confirm = partial(publisher_of(runner.checkpoint_dir).confirm, runner.checkpoint_dir, runner.holder)
             job = SaveJob(
                 runner.checkpoint_dir, step, state, runner.config_text, tuple(names), extra, confirm, tuple(afterwards)
@@ -178,6 +174,8 @@ class CheckpointHook(Hook):
         self._best.append(f'best_{re.sub("[^A-Za-z0-9_.-]+", "_", name)}')
 
     def _require_exported(self, runner) -> None:
+        from lakonlab.runner.adapter_folder import describe_adapter, has_policy
+
         names = runner.strategy.model_state(runner.model)
         prefix = f'{EXPORTS.get(self.export)}.denoising.'
         if self.export is not None and not any(name.startswith(prefix) for name in names):
@@ -185,6 +183,17 @@ class CheckpointHook(Hook):
                 f'checkpoint_config.export={self.export!r}, but the run saves no {prefix.removesuffix(".")}: set '
                 'model.diffusion_use_ema=True, or choose another one'
             )
+        if self.export is not None and has_policy(runner.cfg):  # what cannot be described is found before training
+            describe_adapter(runner.cfg, role=self.export, step=0, origin='').card[1]('')
+
+    def _exporter(self, runner, step: int):
+        """What adds the weights for inference to a checkpoint, see ``add_inference_weights``; it can be pickled."""
+        from lakonlab.runner.adapter_folder import describe_adapter, has_policy
+
+        folder = {}
+        if has_policy(runner.cfg):
+            folder = describe_adapter(runner.cfg, role=self.export, step=step, origin=checkpoint_name(step))._asdict()
+        return partial(add_inference_weights, role=EXPORTS[self.export], **folder)
 
     def _writer_of(self, runner) -> CheckpointWriter:
         if self._writer is None:

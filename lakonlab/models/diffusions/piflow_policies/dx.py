@@ -12,6 +12,9 @@ from lakonlab.ops.rollout_schedule import RolloutSchedule
 from lakonlab.ops.shapes import expand_like
 from lakonlab.ops.time_shift import unwarp
 
+#: What the points of an output are, see :class:`DXPolicy`.
+MODES = ('grid', 'polynomial')
+
 
 class DXPolicy(Policy):
     """Velocity towards an ``x_0`` that depends on time alone.
@@ -48,7 +51,7 @@ class DXPolicy(Policy):
         eps: float = 1e-4,
     ):
         super().__init__(x_t_src, sigma_t_src, eps)
-        if mode not in ('grid', 'polynomial'):
+        if mode not in MODES:
             raise ValueError(f"policy_kwargs.mode={mode!r}: expected 'grid' or 'polynomial'")
         if not isinstance(denoising_output, Tensor) or (
             denoising_output.shape[:1] + denoising_output.shape[2:] != x_t_src.shape
