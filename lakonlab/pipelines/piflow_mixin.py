@@ -49,6 +49,12 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        calls = (vars(base)['__call__'] for base in cls.__mro__ if '__call__' in vars(base))
+        if any('strength' in inspect.signature(call).parameters for call in calls):
+            raise TypeError(
+                f'{cls.__name__}: its base begins in the middle of the schedule, with a noisy image (strength); '
+                'adapters of pi-Flow generate from noise: use a pipeline from text, or one that conditions on images'
+            )
         if '__init__' not in vars(cls):  # diffusers learns from its signature what a pipeline consists of
             cls.__init__ = _constructor_like(super().__init__)
 

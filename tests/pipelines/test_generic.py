@@ -8,15 +8,19 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
     StableDiffusion3Pipeline,
 )
 from PIL import Image
 
 from lakonlab.models.diffusions.piflow import PiFlowImitation
 from lakonlab.pipelines.piflow_mixin import PiFlowPipelineMixin
+from lakonlab.pipelines.piflux_pipeline import PiFluxPipeline
 from lakonlab.pipelines.pipeline_piflux2 import PiFlux2Pipeline
 from lakonlab.registry import MODULES
 from tests.pipelines.adapters import RECIPE, write_adapter, write_euler_adapter
+from tests.pipelines.calls import CALL
 from tests.pipelines.trained import pack
 
 SD3 = dict(
@@ -93,6 +97,29 @@ def base_and_adapter(kind, student, transformer, folder):
     recipe = {**RECIPE, 'nfe': NUM_STEPS, 'temperature': 1.0}
     write_adapter(folder, base, policy=dict(type=policy, **arguments), recipe=recipe, tensors=own)
     return base.eval()
+
+
+def test_pipelines_that_begin_with_an_image_are_refused():
+    with pytest.raises(TypeError, match=r'PiFluxImg2Img: its base begins in the middle of the schedule.*\(strength\)'):
+        type('PiFluxImg2Img', (PiFlowPipelineMixin, FluxImg2ImgPipeline), {})
+
+
+def test_a_pipeline_that_conditions_on_an_image(folders, tmp_path):
+    class PiFluxKontextPipeline(PiFlowPipelineMixin, FluxKontextPipeline):
+        unguided = {'true_cfg_scale': 1.0}
+
+    pipe = PiFluxKontextPipeline.from_pretrained(folders[PiFluxPipeline])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_piflow_adapter(write_adapter(tmp_path, pipe.transformer))
+    call = dict(CALL, output_type='latent', _auto_resize=False)
+    first, other = (
+        pipe(
+            Image.new('RGB', (48, 32), color), 'a red heart', generator=torch.Generator().manual_seed(1), **call
+        ).images
+        for color in ('black', 'white')
+    )
+    assert first.isfinite().all()
+    assert not torch.allclose(first, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('kind', POLICIES)
