@@ -22,11 +22,12 @@ def test_average_of_an_adapter_is_read_back(policy, tmp_path):
     state = SingleProcess(device='cpu').model_state(model)
 
     def extra(folder, place):
-        return add_inference_weights(folder, place, 'diffusion_ema')
+        return add_inference_weights(folder, place, 'diffusion_ema', card=('README.md', 'it is in {}'.format))
 
     path = write_checkpoint(tmp_path / 'run', 3, {'model': state}, {}, extra=extra)
     assert f'{FOLDER}/{FILE}' in read_manifest(path)['files']
     verify(path)
+    assert (path / FOLDER / 'README.md').read_text() == f'it is in {path / FOLDER}'
     names = load_file(path / FOLDER / FILE)
     assert not [name for name in names if 'default' in name or name.startswith('diffusion')]
 

@@ -225,7 +225,11 @@ def test_weights_for_inference(store, tmp_path, monkeypatch):
     monkeypatch.setenv('LAKONLAB_CACHE_DIR', str(tmp_path))
     state = {f'diffusion_ema.denoising.{name}': tensor for name, tensor in MODEL.items()}
     path = write_checkpoint(
-        store.run, 4, {'model': state}, {}, extra=lambda *places: add_inference_weights(*places, 'diffusion_ema')
+        store.run,
+        4,
+        {'model': state},
+        {},
+        extra=partial(add_inference_weights, role='diffusion_ema', card=('README.md', str)),
     )
     from safetensors.torch import load
 
@@ -233,6 +237,8 @@ def test_weights_for_inference(store, tmp_path, monkeypatch):
     name = 'export/diffusion_pytorch_model.safetensors'
     content = store.objects()[f'iter_4/{manifest["data"]}/{name}']
     assert_equal(load(content), MODEL)
+    folder = f'iter_4/{manifest["data"]}/export'
+    assert store.objects()[f'{folder}/README.md'].decode() == f'{store.run}/{folder}'  # its files are there
     assert manifest['files'][name]['size'] == len(content)
     assert find_checkpoint(path) == path
 

@@ -59,6 +59,30 @@ def test_export(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_numbers_of_an_evaluation_are_in_the_card(checkpoint, tmp_path):
+    """Of the same config, as both tools read it."""
+    (tmp_path / 'config.py').write_text(
+        f"""_base_ = {str(CONFIG)!r}
+name = {checkpoint.parent.name!r}
+untrained = dict(denoising=dict(pretrained=None))
+model = dict(diffusion_use_ema=False, diffusion=untrained, teacher=untrained)
+data = dict(val2=dict(num_test_images=3))
+metrics = [dict(type='ColorStats')]
+evaluation = [dict(type='GenerativeEvalHook', data='val2', prefix='few', viz_num=0, metrics=metrics)]
+"""
+    )
+    run('test', 'config.py', cwd=tmp_path)
+    export = ('export_piflow_to_diffusers', 'config.py', '--out-dir', 'out', '--non-ema')
+    run(*export, cwd=tmp_path)
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert '`val2_few`: num_samples 3, nfe 2, ' in card
+    assert '* ColorStats: num_images 3\n' in card
+    assert 'Measured under a config' not in card
+    run(*export, '--cfg-options', 'test_cfg.temperature=0.5', cwd=tmp_path)
+    assert 'Measured under a config whose' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+@pytest.mark.slow
 def test_other_tools(checkpoint, tmp_path):
     assert 'parameters' in run('count_parameters', checkpoint, cwd=tmp_path)
     run('save_inference_weights', checkpoint, cwd=tmp_path)
