@@ -18,7 +18,7 @@ from tests.debian_packages import needs
 def idx(array):
     """An array of bytes in the format of the files."""
     header = bytes([0, 0, 8, array.ndim]) + struct.pack(f'>{array.ndim}I', *array.shape)
-    return gzip.compress(header + array.astype(np.uint8).tobytes())
+    return gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def test_missing_files_name_the_package(tmp_path):
         (b'x', 'no whole gzip file'),
         (idx(np.zeros((2, 3)))[:-6], 'no whole gzip file'),
         (idx(np.zeros((2, 3)))[:12] + b'\xff' + idx(np.zeros((2, 3)))[13:], 'no whole gzip file'),
-        (gzip.compress(b'\0\0\x0d\x02' + bytes(8)), 'no IDX file of unsigned bytes with 2 dimensions'),
+        (gzip.compress(b'\0\0\x0d\x02' + bytes(8), mtime=0), 'no IDX file of unsigned bytes with 2 dimensions'),
         (idx(np.zeros((2, 3, 4))), 'with 2 dimensions'),
-        (gzip.compress(b'\0\0'), 'no IDX file'),
-        (gzip.compress(gzip.decompress(idx(np.zeros((2, 3))))[:-1]), '5 values, expected 2 x 3'),
+        (gzip.compress(b'\0\0', mtime=0), 'no IDX file'),
+        (gzip.compress(gzip.decompress(idx(np.zeros((2, 3))))[:-1], mtime=0), '5 values, expected 2 x 3'),
     ],
 )
 def test_damaged_files_are_named(content, message):

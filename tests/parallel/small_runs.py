@@ -293,7 +293,7 @@ def copied(pieces: Pieces) -> Pieces:
 
 
 def assembled(held: Sequence[Mapping[str, Pieces]]) -> dict[str, Tensor]:
-    """Whole tensors of what the processes hold.
+    """Whole tensors of what the processes hold, on the host.
 
     Raises:
         AssertionError: Processes hold different values of an element, or nobody holds it.
@@ -305,6 +305,7 @@ def assembled(held: Sequence[Mapping[str, Pieces]]) -> dict[str, Tensor]:
         known = torch.zeros(whole.shape, dtype=torch.bool)
         for pieces in all_pieces:
             for (offsets, sizes), tensor in zip(pieces.boxes, pieces.tensors):
+                tensor = tensor.cpu()
                 box = tuple(slice(start, start + size) for start, size in zip(offsets, sizes))
                 assert torch.equal(whole[box][known[box]], tensor[known[box]]), name
                 whole[box], known[box] = tensor, True
