@@ -66,6 +66,8 @@ class TopLevel:
     """Least level that is logged."""
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms first."""
+    cudnn_attention: bool = True
+    """Let cuDNN compute attention where torch prefers it."""
     workflow: Sequence[Any] | None = None
     opencv_num_threads: int | None = None
     mp_start_method: str | None = None

@@ -11,6 +11,7 @@ import torch
 from mmengine.config import Config
 
 from lakonlab.mmengine_parts import Hook
+from lakonlab.ranks import ALONE
 from lakonlab.registry import HOOKS
 from lakonlab.runner.description import describe
 from lakonlab.runner.guard import SkipGuard, TrainingDivergedError
@@ -18,6 +19,7 @@ from lakonlab.runner.hooks.checkpoint import CheckpointHook
 from lakonlab.runner.restore import restore
 from lakonlab.storage import local
 from lakonlab.storage.checkpoint import CheckpointError, find_checkpoint, read_state, read_tensors
+from tests.runner import small_run
 from tests.runner.tiny import TinyData, make_runner
 
 
@@ -373,3 +375,14 @@ def test_training_mode_is_set_before_the_loop(tmp_path):
     runner.model.train = lambda mode=True: modes.append(mode)
     runner.train()
     assert modes
+
+
+@pytest.mark.parametrize('allowed', [True, False])
+def test_attention_of_cudnn_can_be_left_out(tmp_path, allowed):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(not allowed)
+    try:
+        with small_run.small_runner(ALONE, tmp_path, cudnn_attention=allowed):
+            assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
