@@ -1,8 +1,10 @@
 """Settings of all tests."""
 
+import logging
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ['tests.object_store', 'tests.s3_server', 'tests.web_server']
@@ -24,3 +26,14 @@ def pytest_configure(config):
     paths = [(config.invocation_params.dir / arg.partition('::')[0]).resolve() for arg in config.args]
     if not all(path.is_relative_to(CUDA_TESTS) for path in paths):
         os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers():
+    """What runs and tools set for their process lasts no longer than the test that they are called in."""
+    loggers = [logging.getLogger(), logging.getLogger('lakonlab')]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (level, propagate) in zip(loggers, before):
+        logger.setLevel(level)
+        logger.propagate = propagate
