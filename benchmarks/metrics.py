@@ -185,7 +185,9 @@ def measured(part: str, name: str, count: int, size: int, limit: float) -> tuple
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(limit) else None
+        found = receiver.recv() if receiver.poll(limit) else None
+        process.join(0 if found is None else 60)
+        return found
     except EOFError:
         return None
     finally:
