@@ -172,7 +172,8 @@ def _protocols(evaluation: Mapping[str, Any]) -> list[str]:
     """How each metric is measured, without what all say alike."""
     lines = []
     for metric, protocol in (evaluation.get('protocol') or {}).items():
-        own = {key: value for key, value in protocol.items() if key not in CONDITIONS or value != evaluation.get(key)}
+        said = {'numbers', *(key for key in CONDITIONS if protocol.get(key) == evaluation.get(key))}
+        own = {key: value for key, value in protocol.items() if key not in said}
         lines.append(f'* {metric}: {_listed(own)}' if own else f'* {metric}')
     reference = evaluation.get('reference_kwargs')
     if reference:

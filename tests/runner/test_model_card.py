@@ -67,7 +67,15 @@ EVALUATION = dict(
     quantize='uint8',
     sample_kwargs={},
     metrics=dict(fid=0.38412345),
-    protocol={'FID': dict(num_images=1000, extractor=dict(name='inception'), sampling_seed=2021, quantize='uint8')},
+    protocol={
+        'FID': dict(
+            numbers=['fid'],
+            num_images=1000,
+            extractor=dict(name='inception'),
+            sampling_seed=2021,
+            quantize='uint8',
+        )
+    },
 )
 
 
