@@ -67,7 +67,7 @@ class TopLevel:
     cudnn_benchmark: bool = False
     """Let cuDNN time its algorithms first."""
     cudnn_attention: bool = True
-    """Let cuDNN compute attention where torch prefers it."""
+    """False: attention is never computed by cuDNN."""
     workflow: Sequence[Any] | None = None
     opencv_num_threads: int | None = None
     mp_start_method: str | None = None

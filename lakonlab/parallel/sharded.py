@@ -213,7 +213,7 @@ class Sharded(Strategy):
         Returns:
             ``id`` of the modules.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} does not say what is gathered by itself')
 
     def keeps_gradients(self, network: nn.Module, kept: set[int]) -> bool:
         """Whether whole gradients are kept between the passes of a step, to be exchanged once.
@@ -236,7 +236,7 @@ class Sharded(Strategy):
         Returns:
             The module that stands for the network now.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} does not say how it divides a network')
 
     def _whole_parameters(self, model: nn.Module, networks: Iterable[Place], divided: Sequence[str]) -> set:
         """Frozen parameters that belong to several networks, or that are to stay whole."""

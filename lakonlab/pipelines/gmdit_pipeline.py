@@ -13,13 +13,13 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import nn
 
 from lakonlab.models.diffusions.gmflow import GMFlow
 from lakonlab.models.diffusions.schedulers import SCHEDULER_MODULES, scheduler_class
 from lakonlab.ops.random_source import PerRowSource, TorchSource
 from lakonlab.pipelines.adapter_files import CONFIG_FILE
-from lakonlab.registry import MODULES
+from lakonlab.pipelines.dit_network import build_network, decode, known_labels
 
 MODEL_INDEX = 'model_index.json'
 NETWORKS = {'transformer': 'GMDiTTransformer2DModel', 'spectrum_net': 'SpectrumMLP'}
@@ -200,7 +200,7 @@ class GMDiTPipeline(DiffusionPipeline):
         size = network.build_arguments.get('sample_size', 32)
         device = self._execution_device
         null = network.build_arguments.get('num_embeds_ada_norm', 1000)
-        labels = _labels(class_labels, null).to(device)
+        labels = known_labels(class_labels, null).to(device)
         if isinstance(generator, (list, tuple)) and len(generator) != len(labels):
             raise ValueError(f'{len(generator)} generators for {len(labels)} labels: expected one, or one per image')
         shape = (len(labels), network.build_arguments.get('in_channels', 4), size, size)
@@ -238,27 +238,9 @@ class GMDiTPipeline(DiffusionPipeline):
         if output_type == 'latent':
             images = latents
         else:
-            images = self.image_processor.postprocess(self._decode(latents), output_type=output_type)
+            images = self.image_processor.postprocess(decode(self.vae, latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        if self.vae is None:
-            return latents
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.get('shift_factor') or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
-
-
-def _labels(class_labels: int | Sequence[int], num_classes: int) -> Tensor:
-    """Labels that the network knows."""
-    labels = torch.as_tensor(class_labels).flatten().tolist()
-    wrong = [label for label in labels if type(label) is not int or not 0 <= label < num_classes]
-    if wrong or not labels:
-        raise ValueError(
-            f'class_labels={wrong or labels}: expected integers, at least one, from 0 to {num_classes - 1}'
-        )
-    return torch.tensor(labels)
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:
@@ -271,38 +253,10 @@ def _read_network(folder: Path, name: str, dtype: torch.dtype, variant: str | No
     config = _config_of(folder / name)
     if config is None:
         return None
-    kind = str(config.get('_class_name', NETWORKS[name])).lstrip('_')
-    network_class = MODULES.get(kind)
-    if network_class is None:
-        raise ValueError(f'{str(folder / name)!r} holds a {kind!r}, which is not known')
-    arguments = {key: value for key, value in config.items() if not key.startswith('_')}
-    known = _arguments_of(network_class)
-    arguments = {key: value for key, value in arguments.items() if key in known and value is not None}
     file = f'diffusion_pytorch_model.{variant}.safetensors' if variant else 'diffusion_pytorch_model.safetensors'
     found = folder / name / file
     pretrained = str(found if found.is_file() else folder / name)
-    options = {'pretrained': pretrained, 'torch_dtype': str(dtype).removeprefix('torch.')}
-    network = MODULES.build({'type': kind, **arguments, **options, 'checkpointing': False})
-    return with_arguments(network.eval().requires_grad_(False), arguments)
-
-
-def with_arguments(network: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
-    """A network that remembers how it was built, so that a pipeline can save it.
-
-    Args:
-        network: A network of this package.
-        arguments: Arguments of its constructor that say what it is.
-    """
-    network.build_arguments = dict(arguments)
-    return network
-
-
-def _arguments_of(kind: type) -> set[str]:
-    names: set[str] = set()
-    for base in kind.__mro__:
-        if '__init__' in vars(base) and base.__module__.startswith('lakonlab'):
-            names.update(inspect.signature(base.__init__).parameters)
-    return names - {'self'}
+    return build_network({'_class_name': NETWORKS[name], **config}, str(folder / name), dtype, pretrained=pretrained)
 
 
 def _read_vae(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module | None:

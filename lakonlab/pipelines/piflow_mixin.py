@@ -15,7 +15,7 @@ import torch
 from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
 from lakonlab.pipelines.contradictions import contradictions
 from lakonlab.pipelines.piflow_loader import PiFlowLoaderMixin
-from lakonlab.pipelines.policy_scheduler import PolicyScheduler, auto_temperature, flow_map_of
+from lakonlab.pipelines.policy_scheduler import PolicyScheduler, chosen_temperature, flow_map_of
 from lakonlab.pipelines.recipe import PUBLISHED
 from lakonlab.pipelines.student import Student
 from lakonlab.pipelines.student_lora import shortfall
@@ -112,7 +112,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         arguments.update(arguments.pop('kwargs', {}))
         if num_inference_steps is None:
             num_inference_steps = arguments.pop('num_inference_steps', None)  # by its position
-        _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale)
+        check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale)
         embedded = self._recipe('guidance_scale')
         takes_scale = 'guidance_scale' in inspect.signature(parent).parameters and 'guidance_scale' not in self.unguided
         if embedded is not None and takes_scale:
@@ -131,7 +131,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
             grid,
             student,
             total_substeps or self._recipe('total_substeps') or DEFAULT_SUBSTEPS,
-            self._temperature(student, temperature, num_steps),
+            chosen_temperature(student.policy_type, student.recipe, temperature, num_steps),
             sigmas,
             arguments.get('generator'),
             None if latent or getattr(self, 'vae', None) is None else self.vae.dtype,
@@ -181,16 +181,6 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
             final_step_size_scale = PUBLISHED.final_step_size_scale if own is None else own
         return flow_map_of(self.scheduler, final_step_size_scale)
 
-    def _temperature(self, student: Student, temperature: str | float, num_steps: int) -> float | None:
-        if student.policy_type != 'GMFlow':
-            if temperature not in ('auto', 1):
-                raise ValueError(f'temperature={temperature}: the {student.policy_type} policy has none')
-            return None
-        if temperature != 'auto':
-            return float(temperature)
-        own = self._recipe('temperature')
-        return own if own is not None and num_steps == self._recipe('nfe') else auto_temperature(num_steps)
-
     def _report(self, problems: Iterable[str]) -> None:
         """Say once what contradicts the adapter, and at each change whether the student is whole."""
         for problem in problems:
@@ -203,7 +193,7 @@ class PiFlowPipelineMixin(PiFlowLoaderMixin):
         self._shortfall = missing
 
 
-def _check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale) -> None:
+def check_settings(num_inference_steps, total_substeps, temperature, final_step_size_scale) -> None:
     """Refuse arguments of a call that nothing can be sampled with."""
     for name, value in {'num_inference_steps': num_inference_steps, 'total_substeps': total_substeps}.items():
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):

@@ -19,6 +19,7 @@ from lakonlab.models.diffusions.piflow_policies import POLICY_CLASSES
 from lakonlab.models.diffusions.schedulers.flow_map_sde import FlowMapSDEScheduler
 from lakonlab.ops.rollout_schedule import rollout_schedule
 from lakonlab.ops.time_shift import unwarp
+from lakonlab.pipelines.recipe import Recipe
 from lakonlab.pipelines.student import Student
 
 #: Timesteps from data to noise, by which pipelines divide.
@@ -95,6 +96,34 @@ def flow_map_of(scheduler: Any, final_step_size_scale: float | None) -> FlowMapS
 def auto_temperature(num_steps: int) -> float:
     """Temperature of a mixture that ``'auto'`` stands for, as published: 0.3 for 4 steps, 0.7 for 8."""
     return min(max(0.1 * (num_steps - 1), 0.0), 1.0)
+
+
+def chosen_temperature(
+    policy_type: str, recipe: Recipe | None, temperature: str | float, num_steps: int
+) -> float | None:
+    """Temperature of a call.
+
+    Args:
+        policy_type: ``'GMFlow'``, or that of a policy which has none.
+        recipe: Of the adapter; None if it says nothing.
+        temperature: In [0, 1], or ``'auto'`` for the adapter's own at its own number of steps, else
+            :func:`auto_temperature`.
+        num_steps: Network evaluations.
+
+    Returns:
+        The temperature; None for policies without any.
+
+    Raises:
+        ValueError: The policy has none, and another than 1 was asked for.
+    """
+    if policy_type != 'GMFlow':
+        if temperature not in ('auto', 1):
+            raise ValueError(f'temperature={temperature}: the {policy_type} policy has none')
+        return None
+    if temperature != 'auto':
+        return float(temperature)
+    own = None if recipe is None else recipe.temperature
+    return own if own is not None and num_steps == recipe.nfe else auto_temperature(num_steps)
 
 
 class PolicyScheduler:

@@ -11,7 +11,8 @@ from typing import Any
 #: Entry of an adapter's safetensors metadata that holds its recipe, as JSON.
 RECIPE_KEY = 'piflow_recipe'
 COUNTS = ('nfe', 'total_substeps')
-SMALLEST = {'shift': 1e-6}
+SWITCHES = ('flip_model_timesteps',)
+SMALLEST = {'shift': 1e-6, 'num_timesteps': 1e-6}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Recipe:
     """Temperature of the policy on all but the last segment."""
     guidance_scale: float | None = None
     """Embedded guidance scale, for bases that have one."""
+    num_timesteps: float | None = None
+    """Time of pure noise as the network is told it; None for bases whose pipeline says it, else 1000."""
+    flip_model_timesteps: bool | None = None
+    """Whether the network is told the time from noise to data; None for no."""
 
     def known(self) -> dict[str, Any]:
         """The settings that are known."""
@@ -51,6 +56,10 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         settings = {name: value for name, value in values.items() if name in known and value is not None}
         for name, value in settings.items():
+            if name in SWITCHES:
+                if not isinstance(value, bool):
+                    raise ValueError(f'{name}={value!r} of its recipe: expected true or false')
+                continue
             kind, least = (int, 1) if name in COUNTS else ((int, float), SMALLEST.get(name, 0))
             if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
                 expected = 'an integer of at least 1' if name in COUNTS else f'a number of at least {least}'

@@ -84,6 +84,7 @@ def describe_adapter(
         licence=licence,
         model_sha256=model_sha256,
         fingerprint=fingerprint,
+        is_class_conditional=is_class_conditional(cfg),
         results=Path(cfg.get('work_dir') or '', 'results.json'),
     )
     plain = cfg.to_dict() if hasattr(cfg, 'to_dict') else dict(cfg)
@@ -95,6 +96,12 @@ def describe_adapter(
 def has_policy(cfg: Mapping[str, Any]) -> bool:
     """Whether a config trains a student that answers with a policy."""
     return bool(((cfg.get('model') or {}).get('diffusion') or {}).get('policy_type'))
+
+
+def is_class_conditional(cfg: Mapping[str, Any]) -> bool:
+    """Whether a config's student is one that :class:`~lakonlab.pipelines.pidit_pipeline.PiDiTPipeline` samples."""
+    model = cfg['model']
+    return model.get('type') == 'LatentDiffusionClassImage' and model.get('patch_size', 1) == 1
 
 
 def policy_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +134,11 @@ def recipe_of(cfg: Mapping[str, Any]) -> Recipe:
     }
     if cfg['model']['diffusion']['policy_type'] == 'GMFlow':
         values['temperature'] = float(test.get('temperature', 1.0))
+    if is_class_conditional(cfg):
+        values.update(
+            num_timesteps=cfg['model']['diffusion'].get('num_timesteps', 1000),
+            flip_model_timesteps=cfg['model']['diffusion'].get('flip_model_timesteps', False),
+        )
     return Recipe(**values)
 
 
@@ -157,7 +169,6 @@ def adapter_config(denoising: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     config = {name: denoising.get(name, default) for name, default in known.items()}
-    points = [config.pop(name) for name in ('n_grid', 'p_order') if name in config]
     if config.get('mlp_ratio') == PUBLISHED_MLP_RATIO:
         del config['mlp_ratio']  # published networks have no such argument
     if 'logweights_channels' in config and config['logweights_channels'] is None:
@@ -165,6 +176,7 @@ def adapter_config(denoising: Mapping[str, Any]) -> dict[str, Any]:
     name = denoising['type']
     if issubclass(kind, MODULES.get('DiffusersTransformer')):
         config.pop('patch_size', None)  # published tokens are cut outside of the transformer
+        points = [config.pop(name) for name in ('n_grid', 'p_order') if name in config]
         if points:  # the transformer as it is in diffusers, with a wider output layer
             name = name.removeprefix('DX')
             width = config['in_channels'] if config.get('out_channels') is None else config['out_channels']
@@ -182,11 +194,10 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 def base_of(cfg: Mapping[str, Any]) -> str | None:
     """Repository or folder of the pipeline that a student belongs to; None if the config does not tell."""
     model = cfg['model']
-    named = (model.get('vae') or {}).get('model_name_or_path') or (model.get('text_encoder') or {}).get(
-        'model_name_or_path'
-    )
-    if named:
-        return str(named)
+    for part in () if is_class_conditional(cfg) else ('vae', 'text_encoder'):
+        named = (model.get(part) or {}).get('model_name_or_path')
+        if named:
+            return str(named)
     teacher = ((model.get('teacher') or {}).get('denoising') or {}).get('pretrained') or ''
     match = re.match(r'huggingface://([^/]+/[^/@]+)', str(teacher))
     return match[1] if match else None

@@ -18,6 +18,7 @@ from lakonlab.config.options import parse_options
 from lakonlab.pipelines.adapter_files import weights_name
 from lakonlab.runner.adapter_folder import PIFLOW_SCHEDULER, describe_adapter, has_policy
 from lakonlab.runner.checkpoint_tools import in_precision
+from lakonlab.runner.model_card import CARD_FILE
 from lakonlab.runner.paths import settle_work_dir
 from lakonlab.runner.testing import find_weights, fingerprint
 from lakonlab.storage.adapter_layout import published_tensors
@@ -44,7 +45,7 @@ def export_command(args: Namespace) -> int:
         dtype=args.dtype,
         licence=args.license,
     )
-    logger.info('wrote %s; load it with pipe.load_piflow_adapter(%r)', out, str(out))
+    logger.info('wrote %s; its %s says how to generate with it', out, CARD_FILE)
     return 0
 
 

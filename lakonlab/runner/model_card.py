@@ -38,6 +38,8 @@ class CardFacts:
     """``'ema'`` or ``'student'``."""
     step: int
     """Iterations it was trained for."""
+    is_class_conditional: bool
+    """Whether it is asked for classes, and is a network of its own."""
     origin: str
     """The checkpoint."""
     licence: str
@@ -65,7 +67,7 @@ def model_card(facts: CardFacts, cfg: Mapping[str, Any], where: str) -> str:
         f'A few-step student of {facts.base or "its teacher"}, distilled with pi-Flow: its network answers with a '
         f'{facts.policy["type"]} policy, which is followed without calling the network again.',
         '## Use',
-        usage(facts, where),
+        usage(facts, cfg, where),
         '## Recipe',
         _table({'sampling': 'value', **_sampling(facts)}),
         _table({'training': 'value', **_training(facts, cfg)}),
@@ -74,8 +76,10 @@ def model_card(facts: CardFacts, cfg: Mapping[str, Any], where: str) -> str:
     return '\n'.join(header) + '\n\n' + '\n\n'.join(sections) + '\n'
 
 
-def usage(facts: CardFacts, where: str) -> str:
-    """Six lines of Python that generate an image."""
+def usage(facts: CardFacts, cfg: Mapping[str, Any], where: str) -> str:
+    """Six lines of Python that generate an image, and two more where an autoencoder is loaded."""
+    if facts.is_class_conditional:
+        return _usage_of_classes(cfg['model'].get('vae'), where)
     transformer = re.sub('^(GM|DX)', '', facts.class_name)
     if transformer not in PIPELINES:
         return (
@@ -93,6 +97,31 @@ def usage(facts: CardFacts, where: str) -> str:
         "image = pipe('a photo of a brown bear', height=1024, width=1024).images[0]",
         "image.save('image.png')",
     ]
+    return _python(lines)
+
+
+def _usage_of_classes(vae: Mapping[str, Any] | None, where: str) -> str:
+    lines = ['import torch', 'from lakonlab.pipelines.pidit_pipeline import PiDiTPipeline']
+    arguments = repr(where)
+    if vae is not None:
+        options = {'subfolder': vae['subfolder']} if vae.get('subfolder') else {}
+        name = ', '.join([repr(vae.get('model_name_or_path') or vae.get('from_pretrained')), *_keywords(options)])
+        lines += ['from diffusers import AutoencoderKL', f'vae = AutoencoderKL.from_pretrained({name})']
+        arguments += ', vae=vae'
+    lines += [
+        f'pipe = PiDiTPipeline.from_pretrained({arguments})',
+        'generator = torch.Generator().manual_seed(0)',
+        'image = pipe(3, generator=generator).images[0]  # of class 3',
+        "image.save('image.png')",
+    ]
+    return _python(lines)
+
+
+def _keywords(options: Mapping[str, Any]) -> list[str]:
+    return [f'{name}={value!r}' for name, value in options.items()]
+
+
+def _python(lines: list[str]) -> str:
     return '```python\n' + '\n'.join(lines) + '\n```'
 
 

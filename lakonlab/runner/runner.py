@@ -202,7 +202,8 @@ class Runner:
         elif torch.cuda.is_available():
             torch.backends.cudnn.benchmark = bool(cfg.get('cudnn_benchmark', False))
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.enable_cudnn_sdp(bool(cfg.get('cudnn_attention', True)))
+        if not cfg.get('cudnn_attention', True):
+            torch.backends.cuda.enable_cudnn_sdp(False)
         strategy = build_strategy(cfg, ranks, device)
         if strategy.is_sharded:
             require_agreement(ranks, {'number of processes that share a copy': strategy.parts}, 'at launch')

@@ -27,6 +27,7 @@ def facts(tmp_path):
     return CardFacts(
         name='student',
         class_name='GMQwenImageTransformer2DModel',
+        is_class_conditional=False,
         policy=dict(type='GMFlow'),
         recipe=Recipe(nfe=4, shift=3.2, final_step_size_scale=0.5, total_substeps=128, temperature=0.3),
         base='Qwen/Qwen-Image',

@@ -377,12 +377,15 @@ def test_training_mode_is_set_before_the_loop(tmp_path):
     assert modes
 
 
-@pytest.mark.parametrize('allowed', [True, False])
-def test_attention_of_cudnn_can_be_left_out(tmp_path, allowed):
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(not allowed)
+@pytest.mark.parametrize('before', [True, False])
+def test_attention_of_cudnn_can_be_left_out(tmp_path, before):
+    """And is left as it is, whoever has set it, where the config does not ask for that."""
+    set_by_others = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
     try:
-        with small_run.small_runner(ALONE, tmp_path, cudnn_attention=allowed):
-            assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
+        with small_run.small_runner(ALONE, tmp_path):
+            assert torch.backends.cuda.cudnn_sdp_enabled() is before
+        with small_run.small_runner(ALONE, tmp_path, cudnn_attention=False):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.backends.cuda.enable_cudnn_sdp(set_by_others)

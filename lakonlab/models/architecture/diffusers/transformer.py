@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from lakonlab.models.architecture.diffusers.build_transformer import build_transformer
 from lakonlab.models.architecture.diffusers.configured_weights import fill, load_adapter, load_configured
 from lakonlab.models.architecture.diffusers.positions import Layout, check_positions, make_positions
+from lakonlab.models.architecture.diffusers.same_base import require_same_base
 from lakonlab.models.architecture.freezing import compute_like, freeze, select
 from lakonlab.models.architecture.heads import ROW_ORDERS, cut_tokens, fold_tokens, require_positive
 from lakonlab.models.architecture.loading import load_strictly, locate_weights
 from lakonlab.models.architecture.lora import add_lora, copy_adapter
 from lakonlab.models.architecture.network import Network, at_least
-from lakonlab.models.architecture.packed_head import NORM, OUTPUT, PlainOutput, build_head, hand_on_condition
+from lakonlab.models.architecture.packed_head import NORM, OUTPUT, build_head, hand_on_condition
 from lakonlab.models.architecture.roles import (
     EMA,
     STUDENT,
@@ -46,17 +47,6 @@ from lakonlab.registry import MODULES
 
 logger = logging.getLogger(__name__)
 
-#: What teacher and student must have in common to share a base, besides its weights.
-PROPERTIES_OF_BASE = (
-    'torch_dtype',
-    'timestep_scale',
-    'positions',
-    'text',
-    'text_mask',
-    'latents',
-    'patch_size',
-    'row_order',
-)
 LAYOUTS = ('tokens', 'images')
 
 
@@ -198,7 +188,7 @@ class DiffusersTransformer(Network):
 
     def _build_on(self, teacher: DiffusersTransformer, head: Mapping[str, Any] | None) -> None:
         """Become a student on the teacher's transformer, which stays the teacher's for everything frozen."""
-        self._check_same_base(teacher)
+        require_same_base(self, teacher)
         self.backbone = teacher.backbone
         tree = self.backbone.tree
         self._set_head(tree, head)
@@ -237,31 +227,6 @@ class DiffusersTransformer(Network):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.torch_dtype)
         self._freeze()
-
-    def _check_same_base(self, teacher: DiffusersTransformer) -> None:
-        for name, own, other in (
-            ('transformer', self.arguments, teacher.arguments),
-            ('pretrained', self.pretrained or teacher.pretrained, teacher.pretrained),
-            ('pretrained_lora', self.pretrained_lora or teacher.pretrained_lora, teacher.pretrained_lora),
-            (
-                'pretrained_lora_scale',
-                self.pretrained_lora_scale or teacher.pretrained_lora_scale,
-                teacher.pretrained_lora_scale,
-            ),
-            *((name, getattr(self, name), getattr(teacher, name)) for name in PROPERTIES_OF_BASE),
-        ):
-            if own != other:
-                raise ValueError(
-                    f'tie_teacher=True, but {name} of the student is {own!r} and {other!r} of the teacher: one base '
-                    'cannot be both; make them the same, or set tie_teacher=False'
-                )
-        if not self.freeze:
-            raise ValueError(
-                'tie_teacher=True, but the student is not frozen, so there is nothing to share: set freeze=True and '
-                'name what is trained in freeze_exclude, or set tie_teacher=False'
-            )
-        if not isinstance(teacher.head, PlainOutput) or teacher.role != STUDENT or teacher.backbone.switches:
-            raise ValueError('tie_teacher=True needs a teacher without a policy head that no other student shares')
 
     def hand_over(self) -> None:
         """Become the teacher of a student that takes over the transformer."""

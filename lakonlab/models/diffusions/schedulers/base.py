@@ -273,7 +273,7 @@ class VelocityScheduler(FlowScheduler):
             sample: State, (B, C, *).
             generator: Generator of what the step draws itself.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} does not say how it takes a step')
 
     def step(
         self,
