@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from lakonlab.models.diffusions.gmflow import GMFlow
 from lakonlab.models.diffusions.schedulers import SCHEDULER_MODULES, scheduler_class
 from lakonlab.ops.random_source import PerRowSource, TorchSource
 from lakonlab.pipelines.adapter_files import CONFIG_FILE
-from lakonlab.pipelines.dit_network import build_network, decode, known_labels
+from lakonlab.pipelines.dit_pipeline import DiTPipeline, build_network, known_labels
 
 MODEL_INDEX = 'model_index.json'
 NETWORKS = {'transformer': 'GMDiTTransformer2DModel', 'spectrum_net': 'SpectrumMLP'}
@@ -31,7 +28,7 @@ WITHOUT_EFFECT = ('low_cpu_mem_usage', 'use_safetensors', 'disable_mmap')
 RENAMED = {'GMFlowODE': 'FlowEulerODE', 'FlowMatchEulerDiscrete': 'FlowEulerODE', 'GMFlowSDE': 'FlowSDE'}
 
 
-class GMDiTPipeline(DiffusionPipeline):
+class GMDiTPipeline(DiTPipeline):
     """Samples a GMFlow DiT.
 
     Args:
@@ -60,17 +57,6 @@ class GMDiTPipeline(DiffusionPipeline):
         self.labels = {
             word.strip(): label for label, names in self.id2label.items() for word in names.split(',') if word.strip()
         }
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.transformer.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer."""
-        return next(self.transformer.parameters()).dtype
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, torch_dtype=None, dtype=None, **kwargs):
@@ -197,14 +183,10 @@ class GMDiTPipeline(DiffusionPipeline):
             ValueError: A value is out of range.
         """
         network = self.transformer
-        size = network.build_arguments.get('sample_size', 32)
         device = self._execution_device
         null = network.build_arguments.get('num_embeds_ada_norm', 1000)
         labels = known_labels(class_labels, null).to(device)
-        if isinstance(generator, (list, tuple)) and len(generator) != len(labels):
-            raise ValueError(f'{len(generator)} generators for {len(labels)} labels: expected one, or one per image')
-        shape = (len(labels), network.build_arguments.get('in_channels', 4), size, size)
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        noise = self.noise_of(labels, generator)
         conditions = labels
         if guidance_scale not in (0, 1):
             conditions = torch.cat([torch.full_like(labels, null), labels])
@@ -235,12 +217,7 @@ class GMDiTPipeline(DiffusionPipeline):
         source = PerRowSource(generator) if isinstance(generator, (list, tuple)) else TorchSource(generator)
         bar = not getattr(self, '_progress_bar_config', {}).get('disable', False)
         latents = flow.forward_test(noise, guidance_scale, class_labels=conditions, source=source, show_pbar=bar)
-        if output_type == 'latent':
-            images = latents
-        else:
-            images = self.image_processor.postprocess(decode(self.vae, latents), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self.output_of(latents, output_type, return_dict)
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from lakonlab.models.architecture.adapters import POLICY_KEY
 from lakonlab.models.diffusions.piflow import PiFlow
-from lakonlab.pipelines.adapter_files import AdapterError, load_adapter_files
-from lakonlab.pipelines.dit_network import build_network, decode, known_labels
+from lakonlab.pipelines.adapter_files import CONFIG_FILE, AdapterError, load_adapter_files, weights_name
+from lakonlab.pipelines.dit_pipeline import DiTPipeline, build_network, known_labels
 from lakonlab.pipelines.piflow_mixin import check_settings
 from lakonlab.pipelines.policy_scheduler import chosen_temperature
-from lakonlab.pipelines.recipe import Recipe
+from lakonlab.pipelines.recipe import RECIPE_KEY, Recipe
+from lakonlab.storage.adapter_layout import published_tensors
 
 #: How a student is sampled whose file does not say it.
 DEFAULTS = Recipe(
@@ -26,7 +26,7 @@ DEFAULTS = Recipe(
 )
 
 
-class PiDiTPipeline(DiffusionPipeline):
+class PiDiTPipeline(DiTPipeline):
     """Samples a class-conditional student: a DiT whose output is a policy.
 
     Args:
@@ -52,17 +52,6 @@ class PiDiTPipeline(DiffusionPipeline):
         self.policy_type = policy.pop('type')
         self.policy_kwargs = policy
         self.recipe = Recipe(**{**DEFAULTS.known(), **(recipe or Recipe()).known()})
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-
-    @property
-    def device(self) -> torch.device:
-        """Of the transformer."""
-        return next(self.transformer.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer."""
-        return next(self.transformer.parameters()).dtype
 
     @classmethod
     def from_pretrained(
@@ -99,6 +88,27 @@ class PiDiTPipeline(DiffusionPipeline):
             raise AdapterError(f'{adapter.where!r} was trained with a shift that depends on the size of images')
         return cls(network, vae, adapter.policy, adapter.recipe)
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write what :meth:`from_pretrained` reads; the autoencoder is not part of it.
+
+        Args:
+            save_directory: Folder, made if need be.
+            **kwargs: None is known.
+        """
+        from safetensors.torch import save_file
+
+        if kwargs:
+            raise TypeError(f'save_pretrained has no argument {sorted(kwargs)[0]!r}')
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = {**self.policy_kwargs, 'type': self.policy_type}
+        metadata = {'format': 'pt', POLICY_KEY: json.dumps(policy), RECIPE_KEY: self.recipe.to_json()}
+        tensors = published_tensors(self.transformer.state_dict(), '')
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / weights_name(), metadata)
+        config = {'_class_name': type(self.transformer).__name__, **self.transformer.build_arguments}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
     @torch.no_grad()
     def __call__(
         self,
@@ -134,16 +144,9 @@ class PiDiTPipeline(DiffusionPipeline):
         steps = num_inference_steps or recipe.nfe
         if steps is None:
             raise ValueError('num_inference_steps: the file of this student does not say how many it was trained for')
-        arguments = network.build_arguments
-        labels = known_labels(class_labels, arguments.get('num_embeds_ada_norm', 1000)).to(self._execution_device)
-        size = arguments.get('sample_size', 32)
-        shape = (len(labels), arguments.get('in_channels', 4), size, size)
-        if isinstance(generator, (list, tuple)) and len(generator) != len(labels):
-            raise ValueError(f'{len(generator)} generators for {len(labels)} labels: expected one, or one per image')
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=labels.device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f'latents of shape {tuple(latents.shape)}: expected {shape}')
+        num_classes = network.build_arguments.get('num_embeds_ada_norm', 1000)
+        labels = known_labels(class_labels, num_classes).to(self._execution_device)
+        noise = self.noise_of(labels, generator, latents)
         chosen = chosen_temperature(self.policy_type, recipe, temperature, steps)
         flow = PiFlow(
             network,
@@ -160,8 +163,5 @@ class PiDiTPipeline(DiffusionPipeline):
             flip_model_timesteps=recipe.flip_model_timesteps,
         ).eval()
         bar = not getattr(self, '_progress_bar_config', {}).get('disable', False)
-        images = flow.forward_test(latents.to(labels.device), class_labels=labels, show_pbar=bar)
-        if output_type != 'latent':
-            images = self.image_processor.postprocess(decode(self.vae, images), output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        samples = flow.forward_test(noise, class_labels=labels, show_pbar=bar)
+        return self.output_of(samples, output_type, return_dict)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from lakonlab.models.diffusions.gmflow import GMFlow
 from lakonlab.models.diffusions.schedulers import FlowEulerODEScheduler, FlowSDEScheduler
 from lakonlab.pipelines import pipeline_gmdit
-from lakonlab.pipelines.dit_network import with_arguments
+from lakonlab.pipelines.dit_pipeline import with_arguments
 from lakonlab.pipelines.gmdit_pipeline import GMDiTPipeline
 from lakonlab.registry import MODULES
 

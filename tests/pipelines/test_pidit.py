@@ -98,6 +98,17 @@ def test_images_do_not_depend_on_their_batch(student):
         torch.testing.assert_close(alone[0], image, rtol=0, atol=1e-5)
 
 
+def test_saved_and_read_again(student, tmp_path):
+    pipe = student[2]
+    pipe.save_pretrained(tmp_path / 'saved')
+    again = PiDiTPipeline.from_pretrained(tmp_path / 'saved')
+    again.set_progress_bar_config(disable=True)
+    one, other = (each(LABELS, generator=generators(), output_type='latent').images for each in (pipe, again))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    with pytest.raises(TypeError, match="no argument 'variant'"):
+        pipe.save_pretrained(tmp_path / 'saved', variant='fp16')
+
+
 def test_settings(tmp_path):
     _, folder = exported('GM', tmp_path)
     pipe = PiDiTPipeline.from_pretrained(folder, dtype=torch.bfloat16)
